@@ -1,0 +1,267 @@
+"""How much of a task k features explain: three curves over every k, in-sample and held-out, from moments alone.
+
+The features V_k^T x have an orthonormal sample basis Q_k; with t_i row i of Q^T Y (scaled by 1/sqrt n)::
+
+    r2(k)        = sum_{i<=k} |t_i|^2 / tr Syy                   share of label variance that a linear probe explains
+    alignment(k) = sum_{i<=k} t_i (Y^T Y) t_i^T / (its value at full rank), Y not centred in Y^T Y   the paper's ratio
+    probe_mse(k) = tr Syy (1 - r2(k))                            the paper's Eq. (9)
+
+Held-out, with moments about the training means, whitened coordinates f_i of the features, M = f^T Sxx_ev f and
+B = f^T Sxy_ev: error(k) = tr Syy_ev - 2 sum_{i<=k} t_i.B_i + sum_{i,j<=k} (t_i.t_j) M_ij, for every k by one 2-d
+cumulative sum.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mae_align.devices import solve_context
+from mae_align.errors import InputError
+from mae_align.factorize import Factorized, factorize
+from mae_align.moments import Moments
+from mae_align.subspace import feature_basis
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Curves(NamedTuple):
+    """Curves over the number of features, index 0 is k = 1.
+
+    Attributes:
+        r2: [k] share in [0, 1]. alignment: [k] share in [0, 1]. probe_mse: [k] squared target units.
+    """
+
+    r2: np.ndarray
+    alignment: np.ndarray
+    probe_mse: np.ndarray
+
+
+class HeldOut(NamedTuple):
+    """Held-out moments in the whitened coordinates of a factorised problem, as parts of one mean over all samples.
+
+    Attributes:
+        gram: [r, r] diag(s)^-1/2 U^T Sxx_ev U diag(s)^-1/2. cross: [r, q] diag(s)^-1/2 U^T Sxy_ev.
+        variance: scalar tr Syy_ev about the training mean.
+        group_gram: [g, r, r] float32 parts of ``gram`` (only standard errors use them). group_cross: [g, r, q].
+        group_variance: [g].
+    """
+
+    gram: np.ndarray
+    cross: np.ndarray
+    variance: np.ndarray | np.floating
+    group_gram: np.ndarray
+    group_cross: np.ndarray
+    group_variance: np.ndarray
+
+
+class HeldOutCurves(NamedTuple):
+    """Held-out r2 with its standard error, index 0 is k = 1.
+
+    Attributes:
+        r2: [k], may be negative. se: [k], NaN with fewer than two groups. influence: [g, k] share of each group in
+            the estimate's error; ``paired_se`` of a difference of influences is the standard error of a difference.
+    """
+
+    r2: np.ndarray
+    se: np.ndarray
+    influence: np.ndarray
+
+
+def curves_from_targets(t: np.ndarray, t0: np.ndarray, syy: np.ndarray, yty: np.ndarray) -> Curves:
+    """The three in-sample curves from the targets in an orthonormal basis of the features.
+
+    Args:
+        t: [..., k, q] rows of Q^T Y / sqrt n. t0: [r, q] the same for a full basis (fixes the alignment's scale).
+        syy: [q, q]. yty: [q, q] uncentred.
+
+    Returns:
+        r2, alignment, probe_mse, each [..., k]. Cost k q^2.
+
+    Example:
+        >>> t = np.array([[0.6], [0.0]])
+        >>> curves_from_targets(t, t, np.eye(1), np.eye(1)).r2.tolist()
+        [0.36, 0.36]
+    """
+    t = np.asarray(t, np.float64)
+    t0 = np.asarray(t0, np.float64)
+    total = float(np.trace(syy))
+    r2 = np.cumsum((t**2).sum(-1), axis=-1) / total
+    full = float(np.einsum("iq,qp,ip->", t0, yty, t0))
+    alignment = np.cumsum(((t @ yty) * t).sum(-1), axis=-1) / full if full > 0 else np.full_like(r2, np.nan)
+    return Curves(r2, alignment, total * (1.0 - r2))
+
+
+def hold_out(problem: Factorized, eval_moments: Moments) -> HeldOut:
+    """Project held-out moments, taken about the training means, on the coordinates of a factorised problem.
+
+    Args:
+        problem: of the training data. eval_moments: of the held-out data, grouped for standard errors.
+
+    Returns:
+        The projected moments. Cost: g d^2 r; memory 4 g r^2 bytes.
+
+    Raises:
+        InputError: the two data sets differ in image shape or targets, or a group is empty.
+
+    Example:
+        >>> x = np.random.default_rng(0).normal(size=(60, 2, 2, 1))
+        ... y = np.arange(60) % 2
+        >>> train, test = Moments.from_arrays(x[:40], y[:40]), Moments.from_arrays(x[40:], y[40:], groups=2)
+        >>> hold_out(factorize(train), test).group_gram.shape
+        (2, 4, 4)
+    """
+    if eval_moments.image_shape != problem.image_shape:
+        raise InputError(
+            f"held-out images are {eval_moments.image_shape}, training images {problem.image_shape}: use one shape"
+        )
+    if eval_moments.num_targets != len(problem.syy):
+        raise InputError(
+            f"held-out targets have {eval_moments.num_targets} columns, training targets {len(problem.syy)}: "
+            "pass num_classes"
+        )
+    if (eval_moments.counts == 0).any():
+        raise InputError(
+            f"{eval_moments.count} held-out samples leave one of {len(eval_moments.counts)} groups empty: "
+            "use fewer groups"
+        )
+    whiten = problem.u / np.sqrt(problem.s)
+    n, r, g = eval_moments.count, problem.rank, len(eval_moments.counts)
+    gram, cross = np.zeros((r, r), whiten.dtype), np.zeros((r, problem.syy.shape[0]), whiten.dtype)
+    group_gram, group_cross = np.zeros((g, r, r), np.float32), np.zeros((g, *cross.shape), whiten.dtype)
+    group_variance = np.zeros(g, whiten.dtype)
+    for i, part in enumerate(eval_moments.groups_about(problem.mean_x, problem.mean_y)):
+        share = part.count / n
+        part_gram = share * (whiten.T @ (part.sxx.astype(whiten.dtype) @ whiten))
+        group_cross[i] = share * (whiten.T @ part.sxy)
+        group_variance[i] = share * np.trace(part.syy)
+        gram += part_gram
+        cross += group_cross[i]
+        group_gram[i] = part_gram
+    return HeldOut(gram, cross, group_variance.sum(), group_gram, group_cross, group_variance)
+
+
+def held_out_errors(f: jax.Array, t: jax.Array, held: HeldOut) -> tuple[jax.Array, jax.Array]:
+    """Mean squared probe error on held-out data for every k, in total and by group (traceable).
+
+    error(k) = tr Syy_ev - 2 sum_{i<=k} t_i.B_i + sum_{i,j<=k} (t_i.t_j) M_ij. Row i of the double sum is f_i^T Sxx_ev c_i
+    with c_i = |t_i|^2 f_i + 2 sum_{j<i} (t_i.t_j) f_j: c serves every group, and each group costs one product.
+
+    Args:
+        f: [r, k] orthonormal features in whitened coordinates. t: [k, q] their training targets. held: projection.
+
+    Returns:
+        total [k] and parts by group [g, k] (they sum to the total), squared target units. Cost 2 (g + 1) r^2 k; the
+        groups run in float32, since only standard errors use them.
+    """
+    inner = jnp.dot(t, t.T, precision=_HIGHEST)
+    c = jnp.dot(f, jnp.triu(2 * inner, 1) + jnp.diag(jnp.diag(inner)), precision=_HIGHEST)
+    linear = jnp.cumsum((t * jnp.dot(f.T, held.cross, precision=_HIGHEST)).sum(1))
+    square = jnp.cumsum((f * jnp.dot(held.gram, c, precision=_HIGHEST)).sum(0))
+    f_low, c_low = f.astype(jnp.float32), c.astype(jnp.float32)
+
+    def one_group(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        gram, cross, variance = part
+        rows = (f_low * jnp.dot(gram, c_low, precision=_HIGHEST)).sum(0).astype(t.dtype)
+        return variance + jnp.cumsum(rows - 2 * (t * jnp.dot(f.T, cross, precision=_HIGHEST)).sum(1))
+
+    groups = jax.lax.map(one_group, (held.group_gram, held.group_cross, held.group_variance))
+    return held.variance - 2 * linear + square, groups
+
+
+def held_out_curves(errors: np.ndarray, group_errors: np.ndarray, held: HeldOut) -> HeldOutCurves:
+    """Held-out r2 = 1 - error / tr Syy_ev and its grouped standard error.
+
+    Args:
+        errors: [..., k] from :func:`held_out_errors`. group_errors: [..., g, k]. held: the projection.
+
+    Returns:
+        r2 [..., k], se [..., k], influence [..., g, k].
+
+    Example:
+        >>> held = HeldOut(
+        ...     np.eye(1),
+        ...     np.ones((1, 1)),
+        ...     np.float64(2.0),
+        ...     np.ones((2, 1, 1), np.float32),
+        ...     np.ones((2, 1, 1)),
+        ...     np.ones(2),
+        ... )
+        >>> held_out_curves(np.array([1.0]), np.array([[0.5], [0.5]]), held).r2.tolist()
+        [0.5]
+    """
+    total = float(held.group_variance.sum())
+    r2 = 1.0 - np.asarray(errors, np.float64) / total
+    parts = np.asarray(group_errors, np.float64)
+    # The parts carry float32 rounding: their own sum is the consistent centre of the influences.
+    share = parts.sum(-2, keepdims=True) / total
+    influence = -(parts - share * held.group_variance[:, None]) / total
+    return HeldOutCurves(r2, paired_se(influence), influence)
+
+
+def paired_se(influence: np.ndarray) -> np.ndarray:
+    """Standard error of an estimate, or of any difference of estimates on the same held-out data.
+
+    SE^2 = G/(G - 1) sum_g psi_g^2, psi the (difference of) influences of the G groups.
+
+    Args:
+        influence: [..., g, k].
+
+    Returns:
+        [..., k]; NaN with fewer than two groups.
+
+    Example:
+        >>> paired_se(np.array([[0.1], [-0.1]])).round(3).tolist()
+        [0.2]
+    """
+    g = influence.shape[-2]
+    if g < 2:
+        return np.full((*influence.shape[:-2], influence.shape[-1]), np.nan)
+    return np.sqrt(g / (g - 1) * (np.asarray(influence, np.float64) ** 2).sum(-2))
+
+
+def encoder_curves(
+    moments: Moments,
+    encoder: np.ndarray,
+    *,
+    eval_moments: Moments | None = None,
+    pixel_noise: float | None = None,
+) -> tuple[Curves, HeldOutCurves | None]:
+    """The curves of any linear encoder: features V_k^T x with V_k its first k columns.
+
+    Args:
+        moments: of the training data (the probe is fitted on them). encoder: [d, k] V.
+        eval_moments: of held-out data, grouped. pixel_noise: as in :func:`mae_align.factorize.factorize`.
+
+    Returns:
+        In-sample curves [k], and held-out curves or None. Cost: one eigh of size d.
+
+    Raises:
+        InputError: wrong encoder shape, NaN, or columns that are linearly dependent on these images.
+
+    Example:
+        >>> x = np.random.default_rng(0).normal(size=(60, 2, 2, 1))
+        >>> m = Moments.from_arrays(x, x.reshape(60, 4)[:, :1])
+        >>> encoder_curves(m, np.eye(4))[0].r2.round(6).tolist()
+        [1.0, 1.0, 1.0, 1.0]
+    """
+    problem = factorize(moments, pixel_noise=pixel_noise)
+    encoder = np.asarray(encoder, np.float64)
+    if encoder.ndim != 2 or len(encoder) != len(problem.u) or not np.isfinite(encoder).all():
+        raise InputError(f"encoder of shape {list(encoder.shape)}: give finite numbers [{len(problem.u)}, k]")
+    problem.check_k(encoder.shape[1])
+    q = feature_basis(problem, encoder)
+    t = q.T @ problem.t0
+    inside = curves_from_targets(t, problem.t0, problem.syy, problem.yty)
+    if eval_moments is None:
+        return inside, None
+    held = hold_out(problem, eval_moments)
+    with solve_context("float64"):
+        total, parts = (np.asarray(a) for a in held_out_errors_jit(q, t, held))
+    return inside, held_out_curves(total, parts, held)
+
+
+held_out_errors_jit = jax.jit(held_out_errors)

@@ -1,0 +1,259 @@
+"""Closed-form linear autoencoders: Theorem 1 (with supervision) and Theorem 3 (with a corruption).
+
+Both are stated for S = cov(x) + pixel_noise I on its numerical range; see docs/theory.md, sections 2 and 3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mae_align.corruption import Corruption, CorruptionMoments
+from mae_align.devices import solve_context
+from mae_align.errors import InputError
+from mae_align.factorize import Factorized, factorize, pca_basis
+from mae_align.grid import solve_features
+from mae_align.moments import Moments
+from mae_align.patches import ImageShape
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinearAutoencoder:
+    """A linear autoencoder with a linear head; a pytree.
+
+    Attributes:
+        encoder: [d, k] V. head: [k, q] W. decoder: [k, d] Z. mean_x: [d]. mean_y: [q].
+        loss: minimum of the training objective, in its own units.
+        rank: numerical rank of S. pixel_noise: variance on its diagonal. rtol: relative cutoff of its spectrum.
+        image_shape: (h, w, c). note: what a reader of the result must know, "" if nothing.
+    """
+
+    encoder: np.ndarray
+    head: np.ndarray
+    decoder: np.ndarray
+    mean_x: np.ndarray
+    mean_y: np.ndarray
+    loss: float
+    rank: int = dataclasses.field(metadata={"static": True})
+    pixel_noise: float = dataclasses.field(metadata={"static": True})
+    rtol: float = dataclasses.field(metadata={"static": True})
+    image_shape: ImageShape = dataclasses.field(metadata={"static": True})
+    note: str = dataclasses.field(default="", metadata={"static": True})
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """Features (x - mean_x) V.
+
+        Args:
+            images: [n, h, w, c], any numeric dtype.
+
+        Returns:
+            [n, k].
+
+        Raises:
+            InputError: images of another shape.
+        """
+        if tuple(images.shape[1:]) != tuple(self.image_shape):
+            raise InputError(f"images have shape {list(images.shape)}: this encoder takes [n, {self.image_shape}]")
+        return (images.reshape(len(images), -1) - self.mean_x[None, :]) @ self.encoder
+
+    def reconstruct(self, images: np.ndarray) -> np.ndarray:
+        """Reconstructions mean_x + (x - mean_x) V Z of (corrupted) images.
+
+        Args:
+            images: [n, h, w, c].
+
+        Returns:
+            [n, h, w, c].
+        """
+        return (self.encode(images) @ self.decoder + self.mean_x[None, :]).reshape(images.shape)
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """Predicted targets mean_y + (x - mean_x) V W of clean images.
+
+        Args:
+            images: [n, h, w, c].
+
+        Returns:
+            [n, q].
+        """
+        return self.encode(images) @ self.head + self.mean_y[None, :]
+
+
+def supervised_autoencoder(
+    moments: Moments, lam: float, k: int, *, pixel_noise: float | None = None, rtol: float | None = None
+) -> LinearAutoencoder:
+    """Theorem 1: min over V, W, Z of E|W^T V^T x - y|^2 + lam E|Z^T V^T x - x|^2.
+
+    V spans the top-k solutions of (Sxy Sxy^T + lam S^2) v = mu S v, scaled to V^T S V = I; W = V^T Sxy; Z = V^T S; the
+    minimum is tr Syy + lam tr S - sum of the k largest mu.
+
+    Args:
+        moments: of the training data. lam: weight of reconstruction in [0, inf], target^2 / pixel^2. inf is PCA (the
+            loss is then the reconstruction error alone). 0 is ordinary least squares for k >= rank(Sxy) and
+            reduced-rank regression below; features beyond rank(Sxy) are those of the limit 0+.
+        k: number of features, at most the rank. pixel_noise, rtol: see :func:`mae_align.factorize.factorize`.
+
+    Returns:
+        The autoencoder, float64. Cost: eigh of size d and of size rank.
+
+    Raises:
+        InputError: lam negative or NaN, k outside 1..rank.
+
+    Example:
+        >>> x = np.random.default_rng(0).normal(size=(50, 2, 2, 1))
+        >>> m = Moments.from_arrays(x, x.reshape(50, 4)[:, :1])
+        >>> abs(supervised_autoencoder(m, 0.0, 1, pixel_noise=0.0).loss) < 1e-9
+        True
+    """
+    if not lam >= 0:
+        raise InputError(f"lambda {lam}: give a weight of at least 0 (inf for reconstruction alone)")
+    problem = factorize(moments, pixel_noise=pixel_noise, rtol=rtol)
+    problem.check_k(k)
+    trace_s, trace_y = float(problem.s.sum()), float(np.trace(problem.syy))
+    total = trace_s if math.isinf(lam) else trace_y + lam * trace_s
+    alpha, beta = (0.0, 1.0 / total) if math.isinf(lam) else (1.0 / total, lam / total)
+    with solve_context("float64"):
+        basis = pca_basis(problem)
+        solution, f = solve_features(
+            basis.e,
+            basis.gram,
+            basis.target,
+            jnp.asarray(problem.s),
+            jnp.ones(problem.rank),
+            jnp.asarray(alpha),
+            jnp.asarray(beta),
+            max_k=k,
+        )
+        f, mu = np.asarray(f), np.asarray(solution.mu)
+    note = ""
+    tasks = int(np.linalg.matrix_rank(problem.t0))
+    if lam == 0 and k > tasks:
+        note = f"lam = 0 fixes only {tasks} features; the other {k - tasks} are those of the limit lam -> 0+"
+    encoder = problem.u / np.sqrt(problem.s) @ f
+    return _result(problem, encoder, f.T @ problem.t0, f.T @ problem.root.T, total * (1.0 - float(mu.sum())), note)
+
+
+def denoising_autoencoder(
+    moments: Moments,
+    corruption: Corruption,
+    k: int,
+    *,
+    pixel_noise: float | None = None,
+    rtol: float | None = None,
+) -> LinearAutoencoder:
+    """Theorem 3: min over V, Z of E|Z^T V^T x' - x|^2 for a corruption x' of x; the head is refitted on clean x.
+
+    With G = E[x' x'^T], A = E[x' x^T]: V spans the top-k solutions of A A^T v = mu G v; Z = (V^T G V)^-1 V^T A;
+    the minimum is tr S - sum of the k largest mu. Solved by the singular vectors of G^-1/2 A, which does not square the
+    spectrum.
+
+    Args:
+        moments: of the training data. corruption: any object with exact moments. k: number of features.
+        pixel_noise, rtol: see :func:`mae_align.factorize.factorize`.
+
+    Returns:
+        The autoencoder, float64. Where everything is masked (p = 1) it is the finite limit p -> 1. Cost: two eigh and
+        one SVD of size d.
+
+    Raises:
+        InputError: k outside 1..rank.
+
+    Example:
+        >>> from mae_align.corruption import PatchMasking
+        >>> x = np.random.default_rng(0).normal(size=(50, 4, 4, 1))
+        >>> m = Moments.from_arrays(x, np.arange(50) % 2)
+        >>> denoising_autoencoder(m, PatchMasking(2, 0.5), 3).decoder.shape
+        (3, 16)
+    """
+    problem = factorize(moments, pixel_noise=pixel_noise, rtol=rtol)
+    problem.check_k(k)
+    gram, cross, keep = corruption.moments(problem.sxx, problem.image_shape)
+    with solve_context("float64"):
+        values, vectors = (np.asarray(a) for a in jnp.linalg.eigh(jnp.asarray(gram)))
+        real = values > problem.rtol * values[-1]
+        half = vectors[:, real] / np.sqrt(values[real])
+        left, size, right = (np.asarray(a) for a in jnp.linalg.svd(jnp.asarray(half.T @ cross), full_matrices=False))
+    encoder = half @ left[:, :k]
+    q, r = np.linalg.qr(problem.root.T @ encoder)
+    head = np.linalg.solve(r, q.T @ problem.t0)
+    loss = float(np.trace(problem.sxx) - keep * (size[:k] ** 2).sum())
+    return _result(problem, encoder, head, size[:k, None] * right[:k], loss, "")
+
+
+def supervised_loss(
+    encoder: jax.Array,
+    head: jax.Array,
+    decoder: jax.Array,
+    lam: jax.Array | float,
+    sxx: jax.Array,
+    sxy: jax.Array,
+    syy: jax.Array,
+) -> jax.Array:
+    """Expected loss of Theorem 1 at any V, W, Z, from moments: E|W^T V^T x - y|^2 + lam E|Z^T V^T x - x|^2.
+
+    Args:
+        encoder: [d, k]. head: [k, q]. decoder: [k, d]. lam: finite weight. sxx: [d, d]. sxy: [d, q]. syy: [q, q].
+
+    Returns:
+        Scalar; differentiable. Cost d^2 k.
+
+    Example:
+        >>> one = np.ones((1, 1))
+        >>> float(supervised_loss(one, one, one, 1.0, one, one, one))
+        0.0
+    """
+    task = _quadratic(encoder, head, sxx, sxy, jnp.trace(syy))
+    return task + lam * _quadratic(encoder, decoder, sxx, sxx, jnp.trace(sxx))
+
+
+def denoising_loss(encoder: jax.Array, decoder: jax.Array, sxx: jax.Array, corruption: CorruptionMoments) -> jax.Array:
+    """Expected loss of Theorem 3 at any V, Z, from moments: E|Z^T V^T x' - x|^2.
+
+    Args:
+        encoder: [d, k]. decoder: [k, d]. sxx: [d, d] clean covariance. corruption: moments of x'.
+
+    Returns:
+        Scalar, squared pixel units; differentiable. Cost d^2 k.
+
+    Example:
+        >>> one = np.ones((1, 1))
+        >>> float(denoising_loss(one, one, one, CorruptionMoments(one, one, 1.0)))
+        0.0
+    """
+    gram, cross = corruption.keep * corruption.gram, corruption.keep * corruption.cross
+    return _quadratic(encoder, decoder, gram, cross, jnp.trace(sxx))
+
+
+def _quadratic(
+    encoder: jax.Array, read: jax.Array, gram: jax.Array, cross: jax.Array, constant: jax.Array
+) -> jax.Array:
+    """E|read^T V^T a - b|^2 with gram = E a a^T, cross = E a b^T, constant = E|b|^2."""
+    features = jnp.dot(encoder.T, jnp.dot(gram, encoder, precision=_HIGHEST), precision=_HIGHEST)
+    linear = jnp.vdot(jnp.dot(encoder.T, cross, precision=_HIGHEST), read, precision=_HIGHEST)
+    outer = jnp.dot(read, read.T, precision=_HIGHEST)
+    return constant - 2 * linear + jnp.vdot(features, outer, precision=_HIGHEST)
+
+
+def _result(
+    problem: Factorized, encoder: np.ndarray, head: np.ndarray, decoder: np.ndarray, loss: float, note: str
+) -> LinearAutoencoder:
+    return LinearAutoencoder(
+        encoder,
+        head,
+        decoder,
+        problem.mean_x,
+        problem.mean_y,
+        loss,
+        rank=problem.rank,
+        pixel_noise=problem.pixel_noise,
+        rtol=problem.rtol,
+        image_shape=problem.image_shape,
+        note=note,
+    )

@@ -1,0 +1,203 @@
+"""A labelled image set in memory, checked once when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import numpy as np
+
+from mae_align.checks import check_images
+from mae_align.errors import InputError
+
+ImageShape = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """Train and test images with class labels, as NumPy arrays.
+
+    uint8 images stay uint8 (their moments are exact), float32 and float64 images stay what they
+    are. Other integers within 0..255 become uint8 with a warning.
+
+    Attributes:
+        train_images: [n, h, w, c] pixels, in the units they are stored in.
+        train_labels: [n] int64 in 0..num_classes - 1.
+        test_images: [m, h, w, c], same shape and dtype of an image as in ``train_images``.
+        test_labels: [m] int64.
+        class_names: one name per class.
+        name: short name for titles and folders.
+
+    Raises:
+        InputError: shapes, dtypes, labels or names that do not fit together, NaN or infinite
+            pixels, an empty split, fewer than two classes.
+
+    Example:
+        >>> x, y = np.zeros((4, 8, 8, 1), np.uint8), np.array([0, 1, 0, 1])
+        >>> data = ImageDataset(x, y, x[:2], y[:2], ("cat", "dog"), "pets")
+        >>> data
+        ImageDataset('pets', train 4, test 2, image 8x8x1 uint8, 2 classes)
+        >>> data.num_classes, data.image_shape
+        (2, (8, 8, 1))
+    """
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    class_names: tuple[str, ...]
+    name: str
+
+    def __post_init__(self) -> None:
+        for field, value in _checked(self).items():
+            object.__setattr__(self, field, value)
+
+    def __repr__(self) -> str:
+        h, w, c = self.image_shape
+        return (
+            f"ImageDataset({self.name!r}, train {len(self.train_labels)}, "
+            f"test {len(self.test_labels)}, image {h}x{w}x{c} {self.train_images.dtype}, "
+            f"{self.num_classes} classes)"
+        )
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """Height, width and channels of one image."""
+        h, w, c = self.train_images.shape[1:]
+        return h, w, c
+
+
+def number_classes(train_labels: np.ndarray, test_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Labels renumbered to 0, 1, ... without gaps; the names keep the original values.
+
+    For files whose labels carry no names and may start at 1 or leave values out.
+
+    Args:
+        train_labels: [n] integers.
+        test_labels: [m] integers.
+
+    Returns:
+        [n] and [m] int64 labels and the class names.
+
+    Raises:
+        InputError: negative labels, or a test label that no training image has.
+
+    Example:
+        >>> number_classes(np.array([3, 7, 3]), np.array([7]))
+        (array([0, 1, 0]), array([1]), ('3', '7'))
+    """
+    classes = np.unique(train_labels)
+    if classes.size and classes[0] < 0:
+        raise InputError(f"train labels hold {classes[0]}: labels must be >= 0; drop images without a label")
+    unseen = np.setdiff1d(test_labels, classes)
+    if unseen.size:
+        raise InputError(
+            f"test labels hold {unseen[:5].tolist()}, which no training image has: "
+            "train and test must share their classes"
+        )
+    train = np.searchsorted(classes, train_labels).astype(np.int64)
+    test = np.searchsorted(classes, test_labels).astype(np.int64)
+    return train, test, tuple(str(value) for value in classes.tolist())
+
+
+def check_labels(labels: np.ndarray, where: str) -> np.ndarray:
+    """Class labels as int64 [n]; a column [n, 1] is flattened.
+
+    Args:
+        labels: [n] or [n, 1] integers.
+        where: what the labels are, for messages.
+
+    Returns:
+        [n] int64.
+
+    Raises:
+        InputError: other shape or dtype.
+
+    Example:
+        >>> check_labels(np.array([[1], [0]], np.uint8), "y_train")
+        array([1, 0])
+    """
+    labels = np.asarray(labels)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1:
+        raise InputError(
+            f"{where} has shape {list(labels.shape)}: give one class number per image, [n] "
+            "(argmax turns one-hot rows into class numbers)"
+        )
+    if labels.dtype.kind not in "iu":
+        raise InputError(f"{where} has dtype {labels.dtype}: give integer class numbers 0, 1, ...")
+    return labels.astype(np.int64)
+
+
+def _checked(data: ImageDataset) -> dict[str, object]:
+    """The fields of a data set, checked and converted to their documented types."""
+    name = data.name
+    names = tuple(str(value) for value in data.class_names)
+    if len(names) < 2:
+        raise InputError(f"{name!r} has {len(names)} class name(s): a task needs at least two")
+    train, train_labels = _checked_split(data.train_images, data.train_labels, len(names), f"train_{{}} of {name!r}")
+    test, test_labels = _checked_split(data.test_images, data.test_labels, len(names), f"test_{{}} of {name!r}")
+    if train.shape[1:] != test.shape[1:]:
+        raise InputError(
+            f"images of {name!r} are {list(train.shape[1:])} in train but {list(test.shape[1:])} "
+            "in test: bring both to one height, width and number of channels"
+        )
+    if train.dtype != test.dtype:
+        raise InputError(f"images of {name!r} are {train.dtype} in train but {test.dtype} in test: use one dtype")
+    if np.all(train_labels == train_labels[0]):
+        raise InputError(f"all training images of {name!r} are of one class: give at least two")
+    return {
+        "train_images": train,
+        "train_labels": train_labels,
+        "test_images": test,
+        "test_labels": test_labels,
+        "class_names": names,
+    }
+
+
+def _checked_split(
+    images: np.ndarray, labels: np.ndarray, num_classes: int, where: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of one split; ``where`` names them with a {} for which of the two."""
+    images = _checked_images(images, where.format("images"))
+    labels = check_labels(labels, where.format("labels"))
+    if len(images) != len(labels):
+        raise InputError(
+            f"{where.format('images')} number {len(images)} but {where.format('labels')} "
+            f"{len(labels)}: give one label per image"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise InputError(
+            f"{where.format('labels')} run from {low} to {high} but there are {num_classes} class "
+            f"names: labels must lie in 0..{num_classes - 1}"
+        )
+    return images, labels
+
+
+def _checked_images(images: np.ndarray, where: str) -> np.ndarray:
+    """Images [n, h, w, c] as uint8 or floats, finite."""
+    images = np.asarray(images)
+    if images.dtype.kind in "iu" and images.dtype != np.uint8 and images.size:
+        low, high = int(images.min()), int(images.max())
+        if low < 0 or high > 255:
+            raise InputError(
+                f"{where} are {images.dtype} from {low} to {high}: give uint8 pixels 0..255, or floats for other ranges"
+            )
+        warnings.warn(f"{where}: {images.dtype} pixels stored as uint8", stacklevel=6)
+        images = images.astype(np.uint8)
+    if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[2] == images.shape[3] > 4:
+        raise InputError(
+            f"{where} have shape {list(images.shape)}, which looks like [n, c, h, w]: "
+            "move the channels last, np.moveaxis(images, 1, -1)"
+        )
+    try:
+        return check_images(images)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None

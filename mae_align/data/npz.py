@@ -1,0 +1,116 @@
+"""NumPy archives with x_train, y_train, x_test, y_test; never unpickled."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from mae_align.data.dataset import ImageDataset, check_labels, number_classes
+from mae_align.errors import InputError
+
+_KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+def load_npz(path: Path) -> ImageDataset:
+    """The data set of one ``.npz`` file.
+
+    Arrays: ``x_train``, ``x_test`` [n, h, w] or [n, h, w, c]; ``y_train``, ``y_test`` integers [n]
+    or [n, 1]; optional ``class_names`` [q], else the label values are the names. Object arrays are
+    refused, for reading them would run code from the file.
+
+    Args:
+        path: the file, as written by ``numpy.savez`` or ``numpy.savez_compressed``.
+
+    Returns:
+        The data set; grey images get a channel axis.
+
+    Raises:
+        InputError: missing or damaged file, missing keys, object arrays, arrays that do not fit
+            together.
+
+    Example:
+        >>> import tempfile
+        >>> x, y = np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 0, 1])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "toy.npz"
+        ...     np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
+        ...     load_npz(path)
+        ImageDataset('toy', train 4, test 4, image 8x8x1 uint8, 2 classes)
+    """
+    arrays = _read(path)
+    train_labels = check_labels(arrays["y_train"], f"y_train of {path}")
+    test_labels = check_labels(arrays["y_test"], f"y_test of {path}")
+    if "class_names" in arrays:
+        names = _class_names(arrays["class_names"], path)
+    else:
+        try:
+            train_labels, test_labels, names = number_classes(train_labels, test_labels)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+    return ImageDataset(
+        _with_channels(arrays["x_train"], f"x_train of {path}"),
+        train_labels,
+        _with_channels(arrays["x_test"], f"x_test of {path}"),
+        test_labels,
+        names,
+        path.stem,
+    )
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of the archive that a data set is made of."""
+    try:
+        archive = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"no file {path}: check the path, npz:FILE") from None
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        # NumPy takes whatever is neither .npy nor a zip for a pickle: its own words would mislead.
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "damaged"
+        raise InputError(f"cannot read {path} as an .npz file ({reason}): write it again with numpy.savez") from None
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise InputError(f"{path} holds a single array: save {', '.join(_KEYS)} with numpy.savez")
+    with archive:
+        missing = [key for key in _KEYS if key not in archive.files]
+        if missing:
+            present = ", ".join(archive.files) or "nothing"
+            raise InputError(
+                f"{path} lacks {', '.join(missing)} (it holds {present}): save {', '.join(_KEYS)} with numpy.savez"
+            )
+        keys = [*_KEYS, "class_names"] if "class_names" in archive.files else [*_KEYS]
+        return {key: _read_array(archive, key, path) for key in keys}
+
+
+def _read_array(archive: np.lib.npyio.NpzFile, key: str, path: Path) -> np.ndarray:
+    """One array of the archive."""
+    try:
+        array = archive[key]
+    except MemoryError:
+        raise
+    except Exception as error:  # damage shows as whatever the zip, zlib or header parser raises
+        if "allow_pickle" in str(error):
+            raise InputError(
+                f"{key} of {path} is an object array, which is not read: save a plain array "
+                "(for names, np.array(names))"
+            ) from None
+        raise InputError(f"{key} of {path} is damaged ({error}): write the file again with numpy.savez") from None
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{key} of {path} is not an array: write the file with numpy.savez")
+    return array
+
+
+def _class_names(names: np.ndarray, path: Path) -> tuple[str, ...]:
+    """Class names [q] as strings; bytes are read as UTF-8."""
+    if names.ndim != 1:
+        raise InputError(f"class_names of {path} has shape {list(names.shape)}: give one name per class, [q]")
+    if names.dtype.kind == "S":
+        names = np.char.decode(names, "utf-8", "replace")
+    return tuple(str(name) for name in names.tolist())
+
+
+def _with_channels(images: np.ndarray, where: str) -> np.ndarray:
+    """Images [n, h, w, c]; a channel axis is added to [n, h, w]."""
+    if images.ndim not in (3, 4):
+        raise InputError(f"{where} has shape {list(images.shape)}: give [n, h, w] or [n, h, w, c]")
+    return images[..., None] if images.ndim == 3 else images

@@ -1,0 +1,203 @@
+"""What runs at one grid point: pure functions, compiled for one point or vmapped over a batch of them.
+
+At one point (docs/theory.md, section 4) the weighted problem of Theorems 1 and 3 is an ordinary symmetric eigenproblem
+in the patch basis; b are its eigenvectors, largest first::
+
+    H = beta diag(w) K diag(w) + alpha diag(w) T T^T diag(w) = b diag(mu) b^T
+
+The features' orthonormal sample basis is E Q with diag(w) b = Q B. Householder QR gives B without forming the Gram
+matrix of diag(w) b, whose condition number would be squared, and one triangular solve gives t = Q^T T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+
+from mae_align.alignment import HeldOut, held_out_errors
+from mae_align.factorize import Factorized, PatchBasis
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class PointSolution(NamedTuple):
+    """The solution at one grid point.
+
+    Attributes:
+        mu: [k] eigenvalues of H (shares of the loss at k = 0). gap: [k] (mu_k - mu_{k+1}) / mu_k of the solved matrix.
+        t: [k, q] targets in the features' orthonormal basis.
+    """
+
+    mu: jax.Array
+    gap: jax.Array
+    t: jax.Array
+
+
+class FeatureSolution(NamedTuple):
+    """The solution with its features formed.
+
+    Attributes:
+        mu, gap, t: as in :class:`PointSolution`.
+        explained: [k] pixel variance that a linear decoder of clean features 1..k explains, squared pixel units.
+    """
+
+    mu: jax.Array
+    gap: jax.Array
+    t: jax.Array
+    explained: jax.Array
+
+
+def _directions(
+    gram: jax.Array, target: jax.Array, w: jax.Array, alpha: jax.Array, beta: jax.Array, max_k: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Directions b [r, k], mu [k], gap [k]; beta = 0 is the limit of a vanishing reconstruction weight."""
+    wt = w[:, None] * target
+    reconstruct = w[:, None] * gram * w[None, :]
+
+    def weighted() -> jax.Array:
+        return beta * reconstruct + alpha * jnp.dot(wt, wt.T, precision=_HIGHEST)
+
+    def limit() -> jax.Array:
+        # First the supervised directions (the range of wt), then reconstruction within their complement: shifting the
+        # first above 1 and scaling the second below 1 lets one eigendecomposition order both.
+        lead, size, _ = jnp.linalg.svd(wt, full_matrices=False)
+        real = size > jnp.finfo(size.dtype).eps * wt.shape[0] * size[0]
+        lead = lead * real[None, :]
+        inner = jnp.dot(lead.T, reconstruct, precision=_HIGHEST)
+        side = jnp.dot(lead, inner, precision=_HIGHEST)
+        both = jnp.dot(lead, jnp.dot(inner, lead, precision=_HIGHEST), precision=_HIGHEST)
+        rest = reconstruct - side - side.T + jnp.dot(both, lead.T, precision=_HIGHEST)
+        order = 2.0 + (size / size[0]) ** 2
+        return rest / jnp.trace(reconstruct) + jnp.dot(lead * order[None, :], lead.T, precision=_HIGHEST)
+
+    values, vectors = jnp.linalg.eigh(jax.lax.cond(beta > 0, weighted, limit))
+    values, b = values[::-1], vectors[:, ::-1][:, :max_k]
+    following = jnp.concatenate([values[1:], jnp.zeros_like(values[:1])])
+    gap = ((values - following) / jnp.maximum(values, jnp.finfo(values.dtype).tiny))[:max_k]
+    supervised = alpha * (jnp.dot(b.T, wt, precision=_HIGHEST) ** 2).sum(1)
+    return b, jnp.where(beta > 0, values[:max_k], supervised), gap
+
+
+def solve_point(
+    gram: jax.Array, target: jax.Array, w: jax.Array, alpha: jax.Array, beta: jax.Array, *, max_k: int
+) -> PointSolution:
+    """Targets in the features' basis for every k at once, without forming the features.
+
+    Args:
+        gram: [r, r] K. target: [r, q] T. w: [r] mask weights. alpha: weight of supervision. beta: of reconstruction;
+            0 means its limit 0+. max_k: number of features.
+
+    Returns:
+        mu [k], gap [k], t [k, q]. Cost: eigh of size r and an R-only QR [r, k]. Pure; vmap it over w, alpha, beta.
+    """
+    b, mu, gap = _directions(gram, target, w, alpha, beta, max_k)
+    triangle = jnp.linalg.qr(w[:, None] * b, mode="r")
+    against = jnp.dot(b.T, w[:, None] * target, precision=_HIGHEST)
+    return PointSolution(mu, gap, solve_triangular(triangle, against, trans=1))
+
+
+def solve_features(
+    e: jax.Array,
+    gram: jax.Array,
+    target: jax.Array,
+    s: jax.Array,
+    w: jax.Array,
+    alpha: jax.Array,
+    beta: jax.Array,
+    *,
+    max_k: int,
+) -> tuple[FeatureSolution, jax.Array]:
+    """The solution and its features in the coordinates of the factorised problem.
+
+    Args:
+        e: [r, r] patch basis. s: [r] eigenvalues of S. Others as in :func:`solve_point`.
+
+    Returns:
+        The solution, and f [r, k] = E Q with orthonormal columns. Cost: eigh of size r, QR [r, k], r^2 k.
+    """
+    b, mu, gap = _directions(gram, target, w, alpha, beta, max_k)
+    q, _ = jnp.linalg.qr(w[:, None] * b)
+    f = jnp.dot(e, q, precision=_HIGHEST)
+    t = jnp.dot(q.T, target, precision=_HIGHEST)
+    return FeatureSolution(mu, gap, t, jnp.cumsum((s[:, None] * f**2).sum(0))), f
+
+
+def _features_and_errors(
+    e: jax.Array,
+    gram: jax.Array,
+    target: jax.Array,
+    s: jax.Array,
+    held: HeldOut,
+    w: jax.Array,
+    alpha: jax.Array,
+    beta: jax.Array,
+    *,
+    max_k: int,
+) -> tuple[FeatureSolution, jax.Array, jax.Array]:
+    solution, f = solve_features(e, gram, target, s, w, alpha, beta, max_k=max_k)
+    return solution, *held_out_errors(f, solution.t, held)
+
+
+def _only_solution(*args: jax.Array, max_k: int) -> FeatureSolution:
+    return solve_features(*args, max_k=max_k)[0]
+
+
+def _one(function: Callable[..., Any]) -> Callable[..., Any]:
+    return partial(jax.jit, static_argnames="max_k")(function)
+
+
+def _many(function: Callable[..., Any], shared: int) -> Callable[..., Any]:
+    """The same function mapped over its last three arguments (w, alpha, beta); the first ``shared`` are common."""
+
+    @partial(jax.jit, static_argnames="max_k")
+    def call(*args: Any, max_k: int) -> Any:
+        return jax.vmap(partial(function, max_k=max_k), in_axes=(None,) * shared + (0, 0, 0))(*args)
+
+    return call
+
+
+class PointProgram(NamedTuple):
+    """One compiled program of a grid: for a single point (CPU workers) and for a batch of points (accelerators).
+
+    Attributes:
+        name: part of a sweep's identity. one: jitted function of a point. many: the same, vmapped over the last
+            three arguments w, alpha, beta. shared: the arguments before those. named: the solution's arrays by name.
+    """
+
+    name: str
+    one: Callable[..., Any]
+    many: Callable[..., Any]
+    shared: Callable[[PatchBasis, Factorized, HeldOut | None], tuple[Any, ...]]
+    named: Callable[[Any], dict[str, Any]]
+
+
+def _spectrum(problem: Factorized) -> jax.Array:
+    return jnp.asarray(problem.s, problem.dtype)
+
+
+CURVES = PointProgram(
+    "curves",
+    _one(solve_point),
+    _many(solve_point, 2),
+    lambda basis, problem, held: (basis.gram, basis.target),
+    lambda out: out._asdict(),
+)
+FEATURES = PointProgram(
+    "features",
+    _one(_only_solution),
+    _many(_only_solution, 4),
+    lambda basis, problem, held: (basis.e, basis.gram, basis.target, _spectrum(problem)),
+    lambda out: out._asdict(),
+)
+HELD_OUT = PointProgram(
+    "held out",
+    _one(_features_and_errors),
+    _many(_features_and_errors, 5),
+    lambda basis, problem, held: (basis.e, basis.gram, basis.target, _spectrum(problem), held),
+    lambda out: out[0]._asdict() | {"errors": out[1], "group_errors": out[2]},
+)

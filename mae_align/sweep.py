@@ -1,0 +1,292 @@
+"""Grids over patch size, pixel noise, mask ratio and supervision, every k at once.
+
+:func:`sweep` is the joint grid; :func:`masking_sweep`, :func:`lambda_sweep` and :func:`gaussian_sweep` are its slices.
+Results are labelled ``xarray.Dataset`` objects that hold NumPy arrays and record how they were made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import xarray as xr
+
+from mae_align import grid
+from mae_align.alignment import HeldOut, held_out_errors_jit, hold_out
+from mae_align.assemble import assemble, provenance
+from mae_align.corruption import PatchMask, PatchMasking
+from mae_align.devices import is_cpu, solve_context, solve_device, worker_count
+from mae_align.errors import InputError
+from mae_align.factorize import DType, Factorized, PatchBasis, factorize, mask_weights, patch_basis, pca_basis
+from mae_align.grid import PointProgram
+from mae_align.moments import Moments
+from mae_align.patches import PatchSize
+from mae_align.points import BasisKey, GridPoint, GridSpec
+from mae_align.runner import Arrays, Task, TaskGroup, run_groups
+from mae_align.store import PointStore, fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """How a sweep is run; none of it changes the numbers beyond rounding.
+
+    Attributes:
+        workers: threads on a CPU; default one per core.
+        batch_size: grid points per call; default 1 on a CPU, 8 on an accelerator (vmapped).
+        progress: show a progress bar.
+        store: folder for finished points; the same sweep started again goes on from there.
+
+    Example:
+        >>> RunOptions(workers=2).batch_size is None
+        True
+    """
+
+    workers: int | None = None
+    batch_size: int | None = None
+    progress: bool = False
+    store: str | Path | None = None
+
+
+def masking_sweep(
+    moments: Moments,
+    patch_sizes: Sequence[PatchSize],
+    mask_ratios: Sequence[float],
+    *,
+    masking: type[PatchMask] = PatchMasking,
+    eval_moments: Moments | None = None,
+    max_k: int | None = None,
+    pixel_noise: float | None = None,
+    rtol: float | None = None,
+    dtype: DType = "float64",
+    run: RunOptions | None = None,
+) -> xr.Dataset:
+    """Curves of the masked autoencoder's features for every patch size, mask ratio and k (the paper's Fig. 7).
+
+    V spans the top-k solutions of A A^T v = mu G v with G, A of the mask (Theorem 3); the probe is refitted on clean
+    images. ``je_r2`` is linear joint embedding of two masked views: the eigenvectors of P, at any ratio in (0, 1).
+
+    Args:
+        moments: of the training data.
+        patch_sizes: ints or (h, w) in pixels. mask_ratios: in [0, 1], both ends included.
+        masking: family of masks; ``FixedCountPatchMasking`` rounds the ratio to whole patches (see the coordinates
+            ``realized_ratio`` and ``num_patches``).
+        eval_moments: of held-out data, with groups for standard errors.
+        max_k: number of features; default the rank.
+        pixel_noise, rtol, dtype: as in :func:`mae_align.factorize.factorize`.
+        run: workers, batches, progress, resume.
+
+    Returns:
+        Dataset over patch_size, mask_ratio, k with r2, alignment, probe_mse, loss, eigengap, je_r2 and, with
+        ``eval_moments``, eval_r2, eval_r2_se, eval_influence (over ``group``) and their je_ counterparts; p_eff,
+        condition as coordinates. Cost: one eigh and one R-only QR of the rank per point.
+
+    Raises:
+        InputError: bad grids, max_k over the rank, held-out data that does not match, a store of another sweep.
+
+    Example:
+        >>> x = np.random.default_rng(0).integers(0, 256, (90, 4, 4, 1)).astype(np.uint8)
+        >>> m = Moments.from_arrays(x, np.arange(90) % 3)
+        >>> result = masking_sweep(m, [1, 2], [0.0, 0.5, 1.0])
+        >>> dict(result.r2.sizes)
+        {'patch_size': 2, 'mask_ratio': 3, 'k': 16}
+        >>> bool((result.r2.sel(mask_ratio=0.0, patch_size=1) == result.r2.sel(mask_ratio=0.0, patch_size=2)).all())
+        True
+    """
+    problem, held = _prepare(moments, eval_moments, pixel_noise, rtol, dtype)
+    program = grid.CURVES if held is None else grid.HELD_OUT
+    spec = GridSpec.checked(problem, patch_sizes, [0.0], mask_ratios, [math.inf], masking, max_k)
+    result = _run(problem, held, spec, program, run or RunOptions(), moments, eval_moments)
+    result = result.isel(noise_level=0, lam=0, drop=True)
+    for name in [name for name in result if str(name).startswith("je_")]:
+        # Joint embedding without pixel noise is one curve per patch size; ratios 0 and 1 have none of their own.
+        result[name] = result[name].max("mask_ratio", skipna=True)
+    return result
+
+
+def sweep(
+    moments: Moments,
+    *,
+    patch_sizes: Sequence[PatchSize],
+    mask_ratios: Sequence[float],
+    noise_levels: Sequence[float] = (0.0,),
+    lambdas: Sequence[float] = (math.inf,),
+    masking: type[PatchMask] = PatchMasking,
+    eval_moments: Moments | None = None,
+    max_k: int | None = None,
+    pixel_noise: float | None = None,
+    rtol: float | None = None,
+    dtype: DType = "float64",
+    run: RunOptions | None = None,
+) -> xr.Dataset:
+    """The joint grid patch size x pixel noise x mask ratio x supervision, every k.
+
+    min over V, W, Z of E|W^T V^T x' - y|^2 + lam E|Z^T V^T x' - x|^2, x' = mask(x + noise): V spans the top-k solutions
+    of (lam A A^T + B B^T) v = mu G v, A = E[x' x^T], B = E[x' y^T].
+
+    Args:
+        moments: of the training data. patch_sizes, mask_ratios, masking: as in :func:`masking_sweep`.
+        noise_levels: sigma of isotropic Gaussian noise added before the mask, units of the stored pixels.
+        lambdas: weight of reconstruction against supervision of weight 1, in [0, inf]; 0 is the limit 0+, inf is
+            reconstruction alone. It has the units target^2 / pixel^2: see the coordinate ``lam_relative``.
+        eval_moments, max_k, pixel_noise, rtol, dtype, run: as in :func:`masking_sweep`.
+
+    Returns:
+        Dataset over patch_size, noise_level, mask_ratio, lam, k with the variables of :func:`masking_sweep` and
+        ``reconstruction_mse``: error of a linear decoder of the clean features, squared pixel units. The joint
+        embedding curves have no lam axis. Cost: one eigh and one QR per point; one more eigh per point with noise.
+
+    Raises:
+        InputError: as :func:`masking_sweep`; a negative noise level or lambda.
+
+    Example:
+        >>> x = np.random.default_rng(0).integers(0, 256, (90, 4, 4, 1)).astype(np.uint8)
+        >>> m = Moments.from_arrays(x, np.arange(90) % 3)
+        >>> result = sweep(m, patch_sizes=[2], mask_ratios=[0.5], noise_levels=[0.0, 9.0], lambdas=[0.0, 1.0])
+        >>> dict(result.r2.sizes)
+        {'patch_size': 1, 'noise_level': 2, 'mask_ratio': 1, 'lam': 2, 'k': 16}
+    """
+    problem, held = _prepare(moments, eval_moments, pixel_noise, rtol, dtype)
+    program = grid.FEATURES if held is None else grid.HELD_OUT
+    spec = GridSpec.checked(problem, patch_sizes, noise_levels, mask_ratios, lambdas, masking, max_k)
+    return _run(problem, held, spec, program, run or RunOptions(), moments, eval_moments)
+
+
+def lambda_sweep(moments: Moments, lambdas: Sequence[float], **options: Any) -> xr.Dataset:
+    """Supervised + reconstruction trade-off of Theorem 1, every k.
+
+    Args:
+        moments: of the training data. lambdas: in [0, inf], see :func:`sweep`.
+        **options: eval_moments, max_k, pixel_noise, rtol, dtype, run of :func:`sweep`.
+
+    Returns:
+        Dataset over lam, k.
+
+    Raises:
+        InputError: as :func:`sweep`.
+
+    Example:
+        >>> x = np.random.default_rng(0).integers(0, 256, (90, 2, 2, 1)).astype(np.uint8)
+        >>> lambda_sweep(Moments.from_arrays(x, np.arange(90) % 3), [0.0, 1e-4, np.inf]).r2.dims
+        ('lam', 'k')
+    """
+    result = sweep(moments, patch_sizes=[moments.image_shape[:2]], mask_ratios=[0.0], lambdas=lambdas, **options)
+    result = result.drop_vars([name for name in result if str(name).startswith("je_")])
+    return result.isel(patch_size=0, noise_level=0, mask_ratio=0, drop=True)
+
+
+def gaussian_sweep(moments: Moments, sigmas: Sequence[float], **options: Any) -> xr.Dataset:
+    """Isotropic Gaussian denoising over noise levels, every k: the curves do not move (corollary of Theorem 3).
+
+    Args:
+        moments: of the training data. sigmas: units of the stored pixels.
+        **options: lambdas, eval_moments, max_k, pixel_noise, rtol, dtype, run of :func:`sweep`.
+
+    Returns:
+        Dataset over noise_level, k (and lam, if ``lambdas`` is given).
+
+    Raises:
+        InputError: as :func:`sweep`.
+
+    Example:
+        >>> x = np.random.default_rng(0).integers(0, 256, (90, 2, 2, 1)).astype(np.uint8)
+        >>> r2 = gaussian_sweep(Moments.from_arrays(x, np.arange(90) % 3), [0.0, 5.0]).r2
+        >>> bool(np.allclose(r2[0], r2[1]))
+        True
+    """
+    result = sweep(moments, patch_sizes=[moments.image_shape[:2]], mask_ratios=[0.0], noise_levels=sigmas, **options)
+    drop: dict[str, int] = {"patch_size": 0, "mask_ratio": 0}
+    return result.isel(drop if "lambdas" in options else drop | {"lam": 0}, drop=True)
+
+
+def _prepare(
+    moments: Moments, eval_moments: Moments | None, pixel_noise: float | None, rtol: float | None, dtype: DType
+) -> tuple[Factorized, HeldOut | None]:
+    problem = factorize(moments, pixel_noise=pixel_noise, rtol=rtol, dtype=dtype)
+    return problem, None if eval_moments is None else hold_out(problem, eval_moments)
+
+
+def _run(
+    problem: Factorized,
+    held: HeldOut | None,
+    spec: GridSpec,
+    program: PointProgram,
+    run: RunOptions,
+    moments: Moments,
+    eval_moments: Moments | None,
+) -> xr.Dataset:
+    by_basis: dict[BasisKey, dict[str, GridPoint]] = {}
+    for point in spec.points():
+        by_basis.setdefault(point.basis, {}).setdefault(point.key, point)
+    on_cpu = is_cpu(solve_device(problem.dtype))
+    batch = (1 if on_cpu else 8) if run.batch_size is None else run.batch_size
+    if batch < 1:
+        raise InputError(f"batch_size={batch}: give at least 1")
+    settings = provenance(problem, moments, eval_moments)
+    store = None
+    if run.store is not None:
+        arrays = [a for m in (moments, eval_moments) if m is not None for a in (m.sum_xx, m.sum_xy, m.sum_yy)]
+        store = PointStore(run.store, fingerprint(arrays, settings | {"max_k": spec.max_k, "program": program.name}))
+    with solve_context(problem.dtype):
+        on_device = None if held is None else jax.device_put(held)
+    groups = []
+    for basis, members in by_basis.items():
+        tasks = [Task((f"je-{basis.name}",), partial(_joint_embedding, problem, on_device, spec.max_k))]
+        points = list(members.values())
+        for chunk in (points[i : i + batch] for i in range(0, len(points), batch)):
+            solve = partial(_solve_batch, chunk, problem, on_device, program, spec.max_k, batch)
+            tasks.append(Task(tuple(p.key for p in chunk), solve))
+        groups.append(TaskGroup(partial(_make_basis, problem, basis), tasks))
+    workers = worker_count(run.workers) if on_cpu else 1
+    found = run_groups(groups, workers=workers, store=store, progress=run.progress)
+    return assemble(problem, held, spec, found, settings)
+
+
+def _make_basis(problem: Factorized, key: BasisKey) -> PatchBasis:
+    if key.patch_size is None:
+        return pca_basis(problem, key.noise)
+    return patch_basis(problem, key.patch_size, key.noise)
+
+
+def _solve_batch(
+    points: Sequence[GridPoint],
+    problem: Factorized,
+    held: HeldOut | None,
+    program: PointProgram,
+    max_k: int,
+    batch: int,
+    basis: PatchBasis,
+) -> list[Arrays]:
+    """Solve some points of one basis in one call of one compiled program."""
+    dtype = np.dtype(problem.dtype)
+    with solve_context(dtype):
+        pi = np.asarray(basis.pi, np.float64)
+        w = np.stack([mask_weights(pi, p.p_eff, p.noise_variance) for p in points])
+        alpha, beta = np.array([p.weights(problem)[:2] for p in points]).T
+        shared = program.shared(basis, problem, held)
+        if batch == 1:
+            out = program.one(*shared, *(a[0].astype(dtype) for a in (w, alpha, beta)), max_k=max_k)
+            out = jax.tree.map(lambda a: np.asarray(a)[None], out)
+        else:
+            # The last batch is filled up with its last point: one shape, one compilation.
+            fill = np.minimum(np.arange(batch), len(points) - 1)
+            out = program.many(*shared, *(a[fill].astype(dtype) for a in (w, alpha, beta)), max_k=max_k)
+            out = jax.tree.map(np.asarray, out)
+    condition = w.max(1) / w.min(1)
+    named = program.named(out)
+    return [{name: a[i] for name, a in named.items()} | {"condition": condition[i]} for i in range(len(points))]
+
+
+def _joint_embedding(problem: Factorized, held: HeldOut | None, max_k: int, basis: PatchBasis) -> list[Arrays]:
+    """Linear joint embedding's features are the columns of E as they stand, by descending pi."""
+    with solve_context(problem.dtype):
+        out: Arrays = {"t": np.asarray(basis.target[:max_k])}
+        if held is not None:
+            errors, parts = held_out_errors_jit(basis.e[:, :max_k], basis.target[:max_k], held)
+            out |= {"errors": np.asarray(errors), "group_errors": np.asarray(parts)}
+    return [out]
