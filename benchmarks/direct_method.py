@@ -53,9 +53,7 @@ def patch_labels(image_shape: tuple[int, int, int], patch: int | tuple[int, int]
     height, width, channels = image_shape
     patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
     if min(height, width, channels, patch_height, patch_width) < 1:
-        raise InputError(
-            f"image shape {image_shape} with patch {patch}: every side must be at least 1 pixel"
-        )
+        raise InputError(f"image shape {image_shape} with patch {patch}: every side must be at least 1 pixel")
     across = -(-width // patch_width)
     rows = np.arange(height) // patch_height
     columns = np.arange(width) // patch_width
@@ -138,9 +136,7 @@ def inplace_qr(features: np.ndarray) -> np.ndarray:
         array([[0.6],
                [0.8]])
     """
-    factors = scipy.linalg.qr(
-        np.array(features, order="F"), mode="economic", overwrite_a=True, check_finite=False
-    )
+    factors = scipy.linalg.qr(np.array(features, order="F"), mode="economic", overwrite_a=True, check_finite=False)
     return np.asarray(factors[0])
 
 
@@ -203,9 +199,7 @@ def direct_point(
     return _percent(np.einsum("ij,ij->j", projected, projected))
 
 
-def moments_point(
-    sxx: np.ndarray, sxy: np.ndarray, yty: np.ndarray, labels: np.ndarray, ratio: float
-) -> np.ndarray:
+def moments_point(sxx: np.ndarray, sxy: np.ndarray, yty: np.ndarray, labels: np.ndarray, ratio: float) -> np.ndarray:
     """Alignment curve of one patch mask from second moments: the strong baseline.
 
     The equations of `direct_point` without a pass over the data. ``G`` and ``A`` are divided by
@@ -250,9 +244,7 @@ def moments_point(
     except np.linalg.LinAlgError as error:
         raise InputError(_SINGULAR) from error
     triangle = np.asarray(np.linalg.qr(factor.T @ directions, mode="r"))
-    t = scipy.linalg.solve_triangular(
-        triangle.T, directions.T @ sxy, lower=True, check_finite=False
-    )
+    t = scipy.linalg.solve_triangular(triangle.T, directions.T @ sxy, lower=True, check_finite=False)
     return _percent(np.einsum("ka,ab,kb->k", t, yty, t, optimize=True))
 
 
@@ -265,10 +257,7 @@ _SINGULAR = (
 def _check_labels(labels: np.ndarray, dim: int) -> None:
     """Raise `InputError` unless there is one label for each of the `dim` pixels."""
     if labels.shape != (dim,):
-        raise InputError(
-            f"patch labels of shape {labels.shape} do not fit {dim} pixels: "
-            "give one label per pixel"
-        )
+        raise InputError(f"patch labels of shape {labels.shape} do not fit {dim} pixels: give one label per pixel")
 
 
 def _directions(matrix: np.ndarray, metric: np.ndarray) -> np.ndarray:

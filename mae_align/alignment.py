@@ -147,7 +147,8 @@ def hold_out(problem: Factorized, eval_moments: Moments) -> HeldOut:
 def held_out_errors(f: jax.Array, t: jax.Array, held: HeldOut) -> tuple[jax.Array, jax.Array]:
     """Mean squared probe error on held-out data for every k, in total and by group (traceable).
 
-    error(k) = tr Syy_ev - 2 sum_{i<=k} t_i.B_i + sum_{i,j<=k} (t_i.t_j) M_ij. Row i of the double sum is f_i^T Sxx_ev c_i
+    error(k) = tr Syy_ev - 2 sum_{i<=k} t_i.B_i + sum_{i,j<=k} (t_i.t_j) M_ij. Row i of the double sum is f_i^T N c_i, N
+    the projected held-out covariance,
     with c_i = |t_i|^2 f_i + 2 sum_{j<i} (t_i.t_j) f_j: c serves every group, and each group costs one product.
 
     Args:

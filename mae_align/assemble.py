@@ -30,6 +30,7 @@ _DESCRIPTIONS = {
     "eval_r2_se": ("standard error of eval_r2 (held-out sampling)", "1"),
     "eval_influence": ("influence of each held-out group on eval_r2, for paired standard errors", "1"),
     "je_r2": ("r2 of linear joint embedding of two masked views", "1"),
+    "je_alignment": ("alignment of linear joint embedding", "1"),
     "je_eval_r2": ("held-out r2 of linear joint embedding", "1"),
     "je_eval_r2_se": ("standard error of je_eval_r2", "1"),
     "je_eval_influence": ("influence of each held-out group on je_eval_r2", "1"),
@@ -105,7 +106,9 @@ def _put_joint_embedding(
     identified: bool,
 ) -> None:
     blank = 1.0 if identified else np.nan
-    put("je_r2", point, blank * curves_from_targets(arrays["t"], problem.t0, problem.syy, problem.yty).r2, 3)
+    curves = curves_from_targets(arrays["t"], problem.t0, problem.syy, problem.yty)
+    put("je_r2", point, blank * curves.r2, 3)
+    put("je_alignment", point, blank * curves.alignment, 3)
     if held is not None:
         out = held_out_curves(arrays["errors"], arrays["group_errors"], held)
         put("je_eval_r2", point, blank * out.r2, 3)

@@ -23,6 +23,7 @@ import numpy as np
 from mae_align.checks import are_class_labels, check_images, check_targets
 from mae_align.errors import InputError
 
+Batch = slice | np.ndarray
 _INT_PIVOT = 128.0
 # |x - 128| <= 2^7, so 1,024 products of at most 2^14 stay within the 2^24 integers that float32 holds exactly.
 _BATCH = 1024
@@ -143,10 +144,11 @@ class Moments:
             sum_xy=np.zeros((groups, d, q)),
             sum_yy=np.zeros((groups, q, q)),
         )
-        add_rows = _add_integer_rows if integer else _add_float_rows
+        add_rows = _ADD_ROWS[rows.dtype.name]
         for g in range(groups):
-            index = np.flatnonzero(member == g) if groups > 1 else np.arange(len(rows))
-            add_rows(out, g, rows, y, index)
+            # Without groups, slices: nothing is gathered.
+            index = np.flatnonzero(member == g) if groups > 1 else None
+            add_rows(out, g, rows, y, _batches(index, len(rows)))
         return out if integer and is_labels else out._recentred(keep_x=integer, keep_y=is_labels)
 
     def update(self, images: np.ndarray, targets: np.ndarray) -> Moments:
@@ -404,46 +406,61 @@ def _centred_gram(z: jax.Array) -> jax.Array:
     return jnp.dot(z.T, z, precision=jax.lax.Precision.HIGHEST)
 
 
-def _add_integer_rows(out: Moments, g: int, rows: np.ndarray, y: np.ndarray, index: np.ndarray) -> None:
+def _batches(index: np.ndarray | None, n: int) -> Iterator[Batch]:
+    """Batches of row numbers; of all n rows in order where ``index`` is None."""
+    for start in range(0, n if index is None else len(index), _BATCH):
+        yield slice(start, min(start + _BATCH, n)) if index is None else index[start : start + _BATCH]
+
+
+def _add_integer_rows(out: Moments, g: int, rows: np.ndarray, y: np.ndarray, batches: Iterator[Batch]) -> None:
     """Add 8-bit rows to group g of ``out`` in place; every sum is an integer held exactly."""
     pending: jax.Array | None = None
-    for start in range(0, len(index), _BATCH):
-        take = index[start : start + _BATCH]
+    for take in batches:
+        x = rows[take]
         # Rows of zeros (the pivot) pad the last batch: one shape, one compilation.
         z = np.zeros((_BATCH, rows.shape[1]), np.float32)
-        z[: len(take)] = rows[take].astype(np.float32) - np.float32(_INT_PIVOT)
+        np.subtract(x, np.float32(_INT_PIVOT), out=z[: len(x)], dtype=np.float32)
         gram = _centred_gram(jnp.asarray(z))  # runs while the host adds the batch before
         if pending is not None:
             out.sum_xx[g] += np.asarray(pending)
         pending = gram
-        z64 = z[: len(take)].astype(np.float64)
-        _add_small_sums(out, g, z64, y[take])
+        _add_small_sums(out, g, z[: len(x)].astype(np.float64), y[take])
     if pending is not None:
         out.sum_xx[g] += np.asarray(pending)
 
 
-def _add_float_rows(out: Moments, g: int, rows: np.ndarray, y: np.ndarray, index: np.ndarray) -> None:
-    """Add float rows to group g in place: centred within each batch, translated to the pivot in float64."""
-    pivot = out.pivot_x.astype(rows.dtype)
-    for start in range(0, len(index), 4 * _BATCH):
-        take = index[start : start + 4 * _BATCH]
+def _add_float32_rows(out: Moments, g: int, rows: np.ndarray, y: np.ndarray, batches: Iterator[Batch]) -> None:
+    """Add float32 rows in place: products of rows centred within their batch, moved to the pivot in float64."""
+    pivot = out.pivot_x.astype(np.float32)
+    for take in batches:
         z = rows[take] - pivot
-        m = z.mean(0, dtype=np.float64).astype(z.dtype)
-        s = z.sum(0, dtype=np.float64)
-        zc = z - m
-        m64 = m.astype(np.float64)
-        cross = np.outer(m64, s)
-        # float64 stays on the host (BLAS sees a symmetric product); float32 goes to the device.
-        out.sum_xx[g] += zc.T @ zc if zc.dtype == np.float64 else np.asarray(_centred_gram(jnp.asarray(zc)))
-        out.sum_xx[g] += cross + cross.T - len(take) * np.outer(m64, m64)
-        _add_small_sums(out, g, z.astype(np.float64, copy=False), y[take])
+        total = z.sum(0, dtype=np.float64)
+        m = (total / len(z)).astype(np.float32)
+        gram = _centred_gram(jnp.asarray(z - m))
+        cross = np.outer(m.astype(np.float64), total)
+        out.sum_xx[g] += cross + cross.T - len(z) * np.outer(m.astype(np.float64), m)
+        _add_small_sums(out, g, z.astype(np.float64), y[take])
+        out.sum_xx[g] += np.asarray(gram)
+
+
+def _add_float64_rows(out: Moments, g: int, rows: np.ndarray, y: np.ndarray, batches: Iterator[Batch]) -> None:
+    """Add float64 rows in place, on the host: the pivot alone leaves no cancellation worth a second pass."""
+    for take in batches:
+        z = rows[take] - out.pivot_x
+        out.sum_xx[g] += z.T @ z
+        _add_small_sums(out, g, z, y[take])
+
+
+_ADD_ROWS = {"uint8": _add_integer_rows, "float32": _add_float32_rows, "float64": _add_float64_rows}
 
 
 def _add_small_sums(out: Moments, g: int, z: np.ndarray, y: np.ndarray) -> None:
     yc = y - out.pivot_y
-    out.sum_x[g] += z.sum(0)
+    # A column of ones sums the rows in the same product.
+    both = z.T @ np.concatenate([yc, np.ones((len(yc), 1))], axis=1)
+    out.sum_xy[g] += both[:, :-1]
+    out.sum_x[g] += both[:, -1]
     out.sum_y[g] += yc.sum(0)
-    out.sum_xy[g] += z.T @ yc
     out.sum_yy[g] += yc.T @ yc
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 COLUMN_WIDTH = 3.35
 """Width of a paper's column in inches; figures are readable at multiples of it."""
@@ -85,4 +86,7 @@ def curves_over_k(axes: Axes, k: np.ndarray, curves: np.ndarray, colors: Sequenc
     for curve, color, label in zip(curves, colors, labels, strict=True):
         axes.plot(k, curve, color=color, label=label)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("number of features k")

@@ -80,7 +80,7 @@ def run_groups(
                 results.update({key: f for key, f in zip(task.keys, found, strict=True) if f is not None})
         if missing:
             todo.append(TaskGroup(group.make_basis, missing))
-    bar = tqdm(total=total, initial=len(results), desc="sweep", unit="point", disable=not progress)
+    bar = tqdm(total=total, initial=len(results), desc="sweep", unit="point", disable=not progress, delay=2.0)
     pool = ThreadPoolExecutor(workers)
     try:
         for keys, found in _solutions(pool, todo, workers):

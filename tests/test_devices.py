@@ -140,9 +140,7 @@ def test_float64_goes_to_the_host_where_the_backend_has_none(monkeypatch):
     # so that the one chosen for the host differs from the default device.
     cpu = jax.local_devices(backend="cpu")
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(
-        jax, "local_devices", lambda *, backend: {"tpu": ["a TPU"], "cpu": cpu[::-1]}[backend]
-    )
+    monkeypatch.setattr(jax, "local_devices", lambda *, backend: {"tpu": ["a TPU"], "cpu": cpu[::-1]}[backend])
     assert solve_device("float64") == cpu[-1]
     assert solve_device("float32") == "a TPU"
     with solve_context("float64"):
@@ -167,9 +165,7 @@ def test_worker_count_is_the_number_of_usable_cores():
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
         "from mae_align.devices import worker_count; print(worker_count())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=os.getcwd()
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=os.getcwd())
     assert done.stdout.split() == ["1"]
 
 

@@ -25,7 +25,7 @@ def load_digits(seed: int, test_fraction: float) -> ImageDataset:
         >>> load_digits(seed=0, test_fraction=0.2)
         ImageDataset('digits', train 1438, test 359, image 8x8x1 uint8, 10 classes)
     """
-    # Imported here: scikit-learn is the slowest import of the package.
+    # Imported here, for scikit-learn takes longer to import than JAX.
     from sklearn.datasets import load_digits as bundled_digits
 
     rows, labels = bundled_digits(return_X_y=True)

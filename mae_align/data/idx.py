@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import struct
 import zlib
 from pathlib import Path
 
@@ -57,9 +58,10 @@ def read_idx(path: Path, rank: int) -> np.ndarray:
         raise InputError(
             f"{path} holds type 0x{content[2]:02x} of rank {content[3]}: expected unsigned bytes (0x08) of rank {rank}"
         )
-    shape = tuple(int(n) for n in np.frombuffer(content[4:start], dtype=">u4"))
-    if len(shape) < rank or len(content) - start != math.prod(shape):
-        expected = start + math.prod(shape) if len(shape) == rank else start
+    header = content[4:start].ljust(4 * rank, b"\0")  # a cut header reads as a size of 0
+    shape = struct.unpack(f">{rank}I", header)
+    expected = start + math.prod(shape)
+    if len(content) != expected:
         raise InputError(
             f"{path} is truncated or damaged: {len(content)} bytes where its header asks for "
             f"{expected}; fetch the file again"
@@ -117,7 +119,7 @@ def _read_split(folder: Path, prefixes: tuple[str, ...]) -> tuple[np.ndarray, np
 def _find(folder: Path, patterns: tuple[str, ...]) -> Path:
     """The one file of a folder that matches; a plain file goes before its gzipped copy."""
     found = {path for pattern in patterns for path in folder.glob(f"*{pattern}") if path.is_file()}
-    found = sorted(path for path in found if path.with_suffix("") not in found)
+    found = sorted(path for path in found if not (path.suffix == ".gz" and path.with_suffix("") in found))
     if not found:
         raise InputError(
             f"no file {' or '.join(patterns)} (plain or .gz) in {folder}: "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +39,8 @@ def load_npz(path: Path) -> ImageDataset:
         ImageDataset('toy', train 4, test 4, image 8x8x1 uint8, 2 classes)
     """
     arrays = _read(path)
-    train_labels = check_labels(arrays["y_train"], f"y_train of {path}")
-    test_labels = check_labels(arrays["y_test"], f"y_test of {path}")
+    train_images, train_labels = _split(arrays, "train", path)
+    test_images, test_labels = _split(arrays, "test", path)
     if "class_names" in arrays:
         names = _class_names(arrays["class_names"], path)
     else:
@@ -49,29 +48,28 @@ def load_npz(path: Path) -> ImageDataset:
             train_labels, test_labels, names = number_classes(train_labels, test_labels)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-    return ImageDataset(
-        _with_channels(arrays["x_train"], f"x_train of {path}"),
-        train_labels,
-        _with_channels(arrays["x_test"], f"x_test of {path}"),
-        test_labels,
-        names,
-        path.stem,
-    )
+    return ImageDataset(train_images, train_labels, test_images, test_labels, names, path.stem)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     """The arrays of the archive that a data set is made of."""
     try:
-        archive = np.load(path, allow_pickle=False)
+        file = path.open("rb")
     except FileNotFoundError:
         raise InputError(f"no file {path}: check the path, npz:FILE") from None
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        # NumPy takes whatever is neither .npy nor a zip for a pickle: its own words would mislead.
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "damaged"
-        raise InputError(f"cannot read {path} as an .npz file ({reason}): write it again with numpy.savez") from None
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise InputError(f"{path} holds a single array: save {', '.join(_KEYS)} with numpy.savez")
-    with archive:
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}): npz:FILE needs a file") from None
+    with file:
+        try:
+            archive = np.load(file, allow_pickle=False)
+        except MemoryError:
+            raise
+        except Exception:
+            # Damage shows as whatever the zip reader stumbles on, and NumPy takes whatever is neither .npy nor a
+            # zip for a pickle: its words would mislead.
+            raise InputError(f"{path} is damaged or not an .npz file: write it again with numpy.savez") from None
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise InputError(f"{path} holds a single array: save {', '.join(_KEYS)} with numpy.savez")
         missing = [key for key in _KEYS if key not in archive.files]
         if missing:
             present = ", ".join(archive.files) or "nothing"
@@ -109,8 +107,15 @@ def _class_names(names: np.ndarray, path: Path) -> tuple[str, ...]:
     return tuple(str(name) for name in names.tolist())
 
 
-def _with_channels(images: np.ndarray, where: str) -> np.ndarray:
-    """Images [n, h, w, c]; a channel axis is added to [n, h, w]."""
+def _split(arrays: dict[str, np.ndarray], split: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images [n, h, w, c] (a channel axis is added to [n, h, w]) and labels [n] of one split."""
+    images = arrays[f"x_{split}"]
+    labels = check_labels(arrays[f"y_{split}"], f"y_{split} of {path}")
     if images.ndim not in (3, 4):
-        raise InputError(f"{where} has shape {list(images.shape)}: give [n, h, w] or [n, h, w, c]")
-    return images[..., None] if images.ndim == 3 else images
+        raise InputError(f"x_{split} of {path} has shape {list(images.shape)}: give [n, h, w] or [n, h, w, c]")
+    if len(images) != len(labels):
+        raise InputError(
+            f"x_{split} of {path} holds {len(images)} images but y_{split} {len(labels)} labels: "
+            "give one label per image"
+        )
+    return (images[..., None] if images.ndim == 3 else images), labels

@@ -35,9 +35,7 @@ def _problem(image_shape: tuple[int, int, int], seed: int = 0) -> tuple[np.ndarr
     return x, np.eye(3)[scores.argmax(axis=1)]
 
 
-def _enumerated_moments(
-    x: np.ndarray, labels: np.ndarray, ratio: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _enumerated_moments(x: np.ndarray, labels: np.ndarray, ratio: float) -> tuple[np.ndarray, np.ndarray]:
     """E[x'^T x'] and E[x'^T x] [d, d] as the weighted sum over every one of the 2^patches masks."""
     count = labels.max() + 1
     second = np.zeros((x.shape[1], x.shape[1]))
@@ -59,9 +57,7 @@ def _best_maps(second: np.ndarray, cross: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh(second)
     inverse_root = (vectors / np.sqrt(values)) @ vectors.T
     left, singular, right = np.linalg.svd(inverse_root @ cross)
-    pieces = [
-        singular[i] * np.outer(inverse_root @ left[:, i], right[i]) for i in range(len(singular))
-    ]
+    pieces = [singular[i] * np.outer(inverse_root @ left[:, i], right[i]) for i in range(len(singular))]
     return np.cumsum(pieces, axis=0)
 
 
@@ -149,17 +145,13 @@ def test_inplace_qr_leaves_its_input() -> None:
     q = inplace_qr(features)
     np.testing.assert_array_equal(features, before)
     np.testing.assert_allclose(q.T @ q, np.eye(4), atol=1e-14)
-    np.testing.assert_allclose(
-        q[:, :2] @ (q[:, :2].T @ features[:, :2]), features[:, :2], atol=1e-13
-    )
+    np.testing.assert_allclose(q[:, :2] @ (q[:, :2].T @ features[:, :2]), features[:, :2], atol=1e-13)
 
 
 def test_patch_labels_keep_channels_together_and_borders_apart() -> None:
     labels = patch_labels((3, 5, 2), (2, 3)).reshape(3, 5, 2)
     np.testing.assert_array_equal(labels[..., 0], labels[..., 1])
-    np.testing.assert_array_equal(
-        labels[..., 0], [[0, 0, 0, 1, 1], [0, 0, 0, 1, 1], [2, 2, 2, 3, 3]]
-    )
+    np.testing.assert_array_equal(labels[..., 0], [[0, 0, 0, 1, 1], [0, 0, 0, 1, 1], [2, 2, 2, 3, 3]])
 
 
 def test_authors_preprocessing() -> None:

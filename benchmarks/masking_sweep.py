@@ -1,0 +1,217 @@
+"""How much faster is the factorised masking sweep, and is it the same? Measured in one run, against two baselines.
+
+    python -m benchmarks.masking_sweep --data idx:DIR                 # Fashion-MNIST, every direct point: about 10 minutes
+    python -m benchmarks.masking_sweep --data npz:FILE --points 2     # CIFAR-10, 2 direct points, scaled to the grid
+
+Data, grid and preprocessing (jitter of 0.001 std, no floor) are the same on all sides. Each method runs in a process of
+its own, so that its peak memory is its own; reading and jittering the images is not counted on any side.
+
+* ``ours``: ``Moments.from_arrays`` (the pass over the data) and ``masking_sweep``, float64, a second run after the one
+  that compiled; compilation is printed apart.
+* ``direct``: the published algorithm, per grid point from the samples, with the published ``numpy.linalg.qr``; the row
+  ``direct, in-place QR`` is the same with a faster QR routine than published.
+* ``moments``: one SciPy generalised eigenproblem per grid point from moments that are kept (their pass over the data is
+  counted once).
+
+The baselines run with the better of one and of all BLAS threads, tried on one point.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import tyro
+from threadpoolctl import threadpool_limits
+
+import mae_align as ma
+from benchmarks.direct_method import direct_point, inplace_qr, moments_point, numpy_qr
+from mae_align.data.transforms import jitter
+from mae_align.devices import compile_counter, worker_count
+from mae_align.patches import patch_labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to measure."""
+
+    data: str = "digits"
+    """Data set: digits, idx:DIR, npz:FILE or folder:DIR; the training images are used."""
+    patch_sizes: tuple[int, ...] = (1, 2, 4)
+    """Sides of square patches, in pixels."""
+    mask_ratios: tuple[float, ...] = tuple(float(p) for p in np.linspace(0.0, 0.99, 10))
+    """Drop probabilities."""
+    points: int | None = None
+    """Grid points measured of each baseline, spread over the grid and scaled to all of it; none for every point."""
+    repeats: int = 3
+    """Runs of ours after the one that compiles; the median is reported."""
+    seed: int = 0
+    """Of the jitter."""
+    method: str | None = None
+    """Internal: the method that this process measures."""
+    result: str | None = None
+    """Internal: the file it writes."""
+
+
+METHODS = ("ours", "moments", "direct", "direct, in-place QR")
+
+
+def main(config: Config) -> None:
+    """Measure every method in its own process, or (internally) one of them in this one."""
+    if config.method is not None:
+        _measure(config)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        rows, curves = {}, {}
+        for method in METHODS:
+            target = Path(folder, f"{len(rows)}.npz")
+            arguments = ["--method", method, "--result", str(target)]
+            subprocess.run([sys.executable, "-m", "benchmarks.masking_sweep", *sys.argv[1:], *arguments], check=True)
+            with np.load(target) as found:
+                rows[method] = json.loads(str(found["row"]))
+                curves[method] = {name: found[name] for name in found.files if name != "row"}
+    _report(config, rows, curves)
+
+
+def _grid(config: Config) -> list[tuple[int, float]]:
+    return [(size, ratio) for size in config.patch_sizes for ratio in config.mask_ratios]
+
+
+def _chosen(config: Config) -> list[int]:
+    """Positions of the baseline's points: spread evenly over the grid, ends left out where few are wanted."""
+    total = len(config.patch_sizes) * len(config.mask_ratios)
+    count = total if config.points is None else min(config.points, total)
+    return sorted({int((i + 0.5) * total / count) for i in range(count)})
+
+
+def _measure(config: Config) -> None:
+    started = time.perf_counter()
+    data = ma.load_dataset(config.data, seed=config.seed)
+    images = jitter(data.train_images, 0.001, config.seed)
+    labels, classes = data.train_labels, data.num_classes
+    loading = time.perf_counter() - started
+    row, curves = (_ours if config.method == "ours" else _baseline)(config, images, labels, classes)
+    row |= {
+        "loading_s": loading,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "images": len(images),
+        "pixels": int(np.prod(images.shape[1:])),
+    }
+    assert config.result is not None
+    np.savez(config.result, row=json.dumps(row), **curves)
+
+
+def _ours(config: Config, images: np.ndarray, labels: np.ndarray, classes: int) -> tuple[dict, dict]:
+    def run() -> tuple[float, float, ma.Moments, np.ndarray]:
+        start = time.perf_counter()
+        moments = ma.Moments.from_arrays(images, labels, num_classes=classes)
+        middle = time.perf_counter()
+        result = ma.masking_sweep(moments, config.patch_sizes, config.mask_ratios, pixel_noise=0.0)
+        return middle - start, time.perf_counter() - middle, moments, result.alignment.values
+
+    with compile_counter() as compiled:
+        run()
+    runs = [run() for _ in range(config.repeats)]
+    alignment = runs[-1][3].reshape(len(_grid(config)), -1)
+    row = {
+        "seconds": statistics.median(a + b for a, b, _, _ in runs),
+        "pass_s": statistics.median(a for a, _, _, _ in runs),
+        "compile_s": compiled.seconds,
+        "programs": compiled.count,
+        "threads": worker_count(),
+        "measured": len(_grid(config)),
+    }
+    return row, {str(i): 100 * np.sqrt(curve) for i, curve in enumerate(alignment)}
+
+
+def _baseline(config: Config, images: np.ndarray, labels: np.ndarray, classes: int) -> tuple[dict, dict]:
+    x = images.reshape(len(images), -1).astype(np.float64)
+    x -= x.mean(0)
+    x /= x.std()
+    y = np.eye(classes)[labels]
+    grid, chosen = _grid(config), _chosen(config)
+    shape = images.shape[1:]
+    before = 0.0
+    if config.method == "moments":
+        start = time.perf_counter()
+        sxx, sxy, yty = x.T @ x, x.T @ y, y.T @ y
+        before = time.perf_counter() - start
+
+        def point(i: int) -> np.ndarray:
+            return moments_point(sxx, sxy, yty, patch_labels(shape, grid[i][0]), grid[i][1])
+    else:
+        qr = numpy_qr if config.method == "direct" else inplace_qr
+
+        def point(i: int) -> np.ndarray:
+            return direct_point(x, y, patch_labels(shape, grid[i][0]), grid[i][1], orthonormalise=qr)
+
+    threads = _better_threads(point, chosen[0])
+    times, curves = [], {}
+    with threadpool_limits(threads, user_api="blas"):
+        for i in chosen:
+            start = time.perf_counter()
+            curves[str(i)] = point(i)
+            times.append(time.perf_counter() - start)
+            print(f"  {config.method}: point {len(times)} of {len(chosen)}, {times[-1]:.1f} s", file=sys.stderr)
+    mean = statistics.fmean(times)
+    row = {"seconds": before + mean * len(grid), "pass_s": before, "threads": threads, "measured": len(chosen)}
+    return row, curves
+
+
+def _better_threads(point: Callable[[int], np.ndarray], i: int) -> int:
+    """One BLAS thread or all: whichever is faster on one point."""
+    took = {}
+    for threads in {1, os.cpu_count() or 1}:
+        with threadpool_limits(threads, user_api="blas"):
+            start = time.perf_counter()
+            point(i)
+            took[threads] = time.perf_counter() - start
+    return min(took, key=lambda threads: took[threads])
+
+
+def _report(config: Config, rows: dict[str, dict], curves: dict[str, dict]) -> None:
+    ours = rows["ours"]
+    print(
+        f"\n{config.data}: {ours['images']:,} images of {ours['pixels']:,} pixels, {len(_grid(config))} grid points, "
+        f"every k, float64; load average {os.getloadavg()[0]:.1f}"
+    )
+    print(f"ours: compilation {ours['compile_s']:.1f} s ({ours['programs']} programs), apart from the time below")
+    head = (
+        "method",
+        "seconds",
+        "of it the data pass",
+        "ratio to ours",
+        "points measured",
+        "BLAS threads",
+        "peak GiB",
+        "largest difference [points]",
+    )
+    print("  ".join(head))
+    for method, row in rows.items():
+        same = [np.abs(curves["ours"][i] - curve).max() for i, curve in curves[method].items()]
+        cells = (
+            f"{row['seconds']:.1f}",
+            f"{row['pass_s']:.1f}",
+            f"{row['seconds'] / ours['seconds']:.1f}",
+            f"{row['measured']} of {len(_grid(config))}",
+            str(row["threads"]) if method != "ours" else f"{row['threads']} workers",
+            f"{row['peak_gib']:.2f}",
+            "" if method == "ours" else f"{max(same):.1e}",
+        )
+        print(
+            "  ".join([method.ljust(19), *(cell.rjust(len(name)) for cell, name in zip(cells, head[1:], strict=True))])
+        )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

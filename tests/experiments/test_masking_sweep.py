@@ -1,0 +1,170 @@
+"""The main job, end to end: results, resume, and one clear line for every kind of bad input."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from experiments.launch import launch
+from experiments.masking_sweep import PRESETS, Config, main
+from mae_align import InputError
+from mae_align.devices import compile_counter
+
+SMALL = ["--patch-sizes", "2", "4", "--mask-ratios", "0.5", "1.0", "--ks", "3", "20", "--groups", "5"]
+
+
+def run(*arguments: object) -> None:
+    launch(main, Config, PRESETS, [str(a) for a in arguments])
+
+
+def write_npz(path, *, images=None, labels=None) -> str:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, 6, 6, 1)).astype(np.uint8) if images is None else images
+    labels = np.arange(len(images)) % 3 if labels is None else labels
+    np.savez(path, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    return f"npz:{path}"
+
+
+def test_results_figures_and_summary(tmp_path, capsys):
+    out = tmp_path / "run"
+    run(*SMALL, "--out", out)
+    text = capsys.readouterr().out
+    assert "r2 no mask" in text
+    assert "+-" in text
+    assert "Joint embedding" in text
+    assert str(out / "relative_change.png") in text
+    expected = {"config.json", "curves.nc", "curves.csv", "influence.nc", "summary.csv", "summary.txt", "heat_map.pdf"}
+    assert expected <= {p.name for p in out.iterdir()}
+    curves = xr.load_dataset(out / "curves.nc", engine="scipy")
+    assert dict(curves.sizes) == {"patch_size": 2, "mask_ratio": 3, "k": 64}
+    # The reference is always there, and the same for every patch size.
+    none = curves.eval_r2.sel(mask_ratio=0.0)
+    np.testing.assert_array_equal(none.sel(patch_size=2), none.sel(patch_size=4))
+    np.testing.assert_allclose(curves.alignment_percent, 100 * np.sqrt(curves.alignment))
+
+
+def test_numbers_are_those_of_real_predictions(tmp_path):
+    """The reported cell, recomputed from the images with NumPy: encoder, probe, test images, paired difference."""
+    import mae_align as ma
+
+    out = tmp_path / "run"
+    run("--patch-sizes", 4, "--mask-ratios", 0.5, "--ks", 10, "--out", out)
+    table = np.genfromtxt(out / "summary.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")
+    data = ma.load_dataset("digits")
+    moments = ma.Moments.from_arrays(data.train_images, data.train_labels)
+    y = np.eye(10)[data.test_labels]
+    scale = ((y - moments.mean_y) ** 2).sum()
+    r2 = []
+    for ratio in (0.0, 0.5):
+        network = ma.denoising_autoencoder(moments, ma.PatchMasking(4, ratio), 10)
+        r2.append(1 - ((network.predict(data.test_images) - y) ** 2).sum() / scale)
+    np.testing.assert_allclose(float(table["r2_no_mask"]), r2[0], rtol=1e-3)
+    np.testing.assert_allclose(float(table["best_change"]), 100 * (r2[1] - r2[0]), rtol=2e-2)
+
+
+def test_goes_on_where_it_stopped(tmp_path, capsys):
+    out = tmp_path / "run"
+    run(*SMALL, "--out", out)
+    first = capsys.readouterr().out
+    points = sorted((out / "points" / "test").glob("*.npz"))
+    kept = {p.name: p.stat().st_mtime_ns for p in points[1:]}
+    points[0].unlink()
+    (out / "summary.txt").unlink()
+    with compile_counter() as compiled:
+        run(*SMALL, "--out", out)
+    assert capsys.readouterr().out == first
+    assert compiled.count == 0
+    assert points[0].exists()
+    assert {p.name: p.stat().st_mtime_ns for p in points[1:]} == kept
+
+
+def test_other_settings_need_another_folder(tmp_path, capsys):
+    run(*SMALL, "--out", tmp_path)
+    with pytest.raises(SystemExit):
+        run(*SMALL, "--seed", 1, "--out", tmp_path)
+    assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["fixed_count", "random_ratio"])
+def test_other_mask_families(tmp_path, family):
+    arguments = ["--masking", family, "--patch-sizes", 2, "--mask-ratios", 0.5, "--ks", 5, "--out", tmp_path]
+    run(*arguments)
+    curves = xr.load_dataset(tmp_path / "curves.nc", engine="scipy")
+    p_eff = float(curves.p_eff.sel(patch_size=2, mask_ratio=0.5))
+    assert p_eff == pytest.approx({"fixed_count": 0.5 * 16 / 15, "random_ratio": 1 / 3}[family])
+
+
+def test_paper_protocol_is_in_sample(tmp_path, capsys):
+    run("--preset", "paper", "--ks", 10, "--patch-sizes", 2, "--out", tmp_path)
+    assert "in-sample" in capsys.readouterr().out
+    curves = xr.load_dataset(tmp_path / "curves.nc", engine="scipy")
+    assert curves.attrs["pixel_noise"] == 0.0
+    assert "eval_r2" not in curves
+
+
+BAD = {
+    "unknown data set": (["--data", "digit"], "unknown data set"),
+    "missing file": (["--data", "npz:{tmp}/none.npz"], "none.npz"),
+    "patch over the image": (["--patch-sizes", "9"], "larger than the image"),
+    "ratio over 1": (["--mask-ratios", "1.5"], "mask ratio 1.5"),
+    "k of 0": (["--ks", "0"], "give k in"),
+    "k over the pixels": (["--ks", "100"], "give k in"),
+    "max_k below ks": (["--max-k", "4"], "--max-k 4"),
+    "negative pixel noise": (["--pixel-noise", "-1"], "pixel_noise"),
+    "no visible patch": (["--masking", "fixed_count", "--mask-ratios", "0.99"], "visible"),
+    "too many groups": (["--groups", "5000"], "fewer groups"),
+    "no workers": (["--workers", "0"], "workers"),
+    "empty list": (["--ks"], "--ks"),
+    "validation share": (["--validation-fraction", "1.5"], "1.5"),
+}
+
+
+@pytest.mark.parametrize("case", BAD, ids=str)
+def test_bad_options_give_one_line(tmp_path, capsys, case):
+    arguments, message = BAD[case]
+    with pytest.raises(SystemExit) as stop:
+        run(*[a.format(tmp=tmp_path) for a in arguments], "--out", tmp_path / "run")
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+
+
+def damaged(path) -> None:
+    write_npz(path)
+    path.write_bytes(path.read_bytes()[:500])
+
+
+BAD_DATA = {
+    "NaN pixels": (dict(images=np.full((60, 6, 6, 1), np.nan, np.float32)), "NaN"),
+    "infinite pixels": (dict(images=np.full((60, 6, 6, 1), np.inf, np.float32)), "infinite"),
+    "wrong rank": (dict(images=np.zeros((60, 36), np.uint8)), "x_train"),
+    "one class": (dict(labels=np.zeros(60, np.int64)), "at least two"),
+    "negative labels": (dict(labels=np.arange(60) - 1), "-1"),
+    "labels too short": (dict(labels=np.arange(59) % 3), "59"),
+    "constant images": (dict(images=np.full((60, 6, 6, 1), 7, np.uint8)), "constant"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA, ids=str)
+def test_bad_data_give_one_line(tmp_path, capsys, case):
+    arrays, message = BAD_DATA[case]
+    name = write_npz(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(SystemExit) as stop:
+        run("--data", name, "--out", tmp_path / "run")
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_damaged_file_gives_one_line(tmp_path, capsys):
+    damaged(tmp_path / "bad.npz")
+    with pytest.raises(SystemExit) as stop:
+        run("--data", f"npz:{tmp_path}/bad.npz", "--out", tmp_path / "run")
+    assert stop.value.code == 2
+    assert "bad.npz" in capsys.readouterr().err
+
+
+def test_error_is_a_value_error():
+    assert issubclass(InputError, ValueError)
