@@ -1,6 +1,6 @@
 """How much faster is the factorised masking sweep, and is it the same? Measured in one run, against two baselines.
 
-    python -m benchmarks.masking_sweep --data idx:DIR                 # Fashion-MNIST, every direct point: about 10 minutes
+    python -m benchmarks.masking_sweep --data idx:DIR                 # Fashion-MNIST, every point: 15 minutes
     python -m benchmarks.masking_sweep --data npz:FILE --points 2     # CIFAR-10, 2 direct points, scaled to the grid
 
 Data, grid and preprocessing (jitter of 0.001 std, no floor) are the same on all sides. Each method runs in a process of

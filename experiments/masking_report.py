@@ -15,13 +15,6 @@ from mae_align.plot import curves_over_k, ordered_colors, panels
 Row = dict[str, Any]
 
 
-def alignment_percent(alignment: xr.DataArray) -> xr.DataArray:
-    """100 sqrt(alignment), the score of the published figures, in percent."""
-    percent = 100.0 * np.sqrt(alignment.clip(min=0.0))
-    percent.attrs.update(long_name="100 sqrt(alignment), in-sample", units="%")
-    return percent
-
-
 def change_figure(result: xr.Dataset) -> Figure:
     """Change against no mask over k: one column per patch size, colour by mask ratio, joint embedding dashed.
 
@@ -64,8 +57,8 @@ def _change(all_ratios: xr.DataArray, curve: xr.DataArray) -> np.ndarray:
     """Against no mask: relative change of sqrt(alignment) in percent, or of r2 in percentage points."""
     reference = all_ratios.sel(mask_ratio=0.0)
     if str(all_ratios.name) == "alignment":
-        return (100.0 * (np.sqrt(curve / reference) - 1.0)).values
-    return (100.0 * (curve - reference)).values
+        return 100.0 * (np.sqrt((curve / reference).values) - 1.0)
+    return 100.0 * (curve - reference).values
 
 
 def heat_map(result: xr.Dataset, ks: Sequence[int]) -> Figure:

@@ -26,7 +26,6 @@ import xarray as xr
 import mae_align as ma
 from experiments.launch import launch
 from experiments.masking_report import (
-    alignment_percent,
     change_figure,
     heat_map,
     summarise,
@@ -119,7 +118,6 @@ def main(config: Config) -> None:
         validation, result = _sweep_held_out(config, data, folder)
     else:
         result = _sweep(config, data, folder)
-    result["alignment_percent"] = alignment_percent(result.alignment)
     influence = [str(name) for name in result if "influence" in str(name)]
     folder.save_dataset("curves", result.drop_vars(influence))
     if influence:

@@ -23,6 +23,7 @@ from mae_align.devices import solve_context
 from mae_align.errors import InputError
 from mae_align.factorize import Factorized, factorize
 from mae_align.moments import Moments
+from mae_align.patches import ImageShape
 from mae_align.subspace import feature_basis
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -95,6 +96,34 @@ def curves_from_targets(t: np.ndarray, t0: np.ndarray, syy: np.ndarray, yty: np.
     return Curves(r2, alignment, total * (1.0 - r2))
 
 
+def check_held_out(eval_moments: Moments, image_shape: ImageShape, num_targets: int) -> None:
+    """Refuse held-out moments that do not fit the training data.
+
+    Args:
+        eval_moments: of the held-out data. image_shape, num_targets: of the training data.
+
+    Raises:
+        InputError: other image shape or number of targets, or an empty group.
+
+    Example:
+        >>> check_held_out(Moments.from_arrays(np.eye(4).reshape(4, 2, 2, 1), np.eye(4)), (2, 2, 1), 4)
+    """
+    if eval_moments.image_shape != image_shape:
+        raise InputError(
+            f"held-out images are {eval_moments.image_shape}, training images {image_shape}: use one shape"
+        )
+    if eval_moments.num_targets != num_targets:
+        raise InputError(
+            f"held-out targets have {eval_moments.num_targets} columns, training targets {num_targets}: "
+            "pass num_classes"
+        )
+    if (eval_moments.counts == 0).any():
+        raise InputError(
+            f"{eval_moments.count} held-out samples leave one of {len(eval_moments.counts)} groups empty: "
+            "use fewer groups"
+        )
+
+
 def hold_out(problem: Factorized, eval_moments: Moments) -> HeldOut:
     """Project held-out moments, taken about the training means, on the coordinates of a factorised problem.
 
@@ -109,25 +138,12 @@ def hold_out(problem: Factorized, eval_moments: Moments) -> HeldOut:
 
     Example:
         >>> x = np.random.default_rng(0).normal(size=(60, 2, 2, 1))
-        ... y = np.arange(60) % 2
+        >>> y = np.arange(60) % 2
         >>> train, test = Moments.from_arrays(x[:40], y[:40]), Moments.from_arrays(x[40:], y[40:], groups=2)
         >>> hold_out(factorize(train), test).group_gram.shape
         (2, 4, 4)
     """
-    if eval_moments.image_shape != problem.image_shape:
-        raise InputError(
-            f"held-out images are {eval_moments.image_shape}, training images {problem.image_shape}: use one shape"
-        )
-    if eval_moments.num_targets != len(problem.syy):
-        raise InputError(
-            f"held-out targets have {eval_moments.num_targets} columns, training targets {len(problem.syy)}: "
-            "pass num_classes"
-        )
-    if (eval_moments.counts == 0).any():
-        raise InputError(
-            f"{eval_moments.count} held-out samples leave one of {len(eval_moments.counts)} groups empty: "
-            "use fewer groups"
-        )
+    check_held_out(eval_moments, problem.image_shape, len(problem.syy))
     whiten = problem.u / np.sqrt(problem.s)
     n, r, g = eval_moments.count, problem.rank, len(eval_moments.counts)
     gram, cross = np.zeros((r, r), whiten.dtype), np.zeros((r, problem.syy.shape[0]), whiten.dtype)
@@ -170,7 +186,7 @@ def held_out_errors(f: jax.Array, t: jax.Array, held: HeldOut) -> tuple[jax.Arra
         return variance + jnp.cumsum(rows - 2 * (t * jnp.dot(f.T, cross, precision=_HIGHEST)).sum(1))
 
     groups = jax.lax.map(one_group, (held.group_gram, held.group_cross, held.group_variance))
-    return held.variance - 2 * linear + square, groups
+    return jnp.asarray(held.variance) - 2 * linear + square, groups
 
 
 def held_out_curves(errors: np.ndarray, group_errors: np.ndarray, held: HeldOut) -> HeldOutCurves:

@@ -22,6 +22,7 @@ _AXES = ("patch_size", "noise_level", "mask_ratio", "lam")
 _DESCRIPTIONS = {
     "r2": ("share of the label variance a linear probe explains, in-sample", "1"),
     "alignment": ("the paper's alignment ratio (uncentred Y^T Y, relative to full rank), in-sample", "1"),
+    "alignment_percent": ("100 sqrt(alignment), the score of the published figures, in-sample", "%"),
     "probe_mse": ("mean squared error of the linear probe, in-sample", "target^2"),
     "loss": ("attained training loss", "pixel^2 (lam = inf), else target^2"),
     "reconstruction_mse": ("error of a linear decoder of the clean features", "pixel^2"),
@@ -41,13 +42,14 @@ def assemble(
     problem: Factorized,
     held: HeldOut | None,
     spec: GridSpec,
+    max_k: int,
     found: Mapping[str, Mapping[str, np.ndarray]],
     attributes: Mapping[str, Any],
 ) -> xr.Dataset:
     """Dataset over patch_size, noise_level, mask_ratio, lam, k (and group) from the arrays of the solved points.
 
     Args:
-        problem, held, spec: what was solved. found: arrays by point key. attributes: provenance.
+        problem, held, spec, max_k: what was solved. found: arrays by point key. attributes: provenance.
 
     Returns:
         The labelled result, float64.
@@ -73,7 +75,7 @@ def assemble(
         extra = {1: ("k",), 2: ("group", "k")}.get(value.ndim - len(axes), ())
         long_name, units = _DESCRIPTIONS.get(name, (name, "1"))
         data[name] = xr.Variable(axes + extra, value, {"long_name": long_name, "units": units})
-    return xr.Dataset(data, _coordinates(problem, spec), dict(attributes)).set_coords("condition")
+    return xr.Dataset(data, _coordinates(problem, spec, max_k), dict(attributes)).set_coords("condition")
 
 
 def _put_point(
@@ -82,7 +84,8 @@ def _put_point(
     curves = curves_from_targets(arrays["t"], problem.t0, problem.syy, problem.yty)
     for name, value in curves._asdict().items():
         put(name, point, value)
-    keep = point.mask.keep_probability(problem.image_shape) if point.p_eff > 0 else 1.0
+    put("alignment_percent", point, 100.0 * np.sqrt(np.maximum(curves.alignment, 0.0)))
+    keep = point.mask.keep_probability(problem.image_shape)
     start = point.weights(problem)[2]
     put("loss", point, start * (1.0 - keep * np.cumsum(np.asarray(arrays["mu"], np.float64))))
     put("eigengap", point, arrays["gap"])
@@ -128,7 +131,7 @@ def patch_size_labels(patch_sizes: tuple[PatchSize, ...]) -> list[int] | list[st
     return ["{}x{}".format(*patch_hw(size)) for size in patch_sizes]
 
 
-def _coordinates(problem: Factorized, spec: GridSpec) -> dict[str, Any]:
+def _coordinates(problem: Factorized, spec: GridSpec, max_k: int) -> dict[str, Any]:
     shape = problem.image_shape
     masks = spec.masks
     relative = [lam * float(problem.s.sum()) / float(np.trace(problem.syy)) for lam in spec.lambdas]
@@ -139,7 +142,7 @@ def _coordinates(problem: Factorized, spec: GridSpec) -> dict[str, Any]:
         "noise_level": list(spec.noise_levels),
         "mask_ratio": list(spec.mask_ratios),
         "lam": list(spec.lambdas),
-        "k": np.arange(1, spec.max_k + 1),
+        "k": np.arange(1, max_k + 1),
         "num_patches": ("patch_size", patches),
         "lam_relative": ("lam", relative, {"long_name": "lam tr Sxx / tr Syy", "units": "1"}),
         "p_eff": (two, [[mask.p_eff(shape) for mask in row] for row in masks]),

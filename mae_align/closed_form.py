@@ -232,7 +232,11 @@ def denoising_loss(encoder: jax.Array, decoder: jax.Array, sxx: jax.Array, corru
 
 
 def _quadratic(
-    encoder: jax.Array, read: jax.Array, gram: jax.Array, cross: jax.Array, constant: jax.Array
+    encoder: jax.Array,
+    read: jax.Array,
+    gram: jax.Array | np.ndarray,
+    cross: jax.Array | np.ndarray,
+    constant: jax.Array,
 ) -> jax.Array:
     """E|read^T V^T a - b|^2 with gram = E a a^T, cross = E a b^T, constant = E|b|^2."""
     features = jnp.dot(encoder.T, jnp.dot(gram, encoder, precision=_HIGHEST), precision=_HIGHEST)

@@ -116,8 +116,8 @@ class PatchMask(Corruption):
         Returns:
             [b, h, w, c] float32.
         """
-        batch, height, width, _ = images.shape
-        down, across = patch_grid(images.shape[1:], self.patch_size)
+        batch, height, width, channels = images.shape
+        down, across = patch_grid((height, width, channels), self.patch_size)
         ph, pw = patch_hw(self.patch_size)
         kept = self.sample_kept(key, batch, down * across).reshape(batch, down, across)
         # Whole patches are spread out and the overhang cut off, which makes the border patches smaller.

@@ -39,7 +39,8 @@ class SecondMoments(NamedTuple):
         syy: [q, q] mean of (y - b)(y - b)^T.
     """
 
-    count: int
+    # Hides tuple.count, which nobody misses here.
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     sxx: np.ndarray
     sxy: np.ndarray
     syy: np.ndarray

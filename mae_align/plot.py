@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -11,13 +12,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+Share = bool | Literal["none", "all", "row", "col"]
+
 COLUMN_WIDTH = 3.35
 """Width of a paper's column in inches; figures are readable at multiples of it."""
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe & Ito's colour-blind-safe colours, for categories."""
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -34,11 +37,13 @@ _STYLE = {
 }
 
 
-def panels(rows: int, columns: int, *, width: float, height: float, **options: bool | str) -> tuple[Figure, np.ndarray]:
+def panels(
+    rows: int, columns: int, *, width: float, height: float, sharex: Share = False, sharey: Share = False
+) -> tuple[Figure, np.ndarray]:
     """A figure with a grid of axes in the project's style.
 
     Args:
-        rows, columns: of panels. width, height: of one panel, inches. **options: sharex, sharey of ``subplots``.
+        rows, columns: of panels. width, height: of one panel, inches. sharex, sharey: as in matplotlib.
 
     Returns:
         The figure (object interface, Agg canvas) and its axes [rows, columns].
@@ -51,7 +56,7 @@ def panels(rows: int, columns: int, *, width: float, height: float, **options: b
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(rows, columns, squeeze=False, **options)
+        axes = figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
     return figure, axes
 
 

@@ -74,8 +74,7 @@ class GridSpec:
     """A checked grid.
 
     Attributes:
-        patch_sizes, noise_levels, mask_ratios, lambdas: the axes. masks: [patch][ratio]. max_k: number of features.
-        image_shape: (h, w, c).
+        patch_sizes, noise_levels, mask_ratios, lambdas: the axes. masks: [patch][ratio]. image_shape: (h, w, c).
     """
 
     patch_sizes: tuple[PatchSize, ...]
@@ -83,19 +82,17 @@ class GridSpec:
     mask_ratios: tuple[float, ...]
     lambdas: tuple[float, ...]
     masks: tuple[tuple[PatchMask, ...], ...]
-    max_k: int
     image_shape: ImageShape
 
     @classmethod
     def checked(
         cls,
-        problem: Factorized,
+        shape: ImageShape,
         patch_sizes: Sequence[PatchSize],
         noise_levels: Sequence[float],
         mask_ratios: Sequence[float],
         lambdas: Sequence[float],
         masking: type[PatchMask],
-        max_k: int | None,
     ) -> GridSpec:
         """Refuse an empty or repeated axis and values out of range, before any work.
 
@@ -121,7 +118,6 @@ class GridSpec:
         for lam in lambdas:
             if not lam >= 0:
                 raise InputError(f"lambda {lam}: give a weight of at least 0 (inf for reconstruction alone)")
-        shape = problem.image_shape
         for size in patch_sizes:
             patch_grid(shape, size)
         return cls(
@@ -130,7 +126,6 @@ class GridSpec:
             tuple(float(v) for v in mask_ratios),
             tuple(float(v) for v in lambdas),
             tuple(tuple(masking.from_ratio(size, r, shape) for r in mask_ratios) for size in patch_sizes),
-            problem.rank if max_k is None else problem.check_k(max_k),
             shape,
         )
 

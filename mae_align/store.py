@@ -8,8 +8,9 @@ import os
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -84,9 +85,9 @@ class PointStore:
 
     def save(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Write the arrays of a finished point."""
-        self._write(self.path / f"{key}.npz", lambda file: np.savez(file, **arrays))
+        self._write(self.path / f"{key}.npz", lambda file: np.savez(file, allow_pickle=False, **arrays))
 
-    def _write(self, target: Path, write) -> None:
+    def _write(self, target: Path, write: Callable[[IO[bytes]], object]) -> None:
         handle, name = tempfile.mkstemp(dir=self.path, prefix=".", suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:

@@ -11,17 +11,17 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import xarray as xr
 
 from mae_align import grid
-from mae_align.alignment import HeldOut, held_out_errors_jit, hold_out
+from mae_align.alignment import HeldOut, check_held_out, held_out_errors_jit, hold_out
 from mae_align.assemble import assemble, provenance
 from mae_align.corruption import PatchMask, PatchMasking
-from mae_align.devices import is_cpu, solve_context, solve_device, worker_count
+from mae_align.devices import is_cpu, solve_context, solve_device, solve_dtype, worker_count
 from mae_align.errors import InputError
 from mae_align.factorize import DType, Factorized, PatchBasis, factorize, mask_weights, patch_basis, pca_basis
 from mae_align.grid import PointProgram
@@ -82,9 +82,9 @@ def masking_sweep(
         run: workers, batches, progress, resume.
 
     Returns:
-        Dataset over patch_size, mask_ratio, k with r2, alignment, probe_mse, loss, eigengap, je_r2 and, with
-        ``eval_moments``, eval_r2, eval_r2_se, eval_influence (over ``group``) and their je_ counterparts; p_eff,
-        condition as coordinates. Cost: one eigh and one R-only QR of the rank per point.
+        Dataset over patch_size, mask_ratio, k with r2, alignment, alignment_percent, probe_mse, loss, eigengap, je_r2,
+        je_alignment and, with ``eval_moments``, eval_r2, eval_r2_se, eval_influence (over ``group``) and their je_
+        counterparts; p_eff, condition as coordinates. Cost: one eigh and one R-only QR of the rank per point.
 
     Raises:
         InputError: bad grids, max_k over the rank, held-out data that does not match, a store of another sweep.
@@ -98,10 +98,10 @@ def masking_sweep(
         >>> bool((result.r2.sel(mask_ratio=0.0, patch_size=1) == result.r2.sel(mask_ratio=0.0, patch_size=2)).all())
         True
     """
-    problem, held = _prepare(moments, eval_moments, pixel_noise, rtol, dtype)
-    program = grid.CURVES if held is None else grid.HELD_OUT
-    spec = GridSpec.checked(problem, patch_sizes, [0.0], mask_ratios, [math.inf], masking, max_k)
-    result = _run(problem, held, spec, program, run or RunOptions(), moments, eval_moments)
+    spec = GridSpec.checked(moments.image_shape, patch_sizes, [0.0], mask_ratios, [math.inf], masking)
+    program = grid.CURVES if eval_moments is None else grid.HELD_OUT
+    how = Solve(program, max_k, pixel_noise, rtol, dtype, run or RunOptions())
+    result = _run(moments, eval_moments, spec, how)
     result = result.isel(noise_level=0, lam=0, drop=True)
     for name in [name for name in result if str(name).startswith("je_")]:
         # Joint embedding without pixel noise is one curve per patch size; ratios 0 and 1 have none of their own.
@@ -151,10 +151,10 @@ def sweep(
         >>> dict(result.r2.sizes)
         {'patch_size': 1, 'noise_level': 2, 'mask_ratio': 1, 'lam': 2, 'k': 16}
     """
-    problem, held = _prepare(moments, eval_moments, pixel_noise, rtol, dtype)
-    program = grid.FEATURES if held is None else grid.HELD_OUT
-    spec = GridSpec.checked(problem, patch_sizes, noise_levels, mask_ratios, lambdas, masking, max_k)
-    return _run(problem, held, spec, program, run or RunOptions(), moments, eval_moments)
+    spec = GridSpec.checked(moments.image_shape, patch_sizes, noise_levels, mask_ratios, lambdas, masking)
+    program = grid.FEATURES if eval_moments is None else grid.HELD_OUT
+    how = Solve(program, max_k, pixel_noise, rtol, dtype, run or RunOptions())
+    return _run(moments, eval_moments, spec, how)
 
 
 def lambda_sweep(moments: Moments, lambdas: Sequence[float], **options: Any) -> xr.Dataset:
@@ -204,47 +204,57 @@ def gaussian_sweep(moments: Moments, sigmas: Sequence[float], **options: Any) ->
     return result.isel(drop if "lambdas" in options else drop | {"lam": 0}, drop=True)
 
 
-def _prepare(
-    moments: Moments, eval_moments: Moments | None, pixel_noise: float | None, rtol: float | None, dtype: DType
-) -> tuple[Factorized, HeldOut | None]:
-    problem = factorize(moments, pixel_noise=pixel_noise, rtol=rtol, dtype=dtype)
-    return problem, None if eval_moments is None else hold_out(problem, eval_moments)
+class Solve(NamedTuple):
+    """How a grid is solved.
+
+    Attributes:
+        program: compiled program of a point. max_k: number of features; None for the rank.
+        pixel_noise, rtol, dtype: see :func:`mae_align.factorize.factorize`. run: see :class:`RunOptions`.
+    """
+
+    program: PointProgram
+    max_k: int | None
+    pixel_noise: float | None
+    rtol: float | None
+    dtype: DType
+    run: RunOptions
 
 
-def _run(
-    problem: Factorized,
-    held: HeldOut | None,
-    spec: GridSpec,
-    program: PointProgram,
-    run: RunOptions,
-    moments: Moments,
-    eval_moments: Moments | None,
-) -> xr.Dataset:
+def _run(moments: Moments, eval_moments: Moments | None, spec: GridSpec, how: Solve) -> xr.Dataset:
+    # Everything that can be refused without work is refused first.
+    solve_dtype(how.dtype)
+    workers = worker_count(how.run.workers)
+    if how.run.batch_size is not None and how.run.batch_size < 1:
+        raise InputError(f"batch_size={how.run.batch_size}: give at least 1")
+    if how.max_k is not None and not 1 <= how.max_k <= moments.num_pixels:
+        raise InputError(f"k={how.max_k}: the images have {moments.num_pixels} pixel values, give k up to their rank")
+    if eval_moments is not None:
+        check_held_out(eval_moments, moments.image_shape, moments.num_targets)
+    problem = factorize(moments, pixel_noise=how.pixel_noise, rtol=how.rtol, dtype=how.dtype)
+    max_k = problem.rank if how.max_k is None else problem.check_k(how.max_k)
+    settings = provenance(problem, moments, eval_moments)
+    store = None
+    if how.run.store is not None:
+        arrays = [a for m in (moments, eval_moments) if m is not None for a in (m.sum_xx, m.sum_xy, m.sum_yy)]
+        store = PointStore(how.run.store, fingerprint(arrays, settings | {"k": max_k, "program": how.program.name}))
+    held = None if eval_moments is None else hold_out(problem, eval_moments)
+    with solve_context(problem.dtype):
+        on_device = None if held is None else jax.device_put(held)
     by_basis: dict[BasisKey, dict[str, GridPoint]] = {}
     for point in spec.points():
         by_basis.setdefault(point.basis, {}).setdefault(point.key, point)
     on_cpu = is_cpu(solve_device(problem.dtype))
-    batch = (1 if on_cpu else 8) if run.batch_size is None else run.batch_size
-    if batch < 1:
-        raise InputError(f"batch_size={batch}: give at least 1")
-    settings = provenance(problem, moments, eval_moments)
-    store = None
-    if run.store is not None:
-        arrays = [a for m in (moments, eval_moments) if m is not None for a in (m.sum_xx, m.sum_xy, m.sum_yy)]
-        store = PointStore(run.store, fingerprint(arrays, settings | {"max_k": spec.max_k, "program": program.name}))
-    with solve_context(problem.dtype):
-        on_device = None if held is None else jax.device_put(held)
+    batch = (1 if on_cpu else 8) if how.run.batch_size is None else how.run.batch_size
     groups = []
     for basis, members in by_basis.items():
-        tasks = [Task((f"je-{basis.name}",), partial(_joint_embedding, problem, on_device, spec.max_k))]
+        tasks = [Task((f"je-{basis.name}",), partial(_joint_embedding, problem, on_device, max_k))]
         points = list(members.values())
         for chunk in (points[i : i + batch] for i in range(0, len(points), batch)):
-            solve = partial(_solve_batch, chunk, problem, on_device, program, spec.max_k, batch)
+            solve = partial(_solve_batch, chunk, problem, on_device, how.program, max_k, batch)
             tasks.append(Task(tuple(p.key for p in chunk), solve))
         groups.append(TaskGroup(partial(_make_basis, problem, basis), tasks))
-    workers = worker_count(run.workers) if on_cpu else 1
-    found = run_groups(groups, workers=workers, store=store, progress=run.progress)
-    return assemble(problem, held, spec, found, settings)
+    found = run_groups(groups, workers=workers if on_cpu else 1, store=store, progress=how.run.progress)
+    return assemble(problem, held, spec, max_k, found, settings)
 
 
 def _make_basis(problem: Factorized, key: BasisKey) -> PatchBasis:

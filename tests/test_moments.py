@@ -463,7 +463,7 @@ def test_operands_do_not_change(dtype):
     images, labels = random_bytes(rng, 80).astype(dtype), rng.integers(0, Q, 80)
     pixels, classes = images.copy(), labels.copy()
     make: Callable[[], tuple[Moments, Moments]] = (
-        lambda: (  # noqa: E731
+        lambda: (
             Moments.from_arrays(images[:50], labels[:50], num_classes=Q),
             Moments.from_arrays(images[50:], labels[50:], num_classes=Q),
         )
