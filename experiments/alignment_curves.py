@@ -163,7 +163,7 @@ def main(config: Config) -> None:
     memory = _check_memory(every)
     label = next(iter(loaded)) if len(loaded) == 1 else "several"
     folder = RunFolder.open("alignment_curves", label, config, config.out, ignore=("out", "workers"))
-    arrays = [a for data in loaded.values() for a in (data.train_images, data.train_labels, data.test_images)]
+    arrays = [a for data in loaded.values() for a in _arrays(data)]
     store = PointStore(
         folder.points, fingerprint([*arrays, *(backgrounds or ())], {"jobs": [job.key for job in every]})
     )
@@ -173,6 +173,10 @@ def main(config: Config) -> None:
         curves = {value: found[job.key] for value, job in members.items()}
         lines += [*_report(study, folder, curves, config, loaded, examples), ""]
     folder.summary("\n".join([*lines, f"Figures and tables: {folder.path}"]))
+
+
+def _arrays(data: ma.ImageDataset) -> tuple[np.ndarray, ...]:
+    return data.train_images, data.train_labels, data.test_images, data.test_labels
 
 
 def _check_numbers(config: Config) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from experiments.alignment_studies import Curve
 from mae_align.alignment import paired_se
 from mae_align.plot import PALETTE, ordered_colors, panels
 
 _SCORE = "100 sqrt(alignment) [%]"
+_LABEL = 28  # characters of a set's name that fit beside the panels
 _BAND = "held-out: solid, band of two standard errors; in-sample: dashed"
 
 
@@ -28,7 +29,8 @@ def set_figure(curves: Mapping[str, Curve], r2_name: str) -> Figure:
         2 x 2 panels: r2 and 100 sqrt(alignment).
     """
     colors = list(PALETTE) if len(curves) <= len(PALETTE) else ordered_colors(len(curves))
-    return _both_axes(curves, colors, r2_name)
+    named = {label if len(label) <= _LABEL else f"...{label[-_LABEL:]}": curve for label, curve in curves.items()}
+    return _both_axes(named if len(named) == len(curves) else curves, colors, r2_name)
 
 
 def resolution_figure(curves: Mapping[int, Curve], shape: Sequence[int], r2_name: str) -> Figure:
@@ -96,9 +98,8 @@ def class_figure(curves: Mapping[tuple[int, int], Curve], ks: Sequence[int], r2_
         values = np.array([[curves[order, count].eval_r2[k - 1] for count in counts] for order in orders])
         right.plot(np.tile(counts, (len(orders), 1)), values, ".", color=color, markersize=3, alpha=0.6)
         right.plot(counts, values.mean(0), color=color, label=f"k = {k}")
-        bound = np.minimum(1.0, k / (np.array(counts) - 1.0))
-        if (bound < 1).any():
-            right.plot(counts, bound, ":", color=color, linewidth=1, label=f"limit of k = {k}")
+        limited = np.array(counts) - 1 > k
+        right.plot(np.array(counts)[limited], values.mean(0)[limited], "o", color=color, mfc="white", markersize=4)
     _log_k(left)
     _log_k(middle)
     _floor(left, lowest)
@@ -109,6 +110,7 @@ def class_figure(curves: Mapping[tuple[int, int], Curve], ks: Sequence[int], r2_
     right.set_xticks(counts, [str(c) for c in counts])
     right.xaxis.set_minor_locator(NullLocator())
     right.set_xlabel("number of classes")
+    right.set_title("points: subsets; circles: k < classes - 1", fontsize=6.5, loc="left")
     right.set_ylabel(_held_out_name(r2_name))
     right.legend(fontsize=6, frameon=False)
     _legend(figure, left)
@@ -128,7 +130,7 @@ def background_figure(
             standard error, both [contrasts]. examples: [contrasts, images, h, w, c] uint8. r2_name: for the axis.
 
     Returns:
-        2 x 3 panels: examples, held-out r2 and 100 sqrt(alignment) against k; change of r2, r2 relative to full rank
+        2 x 3 panels: examples, held-out r2 and 100 sqrt(alignment) against k; change of r2, r2 relative to its best
         and features needed against contrast.
     """
     figure, axes = panels(2, 3, width=2.5, height=2.2)
@@ -151,7 +153,7 @@ def background_figure(
         _points(axes[1, 1], contrasts, share, share_se, color, f"k = {k}")
     axes[1, 0].axhline(0.0, color="0.5", linewidth=0.8)
     axes[1, 0].set_ylabel(f"change of held-out r2\nagainst contrast {contrasts[0]:g}")
-    axes[1, 1].set_ylabel("held-out r2 over\nits full-rank value")
+    axes[1, 1].set_ylabel("held-out r2 over\nits best over k")
     for panel in axes[1, :2]:
         panel.legend(fontsize=6.5, frameon=False)
     axes[1, 2].plot(contrasts, [curve.eval_k90 for curve in curves.values()], "o-", color="black", markersize=3)
@@ -203,6 +205,7 @@ def _held_out_name(r2_name: str) -> str:
 
 def _log_k(panel: Axes) -> None:
     panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(numticks=10))
     panel.xaxis.set_major_formatter("{x:g}")
     panel.set_xlabel("number of features k")
 

@@ -22,7 +22,7 @@ _CURVE_COLUMNS = {
     "r2": "{r2:.3f}",
     "r2 held-out": "{eval_r2:.3f} +- {eval_r2_se:.3f}",
     "100 sqrt(alignment) [%]": "{alignment_percent:.2f}",
-    "held-out / full rank": "{eval_share:.3f} +- {eval_share_se:.3f}",
+    "held-out / best": "{eval_share:.3f} +- {eval_share_se:.3f}",
     "k for 90%, held-out": "{eval_k90}",
 }
 _CLASS_COLUMNS = {
@@ -245,7 +245,7 @@ def background_sentences(rows: Sequence[Row]) -> Iterator[str]:
         yield (
             f"Background contrast {low:g} to {high:g} at k = {row['k']}, same glyphs and labels: held-out r2 "
             f"{start['eval_r2']:.3f} to {row['eval_r2']:.3f}, {change_text(row['r2_change'], row['r2_change_se'])}; "
-            f"its share of the full-rank r2 {start['eval_share']:.3f} to {row['eval_share']:.3f}, "
+            f"its share of the best r2 {start['eval_share']:.3f} to {row['eval_share']:.3f}, "
             f"{change_text(row['share_change'], row['share_change_se'])}; 100 sqrt(alignment) "
             f"{start['alignment_percent']:.1f} to {row['alignment_percent']:.1f}."
         )

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 import mae_align as ma
-from mae_align.alignment import curves_from_targets, held_out_curves, held_out_errors_jit, hold_out
+from mae_align.alignment import curves_from_targets, held_out_curves, hold_out
 from mae_align.data import average_pool, blend_over_backgrounds, select_classes
-from mae_align.devices import is_cpu, solve_context, solve_device, worker_count
+from mae_align.devices import is_cpu, solve_device, worker_count
 from mae_align.factorize import factorize
 from mae_align.runner import Arrays, Task, TaskGroup, run_groups
 from mae_align.store import PointStore
@@ -60,18 +60,20 @@ class Curve(NamedTuple):
         return _first_reaching(self.eval_r2, 0.9 * self.eval_r2.max())
 
     def eval_share(self) -> tuple[np.ndarray, np.ndarray]:
-        """Held-out r2 relative to full rank, what `alignment` is in-sample, and its influences.
+        """Held-out r2 relative to its best, the held-out counterpart of `alignment`, and its influences.
 
-        share(k) = r2(k) / r2(rank), influence (psi(k) - share(k) psi(rank)) / r2(rank) by the delta method.
+        share(k) = r2(k) / r2(b), b the best k, influence (psi(k) - share(k) psi(b)) / r2(b) by the delta method. Not
+        relative to full rank, where a probe on few images overfits.
 
         Returns:
-            [k] and [g, k]; NaN where held-out r2 at full rank is not positive.
+            [k] and [g, k]; NaN where no k explains anything on held-out images.
         """
-        full = self.eval_r2[-1]
-        if full <= 0:
+        b = int(self.eval_r2.argmax())
+        best = self.eval_r2[b]
+        if best <= 0:
             return np.full_like(self.eval_r2, np.nan), np.full_like(self.eval_influence, np.nan)
-        share = self.eval_r2 / full
-        return share, (self.eval_influence - share * self.eval_influence[:, -1:]) / full
+        share = self.eval_r2 / best
+        return share, (self.eval_influence - share * self.eval_influence[:, b : b + 1]) / best
 
 
 def _first_reaching(values: np.ndarray, target: float) -> int:
@@ -81,14 +83,15 @@ def _first_reaching(values: np.ndarray, target: float) -> int:
 def pca_curve(train: ma.Moments, test: ma.Moments, pixel_noise: float | None) -> Curve:
     """The curve of PCA features for every k up to the rank.
 
-    In the coordinates of the factorised problem the features are the unit vectors (Q = I), so t = T0.
+    In the coordinates of the factorised problem the features are the unit vectors (Q = I): t = T0, and error(k) of
+    ``mae_align.alignment`` takes no product of matrices, sum_{i,j<=k} (t_i.t_j) M_ij is a cumulative sum of M * t t^T.
 
     Args:
         train: moments of the training images. test: of the held-out images, grouped.
         pixel_noise: variance of the measurement noise of a pixel, or None, as in ``factorize``.
 
     Returns:
-        The curve. Cost: one eigh of size d, 4 d^3 per group of held-out images.
+        The curve, in float64. Cost: one eigh of size d, and 4 d^3 per group of held-out images.
 
     Raises:
         InputError: moments that do not fit together.
@@ -100,11 +103,18 @@ def pca_curve(train: ma.Moments, test: ma.Moments, pixel_noise: float | None) ->
         (4,)
     """
     problem = factorize(train, pixel_noise=pixel_noise)
-    inside = curves_from_targets(problem.t0, problem.t0, problem.syy, problem.yty)
+    t = problem.t0
+    inside = curves_from_targets(t, t, problem.syy, problem.yty)
     held = hold_out(problem, test)
-    with solve_context("float64"):
-        errors, parts = (np.asarray(a) for a in held_out_errors_jit(np.eye(problem.rank), problem.t0, held))
-    out = held_out_curves(errors, parts, held)
+    inner = t @ t.T
+    weights = np.triu(2 * inner, 1) + np.diag(np.diag(inner))
+
+    def errors(gram: np.ndarray, cross: np.ndarray, variance: np.ndarray | np.floating) -> np.ndarray:
+        return variance + np.cumsum(np.einsum("ij,ij->j", gram, weights) - 2 * (t * cross).sum(1))
+
+    groups = zip(held.group_gram, held.group_cross, held.group_variance, strict=True)
+    parts = np.stack([errors(gram, cross, variance) for gram, cross, variance in groups])
+    out = held_out_curves(errors(held.gram, held.cross, held.variance), parts, held)
     sizes = (np.asarray(n) for n in (train.num_pixels, train.count, test.count))
     return Curve(inside.r2, inside.alignment, out.r2, out.se, out.influence, *sizes)
 

@@ -298,7 +298,7 @@ class RunFolder:
         return path
 
     def save_figure(self, name: str, figure: Figure) -> Path:
-        """Writes a figure as NAME.png (200 dots per inch) and NAME.pdf, and closes it.
+        """Writes a figure as NAME.png (200 dots per inch) and NAME.pdf, and closes it in pyplot.
 
         Returns:
             The path of NAME.png.
@@ -309,8 +309,7 @@ class RunFolder:
         with atomic_path(self.path / f"{name}.pdf") as unfinished:
             # Without the date, the same figure is the same file.
             figure.savefig(unfinished, format="pdf", metadata={"CreationDate": None})
-        figure.clear()
-        # Only figures made through pyplot are kept alive by it.
+        # A figure made without pyplot goes with its last reference.
         if pyplot := sys.modules.get("matplotlib.pyplot"):
             pyplot.close(figure)
         return path

@@ -1,7 +1,7 @@
 """Do the closed forms hold? Theorems 1 and 3 against gradient descent on real images.
 
-Theorem 1 (supervision + reconstruction) and Theorem 3 (denoising) of Balestriero & LeCun (2024), arXiv 2402.11337, state
-the minimum of a non-convex loss. Here Optax looks for it, for every corruption of the package:
+Theorem 1 (supervision + reconstruction) and Theorem 3 (denoising) of Balestriero & LeCun (2024), arXiv 2402.11337,
+state the minimum of a non-convex loss. Here Optax looks for it, for every corruption of the package:
 
 * exact: the expected loss, a function of the second moments, minimised in float64 from several random starts. Every
   start must end within 1e-6 of the closed-form minimum (relative excess), and none may fall below it.
@@ -11,8 +11,8 @@ the minimum of a non-convex loss. Here Optax looks for it, for every corruption 
 
 Both use Adam with a cosine decay of the learning rate to 0, in coordinates in which the encoder's input has unit
 covariance (V = L^-T a with the Cholesky factor E[x' x'^T] = L L^T; a linear change of variables, so that the loss has
-the same minima and the descent needs thousands of steps instead of millions). Where the moments hold a pixel noise floor
-(1/12 for 8-bit images) sampled images receive uniform noise of that variance.
+the same minima and the descent needs thousands of steps instead of millions). Where the moments hold a pixel noise
+floor (1/12 for 8-bit images) sampled images receive uniform noise of that variance.
 
     python -m experiments.theorem_check                              # bundled digits: TIME
     python -m experiments.theorem_check --preset paper --data idx:DIR    # Fashion-MNIST (d = 784): PTIME
@@ -26,6 +26,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -84,7 +85,7 @@ class Config:
     """Standard deviation of the Gaussian noise in root mean square deviations of a pixel from its mean; over 0."""
     seeds: int = 3
     """Random starts of every exact case."""
-    steps: int = 2000
+    steps: int = 3000
     """Steps of Adam on the exact loss."""
     learning_rate: float = 0.03
     """First learning rate on the exact loss (in whitened coordinates, without units)."""
@@ -206,7 +207,7 @@ def check_sampled(setup: Setup, corruption: Corruption, k: int) -> Arrays:
     closed = ma.denoising_autoencoder(setup.moments, corruption, k)
     objective = _denoising_objective(setup, corruption)
     shares = minimise_sampled(objective, corruption, pixels, k, config.batch_size, plan)
-    mean, se = sampled_loss(Network.of(closed), corruption, pixels, config.batch_size, _LOSS_BATCHES, config.seed)
+    mean, se = sampled_loss(Network.of(closed), corruption, pixels, config.batch_size, _LOSS_BATCHES, plan)
     found = _outcome(plan, shares, objective, denoising_share, closed)
     return found | {"sampled_loss": np.array(mean), "sampled_loss_se": np.array(se)}
 
@@ -317,9 +318,9 @@ def summarise(config: Config, rows: Sequence[Mapping[str, Any]]) -> str:
         passed = sum(row["passed"] for row in mine)
         starts = config.sampled_seeds if part is Part.sampled else config.seeds
         lines.append(
-            f"{part.value}: {passed} of {len(mine)} cases pass; the worst of {starts} starts each ends "
-            f"{max(row['excess'] for row in mine):.1e} of the minimum above it, the lowest point on the way is "
-            f"{min(row['lowest'] for row in mine):+.1e}."
+            f"{part.value}: {passed} of {len(mine)} cases pass. From {starts} random starts each, the worst ends "
+            f"{max(row['excess'] for row in mine):.1e} above the closed-form minimum (relative); the lowest point "
+            f"on any way is at {min(row['lowest'] for row in mine):+.1e}."
         )
     if all(row["passed"] for row in rows):
         lines.append("PASS: gradient descent finds the closed-form minima and nothing below them.")
@@ -330,25 +331,26 @@ def summarise(config: Config, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def excess_figure(config: Config, solved: Sequence[tuple[Case, Mapping[str, np.ndarray]]]) -> Figure:
     """Relative excess of the worst start against the step, one panel per part, one line per case, log-log."""
-    figure, axes = plot.panels(1, len(Part), width=2.6, height=3.3)
-    styles = dict(zip(config.ks, ("-", "--", ":", "-."), strict=False))
+    figure, axes = plot.panels(1, len(Part), width=2.8, height=2.5)
+    styles = {k: style for k, style in zip(config.ks, itertools.cycle(("-", "--", ":", "-.")), strict=False)}
     for axis, part in zip(axes[0], Part, strict=True):
         mine = [(case, found) for case, found in solved if case.part is part]
-        settings = list(dict.fromkeys(case.setting for case, _ in mine))
-        colors = dict(zip(settings, plot.PALETTE * len(settings), strict=False))
+        colors = {}
         for case, found in mine:
+            color = colors.setdefault(case.setting, plot.PALETTE[len(colors) % len(plot.PALETTE)])
             # Below rounding there is nothing to see, and zero has no logarithm.
-            worst = np.maximum(found["excess"].max(0), 1e-16)
-            axis.plot(found["step"], worst, styles.get(case.k, "-"), color=colors[case.setting])
+            axis.plot(found["step"], np.maximum(found["excess"].max(0), 1e-16), styles[case.k], color=color)
         tolerance = config.sampled_tolerance if part is Part.sampled else config.exact_tolerance
         axis.axhline(tolerance, color="0.4", linewidth=0.8)
-        axis.annotate("passes below", (0.02, tolerance), xycoords=("axes fraction", "data"), va="top", color="0.3")
-        axis.set(xscale="log", yscale="log", title=part.value, xlabel="step")
+        axis.annotate("passes below", (0.02, tolerance), xycoords=("axes fraction", "data"), fontsize=6, va="top")
+        axis.set(xscale="log", yscale="log", xlabel="step")
+        axis.set_title(part.value, fontsize=8)
+        # The sampled cases share the colours of the exact ones beside them.
         handles = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
-        if part is Part.supervised:
-            handles += [Line2D([], [], linestyle=s, color="black", label=f"k = {k}") for k, s in styles.items()]
-        axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.2))
-    axes[0, 0].set_ylabel("excess over the closed-form minimum, relative")
+        if part is Part.sampled:
+            handles = [axis.plot([], [], style, color="black", label=f"k = {k}")[0] for k, style in styles.items()]
+        axis.legend(handles=handles, loc="lower left", fontsize=6, frameon=False)
+    axes[0, 0].set_ylabel("excess over the closed-form\nminimum, relative")
     return figure
 
 

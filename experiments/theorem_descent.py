@@ -27,6 +27,8 @@ from mae_align.factorize import Factorized
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Steps at which losses are noted, evenly spread on a logarithmic axis.
 _RECORDS = 40
+# How many steps may be queued on a device; what they draw must fit in its memory.
+_STEPS_AHEAD = 16
 
 
 class Network(NamedTuple):
@@ -103,13 +105,15 @@ class Objective(NamedTuple):
 
 def supervised_share(network: Network, objective: Objective) -> jax.Array:
     """Loss of Theorem 1, as a share of the loss at V = 0."""
-    loss = supervised_loss(*network, objective.lam, objective.sxx, objective.sxy, objective.syy)
-    return loss / objective.total
+    v, w, z = map(jnp.asarray, network)
+    sxx, sxy, syy = map(jnp.asarray, (objective.sxx, objective.sxy, objective.syy))
+    return supervised_loss(v, w, z, objective.lam, sxx, sxy, syy) / objective.total
 
 
 def denoising_share(network: Network, objective: Objective) -> jax.Array:
     """Loss of Theorem 3, as a share of the loss at V = 0."""
-    return denoising_loss(network.encoder, network.decoder, objective.sxx, objective.corruption) / objective.total
+    v, _, z = map(jnp.asarray, network)
+    return denoising_loss(v, z, jnp.asarray(objective.sxx), objective.corruption) / objective.total
 
 
 Share = Callable[[Network, Objective], jax.Array]
@@ -140,13 +144,11 @@ class Plan:
 
     def start(self, objective: Objective, k: int, q: int, dtype: str) -> tuple[Network, optax.OptState]:
         """Random coordinates [starts, ...], features of unit variance and a small decoder, and Adam's state."""
-        keys = jax.random.split(jax.random.key(self.seed), 3)
+        # NumPy: these few numbers are not worth compiling a generator for every shape.
+        rng = np.random.default_rng(self.seed)
         d = len(objective.sxx)
-        a = Network(
-            jax.random.normal(keys[0], (self.starts, d, k), dtype) / math.sqrt(d),
-            0.1 * jax.random.normal(keys[1], (self.starts, k, q), dtype) / math.sqrt(k),
-            0.1 * jax.random.normal(keys[2], (self.starts, k, d), dtype) / math.sqrt(k),
-        )
+        scales = {(d, k): 1.0 / math.sqrt(d), (k, q): 0.1 / math.sqrt(k), (k, d): 0.1 / math.sqrt(k)}
+        a = Network(*(jnp.asarray(x * rng.normal(size=(self.starts, *shape)), dtype) for shape, x in scales.items()))
         return a, self.optimizer.init(a)
 
 
@@ -195,8 +197,8 @@ def minimise_exact(objective: Objective, share: Share, k: int, q: int, plan: Pla
     """Adam on an exact expected loss, in float64.
 
     Args:
-        objective: the loss. share: ``supervised_share`` or ``denoising_share``. k: features. q: targets, 0 without head.
-        plan: the descent.
+        objective: the loss. share: ``supervised_share`` or ``denoising_share``. plan: the descent.
+        k: features. q: targets, 0 without head.
 
     Returns:
         [starts, records] share of the loss after each of ``plan.records``. Cost per step: starts d^2 k.
@@ -227,55 +229,55 @@ class Pixels(NamedTuple):
         mean = jnp.asarray(problem.mean_x.reshape(problem.image_shape), jnp.float32)
         return cls(jnp.asarray(images), mean, np.float32(math.sqrt(12.0 * problem.pixel_noise)))
 
-    def draw(self, key: jax.Array, corruption: Corruption, batch_size: int) -> tuple[jax.Array, jax.Array]:
-        """Corrupted and clean images about the mean, [batch, d] float32 each."""
-        which, noise, mask = jax.random.split(key, 3)
-        stored = self.images[jax.random.randint(which, (batch_size,), 0, len(self.images))]
+
+@functools.partial(jax.jit, static_argnames=("corruption", "batch_size"))
+def _draw(
+    keys: jax.Array, i: int, pixels: Pixels, *, corruption: Corruption, batch_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Draw i of each key: corrupted and clean images about the mean, [keys, batch, d] float32 each."""
+
+    def one(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        which, noise, mask = jax.random.split(jax.random.fold_in(key, i), 3)
+        stored = pixels.images[jax.random.randint(which, (batch_size,), 0, len(pixels.images))]
         unit = jax.random.uniform(noise, stored.shape, jnp.float32, -0.5, 0.5)
-        clean = stored.astype(jnp.float32) + self.noise_width * unit
-        corrupted = corruption.sample(mask, clean, self.mean)
+        clean = stored.astype(jnp.float32) + pixels.noise_width * unit
+        corrupted = corruption.sample(mask, clean, pixels.mean)
         flat = (batch_size, -1)
-        return (corrupted - self.mean[None]).reshape(flat), (clean - self.mean[None]).reshape(flat)
+        return (corrupted - pixels.mean[None]).reshape(flat), (clean - pixels.mean[None]).reshape(flat)
+
+    return jax.vmap(one)(keys)
 
 
-def _loss_of_draw(network: Network, drawn: tuple[jax.Array, jax.Array]) -> jax.Array:
+def _loss_of_batch(network: Network, corrupted: jax.Array, clean: jax.Array) -> jax.Array:
     """Mean over a batch of |Z^T V^T x' - x|^2."""
-    corrupted, clean = drawn
     features = jnp.dot(corrupted, network.encoder, precision=_HIGHEST)
     return jnp.mean(jnp.sum((jnp.dot(features, network.decoder, precision=_HIGHEST) - clean) ** 2, axis=1))
 
 
-@functools.partial(jax.jit, static_argnames=("corruption", "optimizer", "batch_size"))
-def _descend_sampled(
+@functools.partial(jax.jit, static_argnames="optimizer")
+def _sampled_step(
     state: State,
-    keys: jax.Array,
-    first: int,
-    last: int,
+    drawn: tuple[jax.Array, jax.Array],
     objective: Objective,
-    pixels: Pixels,
     *,
-    corruption: Corruption,
     optimizer: optax.GradientTransformation,
-    batch_size: int,
 ) -> State:
-    """Steps first to last - 1 of all starts, each with fresh images and corruptions."""
+    """One step of all starts, each on its own images."""
 
-    def share(a: Network, key: jax.Array) -> jax.Array:
-        return _loss_of_draw(objective.network(a), pixels.draw(key, corruption, batch_size)) / objective.total
+    def share(a: Network, corrupted: jax.Array, clean: jax.Array) -> jax.Array:
+        return _loss_of_batch(objective.network(a), corrupted, clean) / objective.total
 
-    def step(i: jax.Array, state: State) -> State:
-        a, memory = state
-        gradient = jax.vmap(jax.grad(share))(a, jax.vmap(jax.random.fold_in, (0, None))(keys, i))
-        updates, memory = optimizer.update(gradient, memory)
-        return _moved(a, updates), memory
-
-    return jax.lax.fori_loop(first, last, step, state)
+    a, memory = state
+    updates, memory = optimizer.update(jax.vmap(jax.grad(share))(a, *drawn), memory)
+    return _moved(a, updates), memory
 
 
 def minimise_sampled(
     objective: Objective, corruption: Corruption, pixels: Pixels, k: int, batch_size: int, plan: Plan
 ) -> np.ndarray:
     """Adam on images that the corruption's own sampler corrupts, in float32, judged by the exact expected loss.
+
+    Drawing and stepping are two compiled programs: one serves every k, the other every corruption.
 
     Args:
         objective: exact loss of this corruption. corruption: sampled. pixels: the images. k: features.
@@ -284,46 +286,40 @@ def minimise_sampled(
     Returns:
         [starts, records] share of the exact loss after each of ``plan.records``. Cost per step: starts batch d k.
     """
-    low = jax.tree.map(np.float32, objective)
+    low = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), objective)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(plan.seed), 1), plan.starts)
     state, shares = plan.start(objective, k, 0, "float32"), []
     for first, last in itertools.pairwise([0, *plan.records]):
-        state = _descend_sampled(
-            state,
-            keys,
-            first,
-            last,
-            low,
-            pixels,
-            corruption=corruption,
-            optimizer=plan.optimizer,
-            batch_size=batch_size,
-        )
+        for i in range(first, last):
+            drawn = _draw(keys, i, pixels, corruption=corruption, batch_size=batch_size)
+            state = _sampled_step(state, drawn, low, optimizer=plan.optimizer)
+            if i % _STEPS_AHEAD == 0:
+                jax.block_until_ready(state)
         learned = jax.tree.map(lambda a: np.asarray(a, np.float64), state[0])
         with solve_context():
             shares.append(np.asarray(_shares(learned, objective, share=denoising_share)))
     return np.stack(shares, axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("corruption", "batch_size"))
-def _losses_of_draws(
-    network: Network, keys: jax.Array, pixels: Pixels, *, corruption: Corruption, batch_size: int
-) -> jax.Array:
-    return jax.lax.map(lambda key: _loss_of_draw(network, pixels.draw(key, corruption, batch_size)), keys)
+_losses_of_batches = jax.jit(jax.vmap(_loss_of_batch, (None, 0, 0)))
 
 
 def sampled_loss(
-    network: Network, corruption: Corruption, pixels: Pixels, batch_size: int, batches: int, seed: int
+    network: Network, corruption: Corruption, pixels: Pixels, batch_size: int, batches: int, plan: Plan
 ) -> tuple[float, float]:
     """Mean of |Z^T V^T x' - x|^2 over sampled corruptions.
 
     Args:
-        network: to be measured. corruption, pixels: what is drawn. batch_size, batches: how much. seed: of the draws.
+        network: to be measured. corruption, pixels: what is drawn. batch_size: images per batch.
+        batches: at least so many. plan: its seed, and as many batches at a time as it has starts.
 
     Returns:
         Mean and its standard error, squared pixel units.
     """
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 2), batches)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(plan.seed), 2), plan.starts)
     low = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), network)
-    losses = np.asarray(_losses_of_draws(low, keys, pixels, corruption=corruption, batch_size=batch_size), np.float64)
-    return float(losses.mean()), float(losses.std(ddof=1) / math.sqrt(batches))
+    draws = (
+        _draw(keys, i, pixels, corruption=corruption, batch_size=batch_size) for i in range(-(-batches // plan.starts))
+    )
+    losses = np.concatenate([np.asarray(_losses_of_batches(low, *drawn), np.float64) for drawn in draws])
+    return float(losses.mean()), float(losses.std(ddof=1) / math.sqrt(len(losses)))

@@ -50,7 +50,9 @@ def solve():
 
     def call(*args, max_k: int = K):
         with solve_context("float64"):
-            return grid.PointSolution(*map(np.asarray, compiled(*(np.asarray(a, np.float64) for a in args), max_k=max_k)))
+            return grid.PointSolution(
+                *map(np.asarray, compiled(*(np.asarray(a, np.float64) for a in args), max_k=max_k))
+            )
 
     return call
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
-from collections.abc import Callable
 
 import chex
 import hypothesis.strategies as st
@@ -97,7 +97,7 @@ def test_8bit_moments_equal_int64_for_any_order_split_and_merge_tree(seed, n, cu
 
     order = rng.permutation(n)
     edges = np.unique(np.concatenate([[0, n], rng.integers(0, n + 1, cuts)]))
-    pieces = [order[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    pieces = [order[a:b] for a, b in itertools.pairwise(edges)]
     updated = Moments.from_arrays(images[pieces[0]], labels[pieces[0]], num_classes=Q, groups=groups)
     for piece in pieces[1:]:
         updated = updated.update(images[piece], labels[piece])
@@ -462,12 +462,13 @@ def test_operands_do_not_change(dtype):
     rng = np.random.default_rng(23)
     images, labels = random_bytes(rng, 80).astype(dtype), rng.integers(0, Q, 80)
     pixels, classes = images.copy(), labels.copy()
-    make: Callable[[], tuple[Moments, Moments]] = (
-        lambda: (
+
+    def make() -> tuple[Moments, Moments]:
+        return (
             Moments.from_arrays(images[:50], labels[:50], num_classes=Q),
             Moments.from_arrays(images[50:], labels[50:], num_classes=Q),
         )
-    )
+
     (a, b), (a_before, b_before) = make(), make()
     merged = a.merge(b)
     a.update(images, labels)

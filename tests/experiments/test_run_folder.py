@@ -339,9 +339,11 @@ def test_json_knows_numpy_paths_and_enumerations(folder):
     assert json.loads((folder.path / "best.json").read_text()) == read
 
 
-def test_figure_is_saved_twice_and_closed(folder):
+def test_figure_is_saved_twice(folder):
     figure = Figure(figsize=(3, 2))
-    figure.subplots().plot([1, 2, 3])
+    # Shared logarithmic axes: clearing them warns in some versions of Matplotlib.
+    for axes in figure.subplots(1, 2, sharex=True):
+        axes.semilogx([1, 2, 3])
     path = folder.save_figure("curves", figure)
     assert path == folder.path / "curves.png"
     header = path.read_bytes()[:24]
@@ -349,7 +351,6 @@ def test_figure_is_saved_twice_and_closed(folder):
     # Inches times 200 dots per inch.
     assert np.frombuffer(header[16:24], ">u4").tolist() == [600, 400]
     assert (folder.path / "curves.pdf").read_bytes()[:5] == b"%PDF-"
-    assert not figure.axes
 
 
 def test_figure_of_pyplot_is_closed(folder, monkeypatch):
