@@ -80,7 +80,7 @@ def class_figure(curves: Mapping[tuple[int, int], Curve], ks: Sequence[int], r2_
     counts = sorted({count for _, count in curves})
     figure, axes = panels(1, 3, width=2.5, height=2.3)
     left, middle, right = axes[0]
-    lowest = []
+    means, highest = [], 0.0
     for count, color in zip(counts, ordered_colors(len(counts)), strict=True):
         group = [curves[order, count] for order in orders]
         length = min(len(curve.r2) for curve in group)
@@ -93,7 +93,9 @@ def class_figure(curves: Mapping[tuple[int, int], Curve], ks: Sequence[int], r2_
             panel.plot(k, mean, color=color, label=f"{count} classes")
             panel.fill_between(k, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
             if panel is left:
-                lowest.append(mean)
+                means.append(mean)
+                # Beyond the best k, the spread of an overfitted probe has no bounds.
+                highest = max(highest, float((mean + spread)[: int(mean.argmax()) + 1].max()))
     for k, color in zip((k for k in ks if all(k <= len(c.r2) for c in curves.values())), PALETTE, strict=False):
         values = np.array([[curves[order, count].eval_r2[k - 1] for count in counts] for order in orders])
         right.plot(np.tile(counts, (len(orders), 1)), values, ".", color=color, markersize=3, alpha=0.6)
@@ -102,7 +104,8 @@ def class_figure(curves: Mapping[tuple[int, int], Curve], ks: Sequence[int], r2_
         right.plot(np.array(counts)[limited], values.mean(0)[limited], "o", color=color, mfc="white", markersize=4)
     _log_k(left)
     _log_k(middle)
-    _floor(left, lowest)
+    _floor(left, means)
+    left.set_ylim(top=1.05 * highest)
     left.set_ylabel(_held_out_name(r2_name))
     left.set_title("mean and spread of random subsets", fontsize=6.5, loc="left")
     middle.set_ylabel(f"{_SCORE}\n(in-sample)")
@@ -154,8 +157,7 @@ def background_figure(
     axes[1, 0].axhline(0.0, color="0.5", linewidth=0.8)
     axes[1, 0].set_ylabel(f"change of held-out r2\nagainst contrast {contrasts[0]:g}")
     axes[1, 1].set_ylabel("held-out r2 over\nits best over k")
-    for panel in axes[1, :2]:
-        panel.legend(fontsize=6.5, frameon=False)
+    axes[1, 0].legend(fontsize=6.5, frameon=False)
     axes[1, 2].plot(contrasts, [curve.eval_k90 for curve in curves.values()], "o-", color="black", markersize=3)
     axes[1, 2].plot(contrasts, [curve.k90 for curve in curves.values()], "s--", color="0.5", markersize=3)
     axes[1, 2].legend(["held-out, of its best", "in-sample, of full rank"], fontsize=6.5, frameon=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -188,7 +189,9 @@ def change_text(change: float, se: float) -> str:
     """
     if np.isnan(se):
         return f"{change:+.3f} (standard error unknown)"
-    numbers = f"{change:+.3f} +- {se:.3f}"
+    # Three decimals, or as many as show the standard error.
+    digits = max(3, -math.floor(math.log10(se))) if se > 0 else 3
+    numbers = f"{change:+.{digits}f} +- {se:.{digits}f}"
     return numbers if abs(change) >= 2 * se and change != 0 else f"no detectable difference ({numbers})"
 
 

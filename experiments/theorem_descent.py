@@ -230,22 +230,34 @@ class Pixels(NamedTuple):
         return cls(jnp.asarray(images), mean, np.float32(math.sqrt(12.0 * problem.pixel_noise)))
 
 
-@functools.partial(jax.jit, static_argnames=("corruption", "batch_size"))
-def _draw(
-    keys: jax.Array, i: int, pixels: Pixels, *, corruption: Corruption, batch_size: int
-) -> tuple[jax.Array, jax.Array]:
-    """Draw i of each key: corrupted and clean images about the mean, [keys, batch, d] float32 each."""
+@functools.partial(jax.jit, static_argnames="batch_size")
+def _clean_batches(keys: jax.Array, i: int, pixels: Pixels, *, batch_size: int) -> tuple[jax.Array, jax.Array]:
+    """Batch i of each key: keys for its corruption, and random images with measurement noise [keys, batch, h, w, c]."""
 
     def one(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        which, noise, mask = jax.random.split(jax.random.fold_in(key, i), 3)
+        which, noise, corrupt = jax.random.split(jax.random.fold_in(key, i), 3)
         stored = pixels.images[jax.random.randint(which, (batch_size,), 0, len(pixels.images))]
         unit = jax.random.uniform(noise, stored.shape, jnp.float32, -0.5, 0.5)
-        clean = stored.astype(jnp.float32) + pixels.noise_width * unit
-        corrupted = corruption.sample(mask, clean, pixels.mean)
-        flat = (batch_size, -1)
-        return (corrupted - pixels.mean[None]).reshape(flat), (clean - pixels.mean[None]).reshape(flat)
+        return corrupt, stored.astype(jnp.float32) + pixels.noise_width * unit
 
     return jax.vmap(one)(keys)
+
+
+@functools.partial(jax.jit, static_argnames="corruption")
+def _corrupted(
+    keys: jax.Array, clean: jax.Array, mean: jax.Array, *, corruption: Corruption
+) -> tuple[jax.Array, jax.Array]:
+    """Corrupted and clean images about the mean, [keys, batch, d] float32 each."""
+    corrupted = jax.vmap(corruption.sample, (0, 0, None))(keys, clean, mean)
+    flat = (*clean.shape[:2], -1)
+    return (corrupted - mean[None, None]).reshape(flat), (clean - mean[None, None]).reshape(flat)
+
+
+def _draw(
+    keys: jax.Array, i: int, pixels: Pixels, corruption: Corruption, batch_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Draw i of each key; two programs, because the first serves every corruption."""
+    return _corrupted(*_clean_batches(keys, i, pixels, batch_size=batch_size), pixels.mean, corruption=corruption)
 
 
 def _loss_of_batch(network: Network, corrupted: jax.Array, clean: jax.Array) -> jax.Array:
@@ -277,7 +289,7 @@ def minimise_sampled(
 ) -> np.ndarray:
     """Adam on images that the corruption's own sampler corrupts, in float32, judged by the exact expected loss.
 
-    Drawing and stepping are two compiled programs: one serves every k, the other every corruption.
+    Drawing and stepping are compiled apart: one serves every k, the other every corruption.
 
     Args:
         objective: exact loss of this corruption. corruption: sampled. pixels: the images. k: features.
@@ -291,7 +303,7 @@ def minimise_sampled(
     state, shares = plan.start(objective, k, 0, "float32"), []
     for first, last in itertools.pairwise([0, *plan.records]):
         for i in range(first, last):
-            drawn = _draw(keys, i, pixels, corruption=corruption, batch_size=batch_size)
+            drawn = _draw(keys, i, pixels, corruption, batch_size)
             state = _sampled_step(state, drawn, low, optimizer=plan.optimizer)
             if i % _STEPS_AHEAD == 0:
                 jax.block_until_ready(state)
@@ -318,8 +330,6 @@ def sampled_loss(
     """
     keys = jax.random.split(jax.random.fold_in(jax.random.key(plan.seed), 2), plan.starts)
     low = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), network)
-    draws = (
-        _draw(keys, i, pixels, corruption=corruption, batch_size=batch_size) for i in range(-(-batches // plan.starts))
-    )
+    draws = (_draw(keys, i, pixels, corruption, batch_size) for i in range(-(-batches // plan.starts)))
     losses = np.concatenate([np.asarray(_losses_of_batches(low, *drawn), np.float64) for drawn in draws])
     return float(losses.mean()), float(losses.std(ddof=1) / math.sqrt(len(losses)))

@@ -77,7 +77,7 @@ def held_out() -> Sample:
 @cache
 def unbalanced_digits() -> Sample:
     """The first 4 classes of scikit-learn's digits, 8 x 8, with 150, 90, 50 and 25 images."""
-    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = (np.asarray(a) for a in load_digits(return_X_y=True))
     counts = {0: 150, 1: 90, 2: 50, 3: 25}
     take = np.concatenate([np.flatnonzero(labels == digit)[:count] for digit, count in counts.items()])
     images = pixels[take].reshape(-1, 8, 8, 1).astype(np.uint8)

@@ -228,7 +228,7 @@ def test_images_of_a_batch_are_masked_independently(mask):
     assert np.abs(4 * kept[:-1].T @ kept[1:] / np.sqrt(DRAWS)).max() < LIMIT
     count = kept.sum(1)
     if count.std() > 0:
-        assert abs(scipy.stats.pearsonr(count[:-1], count[1:]).statistic) < LIMIT / np.sqrt(DRAWS)
+        assert abs(np.corrcoef(count[:-1], count[1:])[0, 1]) < LIMIT / np.sqrt(DRAWS)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0])
@@ -312,7 +312,7 @@ def test_noise_moments_are_those_of_the_sampler():
     assert np.abs((x.T @ added)[:, deviation > 0] / deviation[deviation > 0] / np.sqrt(n)).max() < 1.1 * LIMIT
     standard = added[:, deviation > 0] / deviation[deviation > 0]
     assert scipy.stats.kstest(standard[:500].ravel(), "norm").pvalue > 1e-3
-    assert abs(scipy.stats.pearsonr(standard[:-1].ravel(), standard[1:].ravel()).statistic) < LIMIT / np.sqrt(n)
+    assert abs(np.corrcoef(standard[:-1].ravel(), standard[1:].ravel())[0, 1]) < LIMIT / np.sqrt(n)
 
 
 @pytest.mark.parametrize("sigma", [-1.0, np.nan, np.inf, np.array([1.0, -1e-9]), np.full((2, 2, 1), np.nan)])

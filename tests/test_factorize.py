@@ -66,6 +66,16 @@ def test_floor_of_float_images_is_a_billionth_of_the_largest_eigenvalue(moments,
     assert factorize(moments, pixel_noise=0.25).sxx[3, 3] == pytest.approx(moments.sxx[3, 3] + 0.25, rel=1e-14)
 
 
+def test_floor_of_float32_images_is_above_the_rounding_of_their_moments():
+    """30 images of 60 pixels: the missing directions have variance of rounding size, of either sign."""
+    few = oracles.draw(3, 30)
+    images = (3.0 + few.images).astype(np.float32)
+    moments = Moments.from_arrays(images, few.labels)
+    assert np.linalg.eigvalsh(moments.sxx)[0] < 0
+    problem = factorize(moments)
+    assert problem.rank == 60 and problem.s[-1] > 0.5 * problem.pixel_noise
+
+
 def test_cutoff_is_relative_to_the_largest_eigenvalue(moments):
     values = np.linalg.eigvalsh(moments.sxx)[::-1]
     middle = math.sqrt(values[19] * values[20]) / values[0]

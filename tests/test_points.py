@@ -109,9 +109,9 @@ def test_a_spec_holds_plain_numbers_and_the_masks_of_its_family():
 @pytest.mark.parametrize("axis", ["patch_sizes", "noise_levels", "mask_ratios", "lambdas"])
 def test_empty_and_repeating_axes_are_refused(axis):
     with pytest.raises(InputError, match=f"{axis} is empty: give at least one value"):
-        check(**{axis: []})
+        check(**{axis: []})  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match=f"{axis} .*repeats a value: give each once"):
-        check(**{axis: [1, 1]})
+        check(**{axis: [1, 1]})  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,8 @@ DAMAGE = {
 }
 
 
+# NumPy leaves a file open that turns out to be no archive.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_point_is_reported_and_can_be_written_again(tmp_path, damage):
     store = PointStore(tmp_path, "a")
@@ -121,6 +123,8 @@ def test_a_damaged_point_is_reported_and_can_be_written_again(tmp_path, damage):
     assert_same(store.load("p"), again)
 
 
+# NumPy leaves a file open that turns out to be no archive.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 def test_every_length_of_a_cut_file_is_noticed(tmp_path):
     store = PointStore(tmp_path, "a")
     for length in range(0, len(WHOLE), 7):

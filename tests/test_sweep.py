@@ -17,7 +17,7 @@ from oracles import SHAPE
 from sklearn.datasets import load_digits
 
 import mae_align as ma
-from mae_align import grid, store
+from mae_align import grid, runner, store
 from mae_align.devices import compile_counter
 from mae_align.moments import Moments
 
@@ -379,11 +379,28 @@ def test_points_of_shifted_held_out_images_are_not_taken_over(fit, tmp_path):
         ma.masking_sweep(fit, [2], [0.5], eval_moments=moments[1], **options)
 
 
-def test_progress_is_shown_on_request_only(fit, capsys):
-    ma.masking_sweep(fit, [2], [0.0, 0.5])
-    assert capsys.readouterr().err == ""
-    ma.masking_sweep(fit, [2], [0.0, 0.5], run=ma.RunOptions(progress=True))
-    assert "4/4" in capsys.readouterr().err  # two solves and two joint embeddings
+@pytest.mark.parametrize("progress", [False, True])
+def test_progress_counts_every_point_and_is_shown_on_request_only(fit, tmp_path, monkeypatch, progress):
+    bars = []
+
+    class Bar:
+        def __init__(self, *, total: int, initial: int, disable: bool, **options: object) -> None:
+            self.total, self.done, self.disable, self.open = total, initial, disable, True
+            bars.append(self)
+
+        def update(self, count: int) -> None:
+            self.done += count
+
+        def close(self) -> None:
+            self.open = False
+
+    monkeypatch.setattr(runner, "tqdm", Bar)
+    options = ma.RunOptions(progress=progress, store=tmp_path)
+    ma.masking_sweep(fit, [2], [0.0, 0.5], run=options)
+    ma.masking_sweep(fit, [2], [0.0, 0.5, 0.7], run=options)
+    # A solve for every ratio, and one joint embedding with and one without a mask.
+    assert [(bar.done, bar.total) for bar in bars] == [(4, 4), (5, 5)]
+    assert all(bar.disable is not progress and not bar.open for bar in bars)
 
 
 # --- hard data ------------------------------------------------------------------------------------------------------
@@ -467,9 +484,15 @@ def test_singular_moments_give_no_nan_and_the_problem_on_the_range(n, rank, pixe
 def test_float32_agrees_within_its_precision(fit, masks):
     low = ma.masking_sweep(fit, PATCHES, RATIOS, pixel_noise=0.0, dtype="float32")
     assert low.attrs["rank"] == 60 and low.attrs["dtype"] == "float32"
-    np.testing.assert_allclose(low.r2, masks.r2, atol=2e-4)
-    np.testing.assert_allclose(low.loss, masks.loss, rtol=2e-4)
-    assert 1e-9 < float(abs(low.r2 - masks.r2).max())  # it was a solve of its own
+    error = abs(low.r2 - masks.r2)
+    assert 1e-9 < float(error.max()) < 5e-3 and float(error.median()) < 2e-6
+    np.testing.assert_allclose(low.loss, masks.loss, atol=1e-5 * low.attrs["trace_sxx"])
+    # Directions are known up to the rounding of the largest eigenvalue over the distance to the next one.
+    masked = masks.isel(mask_ratio=slice(4))
+    start = xr.full_like(masked.loss.isel(k=[0]), masks.attrs["trace_sxx"]).assign_coords(k=[0])
+    mu = -xr.concat([start, masked.loss], "k").diff("k")
+    bound = 1e-6 * mu.isel(k=0) / (mu * masked.eigengap)
+    assert (error.isel(mask_ratio=slice(4)) < bound + 1e-6).all()
 
 
 def test_float32_images_are_float64_problems(masks):
@@ -500,8 +523,8 @@ def pen_that_rarely_reaches_the_border() -> tuple[Moments, Moments]:
     border = np.ones((8, 8), bool)
     border[1:7, 1:7] = False
     for row, column in np.argwhere(border):
-        images[rng.choice(1000, 2, replace=False), row, column] = 1
-        images[rng.choice(np.arange(1000, len(images)), 2), row, column] = rng.integers(8, 40, 2)
+        images[rng.choice(1000, 2, replace=False), row, column, 0] = 1
+        images[rng.choice(np.arange(1000, len(images)), 2), row, column, 0] = rng.integers(8, 40, 2)
     return (
         Moments.from_arrays(images[:1000], labels[:1000]),
         Moments.from_arrays(images[1000:], labels[1000:], groups=10),
@@ -559,7 +582,7 @@ def test_curves_are_shares_that_never_fall(seed, patch, ratio, sigma, lam):
     for name in ("loss", "reconstruction_mse"):
         assert found[name].min() > -1e-9 * found[name].max() and found[name].diff("k").max() < 1e-9 * found[name].max()
     full = ma.masking_sweep(moments, [1], [0.0]).r2.isel(k=-1)
-    np.testing.assert_allclose(found.r2.isel(k=-1), float(full), rtol=1e-6)  # all features: every encoder is onto
+    np.testing.assert_allclose(found.r2.isel(k=-1), full.item(), rtol=1e-6)  # all features: every encoder is onto
 
 
 def test_curves_do_not_change_with_the_units_of_the_pixels(masks):
@@ -574,7 +597,7 @@ def test_curves_do_not_change_with_the_units_of_the_pixels(masks):
                 own = moments_of(sample)
                 reference = ma.masking_sweep(own, PATCHES[:2], RATIOS, pixel_noise=floor)
             np.testing.assert_allclose(found.r2, reference.r2, atol=1e-9)
-            np.testing.assert_allclose(found.loss, unit**2 * reference.loss, rtol=1e-9)
+            np.testing.assert_allclose(found.loss / unit**2, reference.loss, atol=1e-8)
 
 
 def test_supervision_trades_against_reconstruction(fit):

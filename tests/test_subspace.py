@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import numpy as np
+import oracles
+import pytest
+import scipy.linalg
+from oracles import SHAPE
+
+import mae_align as ma
+from mae_align.factorize import factorize
+from mae_align.moments import Moments
+from mae_align.subspace import feature_basis, principal_angles
+
+
+def orthonormal(seed: int, rows: int, columns: int) -> np.ndarray:
+    return np.linalg.qr(np.random.default_rng(seed).normal(size=(rows, columns)))[0]
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return factorize(Moments.from_arrays(oracles.train().images, oracles.train().labels), pixel_noise=0.0)
+
+
+@pytest.mark.parametrize("k", [1, 4, 7, 11])
+def test_angles_are_those_of_scipy_in_ascending_order(k):
+    a, b = orthonormal(0, 24, k), orthonormal(1, 24, k)
+    found = principal_angles(a, b)
+    np.testing.assert_allclose(found, scipy.linalg.subspace_angles(a, b)[::-1], atol=1e-14)
+    assert (np.diff(found) >= 0).all()
+    np.testing.assert_allclose(principal_angles(b, a), found, atol=1e-14)
+    np.testing.assert_allclose(principal_angles(a @ orthonormal(2, k, k), b @ orthonormal(3, k, k)), found, atol=1e-13)
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-12, 1e-9, 1e-5, 0.3, np.pi / 4, 1.2, np.pi / 2 - 1e-9, np.pi / 2])
+def test_small_and_large_angles_are_accurate(angle):
+    """A cosine alone would lose every angle below 1e-8, a sine alone those near a right angle."""
+    q = orthonormal(4, 9, 9)
+    turned = np.cos(angle) * q[:, 0] + np.sin(angle) * q[:, 5]
+    found = principal_angles(q[:, :3], np.stack([q[:, 2], turned, q[:, 1]], 1))
+    np.testing.assert_allclose(found, [0.0, 0.0, angle], atol=3e-15, rtol=0)
+
+
+def test_directions_in_common_have_no_angle():
+    """Two subspaces of 7 in 12 dimensions share at least 2."""
+    found = principal_angles(orthonormal(0, 12, 7), orthonormal(1, 12, 7))
+    assert found[1] < 1e-14 and found[2] > 0.1
+
+
+def test_subspaces_of_different_size_are_refused():
+    with pytest.raises(ma.InputError, match=r"\(5, 2\) and \(5, 3\): compare the same k"):
+        principal_angles(orthonormal(0, 5, 2), orthonormal(0, 5, 3))
+
+
+def test_feature_basis_spans_the_features_of_the_images(problem):
+    """Its angles to another encoder are those of the feature columns over all images."""
+    x = oracles.train().x - oracles.train().x.mean(0)
+    a, b = (np.random.default_rng(seed).normal(size=(60, 6)) for seed in (5, 6))
+    basis = feature_basis(problem, a)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(6), atol=1e-13)
+    found = principal_angles(basis, feature_basis(problem, b))
+    np.testing.assert_allclose(found, scipy.linalg.subspace_angles(x @ a, x @ b)[::-1], atol=1e-10)
+    same = feature_basis(problem, a @ np.random.default_rng(7).normal(size=(6, 6)))
+    np.testing.assert_allclose(principal_angles(basis, same), 0.0, atol=1e-12)
+    # Leading columns span the features of leading encoder columns: every k at once.
+    np.testing.assert_allclose(np.abs(basis[:, :3].T @ feature_basis(problem, a[:, :3])), np.eye(3), atol=1e-12)
+
+
+def test_features_that_repeat_each_other_are_refused(problem):
+    a = np.random.default_rng(8).normal(size=(60, 4))
+    a[:, 3] = a[:, 0] - 2 * a[:, 1]
+    with pytest.raises(ma.InputError, match="linearly dependent on these images"):
+        feature_basis(problem, a)
+    # Different on paper, equal on images with a duplicated pixel.
+    x = oracles.train().x.copy()
+    x[:, 20] = x[:, 21]
+    twin = factorize(Moments.from_arrays(x.reshape(-1, *SHAPE), oracles.train().labels), pixel_noise=0.0)
+    with pytest.raises(ma.InputError, match="linearly dependent on these images"):
+        feature_basis(twin, np.eye(60)[:, [20, 21]])
+    assert feature_basis(problem, np.eye(60)[:, [20, 21]]).shape == (60, 2)
