@@ -8,12 +8,13 @@ its own, so that its peak memory is its own; reading and jittering the images is
 
 * ``ours``: ``Moments.from_arrays`` (the pass over the data) and ``masking_sweep``, float64, a second run after the one
   that compiled; compilation is printed apart.
-* ``direct``: the published algorithm, per grid point from the samples, with the published ``numpy.linalg.qr``; the row
-  ``direct, in-place QR`` is the same with a faster QR routine than published.
+* ``direct``: the published algorithm, per grid point from the samples: both second moments, one generalised
+  eigenproblem, ``numpy.linalg.qr`` of the n x d features. ``direct, lean`` is the same with one product for both
+  moments and a faster QR.
 * ``moments``: one SciPy generalised eigenproblem per grid point from moments that are kept (their pass over the data is
   counted once).
 
-The baselines run with the better of one and of all BLAS threads, tried on one point.
+The baselines run with the better of one and of all BLAS threads, tried on one point (``--threads`` to try fewer).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import tyro
 from threadpoolctl import threadpool_limits
 
 import mae_align as ma
-from benchmarks.direct_method import direct_point, inplace_qr, moments_point, numpy_qr
+from benchmarks.direct_method import direct_point, lean_direct_point, moments_point
 from mae_align.data.transforms import jitter
 from mae_align.devices import compile_counter, worker_count
 from mae_align.patches import patch_labels
@@ -55,6 +56,8 @@ class Config:
     """Grid points measured of each baseline, spread over the grid and scaled to all of it; none for every point."""
     repeats: int = 3
     """Runs of ours after the one that compiles; the median is reported."""
+    threads: tuple[int, ...] = tuple(sorted({1, os.cpu_count() or 1}))
+    """BLAS threads that the baselines try on their first point; the faster try counts."""
     seed: int = 0
     """Of the jitter."""
     method: str | None = None
@@ -63,7 +66,7 @@ class Config:
     """Internal: the file it writes."""
 
 
-METHODS = ("ours", "moments", "direct", "direct, in-place QR")
+METHODS = ("ours", "moments", "direct", "direct, lean")
 
 
 def main(config: Config) -> None:
@@ -150,13 +153,13 @@ def _baseline(config: Config, images: np.ndarray, labels: np.ndarray, classes: i
         def point(i: int) -> np.ndarray:
             return moments_point(sxx, sxy, yty, patch_labels(shape, grid[i][0]), grid[i][1])
     else:
-        qr = numpy_qr if config.method == "direct" else inplace_qr
+        solve = direct_point if config.method == "direct" else lean_direct_point
 
         def point(i: int) -> np.ndarray:
-            return direct_point(x, y, patch_labels(shape, grid[i][0]), grid[i][1], orthonormalise=qr)
+            return solve(x, y, patch_labels(shape, grid[i][0]), grid[i][1])
 
-    # The first point is tried with one BLAS thread and with all; the faster try is its measurement.
-    tries = {threads: _timed(point, chosen[0], threads) for threads in sorted({1, os.cpu_count() or 1})}
+    # The first point is tried with every number of BLAS threads; the faster try is its measurement.
+    tries = {threads: _timed(point, chosen[0], threads) for threads in config.threads}
     threads = min(tries, key=lambda t: tries[t][0])
     took = [tries[threads], *(_timed(point, i, threads) for i in chosen[1:])]
     times = [seconds for seconds, _ in took]

@@ -149,7 +149,7 @@ class Moments:
         for g in range(groups):
             # Without groups, slices: nothing is gathered.
             index = np.flatnonzero(member == g) if groups > 1 else None
-            add_rows(out, g, rows, y, _batches(index, len(rows)))
+            add_rows(out, g, rows, y, _batches(index, len(rows), _BATCH if integer else 4 * _BATCH))
         return out if integer and is_labels else out._recentred(keep_x=integer, keep_y=is_labels)
 
     def update(self, images: np.ndarray, targets: np.ndarray) -> Moments:
@@ -407,10 +407,10 @@ def _centred_gram(z: jax.Array) -> jax.Array:
     return jnp.dot(z.T, z, precision=jax.lax.Precision.HIGHEST)
 
 
-def _batches(index: np.ndarray | None, n: int) -> Iterator[Batch]:
+def _batches(index: np.ndarray | None, n: int, size: int) -> Iterator[Batch]:
     """Batches of row numbers; of all n rows in order where ``index`` is None."""
-    for start in range(0, n if index is None else len(index), _BATCH):
-        yield slice(start, min(start + _BATCH, n)) if index is None else index[start : start + _BATCH]
+    for start in range(0, n if index is None else len(index), size):
+        yield slice(start, min(start + size, n)) if index is None else index[start : start + size]
 
 
 def _add_integer_rows(out: Moments, g: int, rows: np.ndarray, y: np.ndarray, batches: Iterator[Batch]) -> None:

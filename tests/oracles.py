@@ -164,14 +164,14 @@ def solve(
 
 
 def alignment_from_samples(v: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The paper's ratio as published: ||Y Y^T q_i||^2 summed over i <= k, Y [n, q] as it is, q_i from QR of features."""
+    """The published ratio: sum of ||Y Y^T q_i||^2 over i <= k, Y [n, q] not centred, q_i from QR of the features."""
     q, _ = np.linalg.qr((x - x.mean(0)) @ v)
     score = np.cumsum([np.linalg.norm(y @ (y.T @ column)) ** 2 for column in q.T])
     return score / score[-1]
 
 
 def predicted_r2(v: np.ndarray, fit: Sample, test: Sample) -> np.ndarray:
-    """Held-out r2 of real predictions for k = 1, 2, ...: scikit-learn's least squares on the features of clean images."""
+    """Held-out r2 of real predictions, k = 1, 2, ...: scikit-learn's least squares on the features of clean images."""
     total = ((test.y - fit.y.mean(0)) ** 2).sum()
     out = []
     for k in range(1, v.shape[1] + 1):

@@ -12,7 +12,7 @@ from oracles import Sample
 from sklearn.linear_model import LinearRegression, Ridge
 
 import mae_align as ma
-from mae_align.alignment import HeldOut, curves_from_targets, held_out_curves, hold_out
+from mae_align.alignment import HeldOut, HeldOutCurves, curves_from_targets, held_out_curves, hold_out
 from mae_align.factorize import factorize
 from mae_align.moments import Moments, group_of
 
@@ -45,6 +45,12 @@ def moments() -> Moments:
 @pytest.fixture(scope="module")
 def encoder() -> np.ndarray:
     return np.random.default_rng(5).normal(size=(60, 12))
+
+
+def held_out_curves_of(moments: Moments, encoder: np.ndarray, unseen: Moments, **options: float) -> HeldOutCurves:
+    curves = ma.encoder_curves(moments, encoder, eval_moments=unseen, **options)[1]
+    assert curves is not None
+    return curves
 
 
 def held_out_moments(groups: int, sample: Sample | None = None) -> Moments:
@@ -92,7 +98,7 @@ def test_curves_of_several_float_targets():
 
 @pytest.mark.parametrize("groups", [1, 7])
 def test_held_out_curves_are_real_predictions(moments, encoder, groups):
-    _, found = ma.encoder_curves(moments, encoder, eval_moments=held_out_moments(groups), pixel_noise=0.0)
+    found = held_out_curves_of(moments, encoder, held_out_moments(groups), pixel_noise=0.0)
     direct = oracles.predicted_r2(encoder, oracles.train(), oracles.held_out())
     np.testing.assert_allclose(found.r2, direct, atol=1e-9)
     assert np.isnan(found.se).all() if groups == 1 else (found.se > 0).all()
@@ -102,7 +108,7 @@ def test_held_out_curves_with_a_floor_are_ridge_predictions(moments, encoder):
     """A floor f adds f V^T V to the probe's normal equations: ridge on orthonormal directions."""
     floor, fit, test = 0.4, oracles.train(), oracles.held_out()
     v, _ = np.linalg.qr(encoder)
-    _, found = ma.encoder_curves(moments, v, eval_moments=held_out_moments(5), pixel_noise=floor)
+    found = held_out_curves_of(moments, v, held_out_moments(5), pixel_noise=floor)
     total = ((test.y - fit.y.mean(0)) ** 2).sum()
     for k in (1, 4, 12):
         model = Ridge(alpha=floor * len(fit.x)).fit(fit.x @ v[:, :k], fit.y)
@@ -113,7 +119,8 @@ def test_held_out_curves_with_a_floor_are_ridge_predictions(moments, encoder):
 def test_uncentred_moments_have_probes_without_intercept(encoder):
     fit, test = oracles.train(), oracles.held_out()
     raw = [Moments.from_arrays(s.images, s.labels, num_classes=4, center=False, groups=3) for s in (fit, test)]
-    inside, outside = ma.encoder_curves(raw[0], encoder, eval_moments=raw[1], pixel_noise=0.0)
+    inside = ma.encoder_curves(raw[0], encoder, pixel_noise=0.0)[0]
+    outside = held_out_curves_of(raw[0], encoder, raw[1], pixel_noise=0.0)
     for k in (1, 5, 12):
         model = LinearRegression(fit_intercept=False).fit(fit.x @ encoder[:, :k], fit.y)
         for curve, sample in ((inside, fit), (outside, test)):
@@ -149,10 +156,7 @@ def test_standard_errors_are_the_bootstrap_of_held_out_images(moments, encoder):
     test = oracles.draw(9, 3000)
     other = encoder + 0.3 * np.random.default_rng(10).normal(size=(60, 12))
     resample = np.random.default_rng(11).integers(0, 3000, (2000, 3000))
-    found = [
-        ma.encoder_curves(moments, v, eval_moments=held_out_moments(100, test), pixel_noise=0.0)[1]
-        for v in (encoder, other)
-    ]
+    found = [held_out_curves_of(moments, v, held_out_moments(100, test), pixel_noise=0.0) for v in (encoder, other)]
     paired = ma.paired_se(found[0].influence - found[1].influence)
     for k in (2, 12):
         draws = []
@@ -171,10 +175,7 @@ def test_standard_errors_are_the_bootstrap_of_held_out_images(moments, encoder):
 
 def test_standard_errors_are_the_spread_over_new_held_out_sets(moments, encoder):
     """40 fresh test sets of 250: their spread is known to 11%, the mean of 40 squared errors of 20 groups to 5%."""
-    curves = [
-        ma.encoder_curves(moments, encoder, eval_moments=held_out_moments(20, oracles.draw(100 + i, 250)))[1]
-        for i in range(40)
-    ]
+    curves = [held_out_curves_of(moments, encoder, held_out_moments(20, oracles.draw(100 + i, 250))) for i in range(40)]
     spread = np.std([c.r2 for c in curves], axis=0, ddof=1)
     claimed = np.sqrt(np.mean([c.se**2 for c in curves], axis=0))
     np.testing.assert_allclose((claimed / spread)[[1, 5, 11]], 1.0, atol=0.38)
@@ -255,7 +256,7 @@ def test_held_out_data_that_does_not_match_is_refused(moments, encoder):
         curves(sample.images.reshape(-1, 5, 6, 2), sample.labels)
     with pytest.raises(ma.InputError, match="held-out targets have 6 columns, training targets 4"):
         curves(sample.images, sample.labels, num_classes=6)
-    with pytest.raises(ma.InputError, match="3 held-out samples leave .* empty: use fewer groups"):
+    with pytest.raises(ma.InputError, match=r"3 held-out samples leave .* empty: use fewer groups"):
         curves(sample.images[:3], sample.labels[:3], num_classes=4, groups=20)
     with pytest.raises(ma.InputError, match="uint8"):
         curves(np.clip(sample.images * 10, 0, 255).astype(np.uint8), sample.labels, num_classes=4)
@@ -268,7 +269,8 @@ def test_curves_do_not_change_with_the_units_of_the_pixels(moments, encoder):
     rows = []
     for unit in (1.0, 1e-8, 3e6):
         scaled = [Moments.from_arrays(unit * s.images, s.labels, num_classes=4, groups=4) for s in (fit, test)]
-        inside, outside = ma.encoder_curves(scaled[0], encoder, eval_moments=scaled[1], pixel_noise=0.3 * unit**2)
+        inside = ma.encoder_curves(scaled[0], encoder, pixel_noise=0.3 * unit**2)[0]
+        outside = held_out_curves_of(scaled[0], encoder, scaled[1], pixel_noise=0.3 * unit**2)
         rows.append(np.concatenate([inside.r2, inside.alignment, outside.r2, outside.se]))
     np.testing.assert_allclose(rows[1], rows[0], rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(rows[2], rows[0], rtol=1e-6, atol=1e-8)

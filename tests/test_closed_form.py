@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
@@ -168,7 +169,7 @@ def test_denoising_loss_is_the_average_over_every_mask(fit, direct, patch, ratio
     probe = LinearRegression().fit(model.encode(sample.images), sample.y)
     np.testing.assert_allclose(model.predict(sample.images), probe.predict(model.encode(sample.images)), atol=1e-9)
     with solve_context("float64"):
-        off = denoising_loss(model.encoder, 1.1 * model.decoder, direct.sxx, stated)
+        off = denoising_loss(jnp.asarray(model.encoder), jnp.asarray(1.1 * model.decoder), direct.sxx, stated)
     shifted = [
         (1 - ratio) ** count
         * ratio ** (kept.max() - count)

@@ -50,9 +50,7 @@ def solve():
 
     def call(*args, max_k: int = K):
         with solve_context("float64"):
-            return grid.PointSolution(
-                *map(np.asarray, compiled(*(np.asarray(a, np.float64) for a in args), max_k=max_k))
-            )
+            return jax.tree.map(np.asarray, compiled(*(np.asarray(a, np.float64) for a in args), max_k=max_k))
 
     return call
 

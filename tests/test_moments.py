@@ -93,7 +93,10 @@ def test_8bit_moments_equal_int64_for_any_order_split_and_merge_tree(seed, n, cu
     rng = np.random.default_rng(seed)
     images, labels = random_bytes(rng, n), rng.integers(0, Q, n)
     expected = int64_moments(images, labels, Q)
-    assert_same(Moments.from_arrays(images, labels, num_classes=Q, groups=groups).second_moments(), expected)
+    whole = Moments.from_arrays(images, labels, num_classes=Q, groups=groups)
+    assert_same(whole.second_moments(), expected)
+    np.testing.assert_allclose(whole.mean_x, images.reshape(n, D).mean(0), rtol=1e-14)
+    np.testing.assert_array_equal(whole.mean_y, np.bincount(labels, minlength=Q) / n)
 
     order = rng.permutation(n)
     edges = np.unique(np.concatenate([[0, n], rng.integers(0, n + 1, cuts)]))
@@ -319,6 +322,68 @@ def test_float_merge_is_associative_and_commutative(dtype, tolerance, offset):
         updated.groups_about(a.mean_x, a.mean_y), trees[1].groups_about(a.mean_x, a.mean_y), strict=True
     ):
         assert_near(ours, one, tolerance)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_first_batch_unlike_all_others_costs_no_accuracy(dtype):
+    """Sums about the first batch's mean alone would be 40 times the variance, and so would their rounding."""
+    rng = np.random.default_rng(27)
+    images = rng.normal(size=(41 * 1024, *SHAPE)).astype(dtype)
+    images[:1024] += 1000
+    y = rng.normal(size=len(images))
+    assert_near(Moments.from_arrays(images, y).second_moments(), longdouble_moments(images, y), 1e-6)
+
+
+def test_sums_are_kept_about_the_means_of_floats_and_about_128_of_bytes():
+    """Merging is then the centred update of Chan for the former, and addition of integers for the latter."""
+    rng = np.random.default_rng(28)
+    images, y = drifting(rng, 3000, 10.0), rng.normal(size=(3000, 2)) + 7.0
+    pixels = random_bytes(rng, 3000)
+    floats = Moments.from_arrays(images[:2000], y[:2000], groups=2).update(images[2000:], y[2000:])
+    for m in (Moments.from_arrays(images, y), floats):
+        np.testing.assert_allclose(m.pivot_x, images.reshape(3000, D).mean(0), rtol=1e-10)
+        np.testing.assert_allclose(m.pivot_y, y.mean(0), rtol=1e-12)
+    for m in (Moments.from_arrays(pixels, y), Moments.from_arrays(pixels[:7], y[:7]).update(pixels[7:], y[7:])):
+        np.testing.assert_array_equal(m.pivot_x, np.full(D, 128.0))
+        np.testing.assert_allclose(m.pivot_y, y.mean(0), rtol=1e-12)
+    assert not Moments.from_arrays(pixels, np.arange(3000) % Q).pivot_y.any()
+
+
+def test_the_same_sums_about_any_other_point_are_the_same_moments():
+    rng = np.random.default_rng(29)
+    images, y = rng.normal(size=(90, *SHAPE)), rng.normal(size=(90, 2)) + 3.0
+    member = np.arange(90) % 3
+
+    def about(pivot_x: np.ndarray, pivot_y: np.ndarray) -> Moments:
+        x, t = images.reshape(90, D) - pivot_x, y - pivot_y
+        parts = [(x[member == g], t[member == g]) for g in range(3)]
+        return Moments(
+            image_shape=SHAPE,
+            pixel_dtype="float64",
+            center=True,
+            preprocessing="none",
+            pivot_x=pivot_x,
+            pivot_y=pivot_y,
+            counts=np.full(3, 30),
+            sum_x=np.stack([a.sum(0) for a, _ in parts]),
+            sum_y=np.stack([b.sum(0) for _, b in parts]),
+            sum_xx=np.stack([a.T @ a for a, _ in parts]),
+            sum_xy=np.stack([a.T @ b for a, b in parts]),
+            sum_yy=np.stack([b.T @ b for _, b in parts]),
+        )
+
+    one = about(rng.normal(size=D), rng.normal(size=2))
+    for other in (one, about(rng.normal(size=D), one.pivot_y), about(one.pivot_x, rng.normal(size=2))):
+        assert_near(other.second_moments(), longdouble_moments(images, y), 1e-13)
+        np.testing.assert_allclose(other.yty, y.T @ y / 90, rtol=1e-13)
+        np.testing.assert_allclose(other.mean_x, images.reshape(90, D).mean(0), atol=1e-14)
+        np.testing.assert_allclose(other.mean_y, y.mean(0), rtol=1e-14)
+        for ours, first in zip(
+            other.groups_about(one.mean_x, one.mean_y), one.groups_about(one.mean_x, one.mean_y), strict=True
+        ):
+            assert_near(ours, first, 1e-13)
+        for twice in (one.merge(other), other.merge(one)):
+            assert_near(twice.second_moments(), longdouble_moments(images, y)._replace(count=180), 1e-13)
 
 
 def test_merging_two_clusters_far_apart_keeps_both_spreads():

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from mae_align import plot
@@ -36,7 +37,7 @@ def test_colours_of_an_ordered_quantity_get_lighter():
 
 
 def test_palette_is_distinct():
-    rgb = np.array([matplotlib.colors.to_rgb(c) for c in plot.PALETTE])
+    rgb = np.array([to_rgb(c) for c in plot.PALETTE])
     distance = np.abs(rgb[:, None] - rgb[None]).sum(-1) + 9 * np.eye(len(rgb))
     assert len(rgb) >= 7 and distance.min() > 0.3
 
@@ -70,5 +71,6 @@ def test_figures_are_saved(tmp_path: Path, suffix: str):
 
 def test_drawing_leaves_pyplot_alone():
     """No window system, no global figures that pile up in a notebook."""
-    code = "import sys; from mae_align import plot; plot.panels(1, 1, width=1, height=1); sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys; from mae_align import plot; plot.panels(1, 1, width=1, height=1); "
+    code += "sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -4,6 +4,7 @@ import importlib
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import chex
 import jax
@@ -268,9 +269,9 @@ def test_a_vmapped_batch_is_the_loop(fit, unseen, masks, joint):
 
 
 def test_the_number_of_workers_changes_no_bit(fit, unseen):
-    options = {"eval_moments": unseen, "max_k": None}
     one, two = (
-        ma.masking_sweep(fit, [1, 2, 4], [0.0, 0.4, 0.8], run=ma.RunOptions(workers=w), **options) for w in (1, 2)
+        ma.masking_sweep(fit, [1, 2, 4], [0.0, 0.4, 0.8], eval_moments=unseen, run=ma.RunOptions(workers=w))
+        for w in (1, 2)
     )
     xr.testing.assert_identical(one, two)
 
@@ -321,9 +322,10 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(fit, tmp_path, monkeypatc
         save(self, key, arrays)
         saved.append(key)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(store.PointStore, "save", save_three)
-        ma.masking_sweep(fit, *grid_of_masks, run=options)
+        with pytest.raises(KeyboardInterrupt):
+            ma.masking_sweep(fit, *grid_of_masks, run=options)
 
     solved = []
 
@@ -350,7 +352,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(fit, tmp_path, monkeypatc
 
 
 def test_points_of_another_sweep_are_not_taken_over(fit, unseen, tmp_path):
-    options = {"run": ma.RunOptions(workers=1, store=tmp_path)}
+    options: dict[str, Any] = {"run": ma.RunOptions(workers=1, store=tmp_path)}
     ma.masking_sweep(fit, [2], [0.5], eval_moments=unseen, **options)
     others = {
         "labels": lambda: ma.masking_sweep(
@@ -371,7 +373,7 @@ def test_points_of_shifted_held_out_images_are_not_taken_over(fit, tmp_path):
     """The centred sums of shifted images are the same; what the training data's probe predicts is not."""
     sample = oracles.draw(60, 256)
     whole_numbers = np.round(4 * sample.images)  # their mean over 256 images is exact
-    options = {"run": ma.RunOptions(workers=1, store=tmp_path)}
+    options: dict[str, Any] = {"run": ma.RunOptions(workers=1, store=tmp_path)}
     moments = [Moments.from_arrays(whole_numbers + shift, sample.labels, num_classes=4) for shift in (0.0, 64.0)]
     assert np.array_equal(moments[0].sum_xx, moments[1].sum_xx)
     ma.masking_sweep(fit, [2], [0.5], eval_moments=moments[0], **options)
@@ -449,7 +451,7 @@ def test_singular_moments_give_no_nan_and_the_problem_on_the_range(n, rank, pixe
     moments = Moments.from_arrays(images, labels)
     found = ma.sweep(
         moments,
-        patch_sizes=[1, 2, (2, 5)],
+        patch_sizes=[2, (2, 5)],
         mask_ratios=[0.0, 0.6, 1.0],
         noise_levels=[0.0, 0.5],
         lambdas=[0.0, 0.01, math.inf],
@@ -465,7 +467,7 @@ def test_singular_moments_give_no_nan_and_the_problem_on_the_range(n, rank, pixe
         y = np.eye(labels.max() + 1)[labels]
         basis = np.linalg.svd(x, full_matrices=False)[2][:rank].T
         m = oracles.stats(x @ basis, y)
-        for i, patch in enumerate([1, 2, (2, 5)]):
+        for i, patch in enumerate([2, (2, 5)]):
             within = oracles.patch_members(SHAPE, patch)
             inverse = np.zeros((60, 60))
             for block in within:  # D^+ patch by patch
@@ -482,7 +484,8 @@ def test_singular_moments_give_no_nan_and_the_problem_on_the_range(n, rank, pixe
 
 
 def test_float32_agrees_within_its_precision(fit, masks):
-    low = ma.masking_sweep(fit, PATCHES, RATIOS, pixel_noise=0.0, dtype="float32")
+    masks = masks.isel(patch_size=[0, 1])
+    low = ma.masking_sweep(fit, PATCHES[:2], RATIOS, pixel_noise=0.0, dtype="float32").assign_coords(masks.coords)
     assert low.attrs["rank"] == 60 and low.attrs["dtype"] == "float32"
     error = abs(low.r2 - masks.r2)
     assert 1e-9 < float(error.max()) < 5e-3 and float(error.median()) < 2e-6
@@ -517,7 +520,7 @@ def test_targets_without_any_correlation_to_the_images(fit):
 def pen_that_rarely_reaches_the_border() -> tuple[Moments, Moments]:
     """Digits inside a border whose pixels are dark but for two faint training images and a few bright test images."""
     rng = np.random.default_rng(0)
-    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = (np.asarray(a) for a in load_digits(return_X_y=True))
     images = np.zeros((len(pixels), 8, 8, 1), np.uint8)
     images[:, 1:7, 1:7, 0] = 15 * pixels.reshape(-1, 8, 8)[:, 1:7, 1:7]
     border = np.ones((8, 8), bool)
@@ -659,7 +662,7 @@ def test_a_bad_grid_is_refused_before_any_work(fit, monkeypatch, bad, message):
 
 
 def test_more_features_than_the_rank_are_refused():
-    with pytest.raises(ma.InputError, match="k=30.*29"):
+    with pytest.raises(ma.InputError, match=r"k=30.*29"):
         ma.masking_sweep(moments_of(oracles.draw(3, 30)), [2], [0.5], pixel_noise=0.0, max_k=30)
 
 
