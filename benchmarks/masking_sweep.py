@@ -8,9 +8,9 @@ its own, so that its peak memory is its own; reading and jittering the images is
 
 * ``ours``: ``Moments.from_arrays`` (the pass over the data) and ``masking_sweep``, float64, a second run after the one
   that compiled; compilation is printed apart.
-* ``direct``: the published algorithm, per grid point from the samples: both second moments, one generalised
-  eigenproblem, ``numpy.linalg.qr`` of the n x d features. ``direct, lean`` is the same with one product for both
-  moments and a faster QR.
+* ``direct``: the published algorithm, per grid point from the samples: second moments, one generalised eigenproblem,
+  ``numpy.linalg.qr`` of the n x d features. ``direct, lean`` is the same with one product over the samples for all
+  moments, and with faster LAPACK drivers for the eigenproblem and the QR than the published ones.
 * ``moments``: one SciPy generalised eigenproblem per grid point from moments that are kept (their pass over the data is
   counted once).
 

@@ -180,7 +180,7 @@ def trade_off_figure(result: xr.Dataset, budget: float) -> Figure:
     ticks = [t for t in (0, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if t <= float(excess.max())]
     axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axis.set_xticks([], minor=True)
-    axis.set_xlabel(f"reconstruction error above PCA's on training images [%], logarithmic from {budget:g}")
+    axis.set_xlabel(f"reconstruction error above PCA's on training images [%]\n(logarithmic from {budget:g})")
     axis.set_ylabel("r2")
     _legend(figure, result, [("-", "test images"), ("--", "in-sample"), ("o", "PCA"), ("s", "OLS / RRR")])
     return figure

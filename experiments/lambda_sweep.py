@@ -12,11 +12,14 @@ chosen numbers of features k this reports, in-sample and on test images:
   depend on lambda at k exactly when the first k principal components explain as much of the labels as any k linear
   features can (from k = number of classes - 1 on: as all pixels).
 
-    python -m experiments.lambda_sweep                                    # bundled digits: TIME
-    python -m experiments.lambda_sweep --preset paper --data idx:DIR      # Fashion-MNIST: PTIME
+    python -m experiments.lambda_sweep                                    # bundled digits: half a minute on 2 cores
+    python -m experiments.lambda_sweep --preset paper --data idx:DIR      # Fashion-MNIST: 3 minutes on 2 cores
 
-Differences between curves on test images carry paired standard errors from groups of test images. EXPECTED Interrupted,
-the same command goes on where it stopped.
+Differences between curves on test images carry paired standard errors from groups of test images. Expected on the
+digits: at k = 16, 1% more reconstruction error buys r2 0.568 -> 0.597 in-sample and 0.562 -> 0.586 on test images
+(paired difference +0.0236 +- 0.0025); OLS reaches 0.655 and 0.631 for 29%. Expected on Fashion-MNIST (60,000 x 784): at
+k = 32, 1% buys 0.527 -> 0.579 in-sample and 0.519 -> 0.567 on test images (+0.0477 +- 0.0011), and 1.8% (--budget 1.8)
+buys 0.593 and 0.579. Interrupted, the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -33,10 +36,10 @@ import mae_align as ma
 from experiments.lambda_report import lambda_figure, report_rows, summarise, table_text, trade_off_figure
 from experiments.launch import launch
 from experiments.run_folder import RunFolder, atomic_path, netcdf3_ready
-from mae_align.closed_form import denoising_loss
+from mae_align.closed_form import denoising_loss, supervised_solution
 from mae_align.corruption import CorruptionMoments
 from mae_align.data import validation_split
-from mae_align.devices import solve_context
+from mae_align.devices import solve_context, worker_count
 from mae_align.factorize import Factorized, factorize
 from mae_align.store import PointStore, fingerprint
 from mae_align.subspace import feature_basis, principal_angles
@@ -53,7 +56,10 @@ class Config:
     ks: tuple[int, ...] = (4, 8, 16, 32)
     """Numbers of features; each below the rank of the images."""
     lambdas: tuple[float, ...] = tuple(float(f"{x:.3g}") for x in np.geomspace(1e-2, 1e3, 41))
-    """Weights of reconstruction, relative: lambda tr Sxx / tr Syy. The ends 0 and infinity are always added."""
+    """Weights of reconstruction, relative: lambda tr Sxx / tr Syy. The ends 0 and infinity are always added.
+
+    Between two of them the trade-off curve is taken as straight, so that a coarse grid understates what a budget buys.
+    """
     budget: float = 1.0
     """Extra reconstruction error whose worth in r2 is reported, in percent of PCA's error."""
     validation_fraction: float = 0.2
@@ -163,19 +169,17 @@ def _spans(
         decoder fitted on training images, squared pixel units, measurement noise included as in reconstruction_mse.
     """
     settings = {"ks": config.ks, "pixel_noise": problem.pixel_noise}
-    store = PointStore(folder.points / "spans", fingerprint([train.sum_xx, train.sum_xy, test.sum_xx], settings))
+    store = PointStore(folder.points / "spans", fingerprint([*train.state, *test.state], settings))
     held = test.about(problem.mean_x, problem.mean_y).sxx + problem.pixel_noise * np.eye(train.num_pixels)
 
-    def solve(lam: float) -> ma.LinearAutoencoder:
-        return ma.supervised_autoencoder(train, lam, max(config.ks), pixel_noise=config.pixel_noise)
-
-    pca = feature_basis(problem, solve(math.inf).encoder)
+    most = max(config.ks)
+    pca = feature_basis(problem, supervised_solution(problem, math.inf, most).encoder)
     found = []
     for lam in tqdm(lambdas.tolist(), desc="encoders", unit="lambda"):
         key = f"lam{lam!r}"
         arrays = store.load(key)
         if arrays is None:
-            arrays = _at_lambda(solve(lam), problem, pca, held, config.ks)
+            arrays = _at_lambda(supervised_solution(problem, lam, most), problem, pca, held, config.ks)
             store.save(key, arrays)
         found.append(arrays)
     return {name: np.stack([arrays[name] for arrays in found]) for name in found[0]}
@@ -209,6 +213,7 @@ def _check_settings(config: Config) -> None:
         raise ma.InputError(f"--budget {config.budget:g}: give a percentage over 0")
     if config.groups < 2:
         raise ma.InputError(f"--groups {config.groups}: standard errors need at least 2")
+    worker_count(config.workers)
     if len(set(config.ks)) < len(config.ks):
         raise ma.InputError(f"--ks {' '.join(map(str, config.ks))} repeats a value: give each once")
 

@@ -14,27 +14,23 @@ covariance (V = L^-T a with the Cholesky factor E[x' x'^T] = L L^T; a linear cha
 the same minima and the descent needs thousands of steps instead of millions). Where the moments hold a pixel noise
 floor (1/12 for 8-bit images) sampled images receive uniform noise of that variance.
 
-    python -m experiments.theorem_check                              # bundled digits: TIME
-    python -m experiments.theorem_check --preset paper --data idx:DIR    # Fashion-MNIST (d = 784): PTIME
+    python -m experiments.theorem_check                                  # bundled digits: a minute on 2 CPU cores
+    python -m experiments.theorem_check --preset paper --data idx:DIR    # Fashion-MNIST (d = 784): for an accelerator
 
-Expected on the digits: EXPECTED. The exit status is 1 if a check fails. Interrupted, the same command goes on where it
-stopped.
+Expected on the digits: all 28 cases pass; the exact ones end within 1e-14 of the minimum, the sampled ones within 4e-4
+(k = 3: 1e-4), and no loss is below a minimum by more than 1e-14. On Fashion-MNIST an exact case at k = 16 also ends
+within 1e-14 (one minute on 2 CPU cores). The exit status is 1 if a check fails. Interrupted, the same command goes on
+where it stopped.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
 import functools
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import xarray as xr
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from tqdm import tqdm
 
 import mae_align as ma
@@ -52,17 +48,15 @@ from experiments.theorem_descent import (
     sampled_loss,
     supervised_share,
 )
-from mae_align import plot
+from experiments.theorem_report import Arrays, Case, Part, as_dataset, excess_figure, summarise, table_text, verdict
 from mae_align.corruption import Corruption
 from mae_align.devices import solve_context
 from mae_align.factorize import Factorized, factorize
 from mae_align.patches import patch_grid
 from mae_align.store import PointStore, fingerprint
 
-# Rounding of a loss, relative to its value for an encoder that sees nothing.
-_ROUNDING = 1e-11
-# Batches over which the sampled loss of the closed form is averaged, and how far it may be off, in standard errors.
-_LOSS_BATCHES, _MAX_STANDARD_ERRORS = 400, 4.0
+# Batches over which the sampled loss of the closed form is averaged.
+_LOSS_BATCHES = 400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,14 +107,6 @@ PRESETS = {
 }
 
 
-class Part(enum.Enum):
-    """What is held against the closed form, by its title."""
-
-    supervised = "Theorem 1, exact loss"
-    denoising = "Theorem 3, exact loss"
-    sampled = "Theorem 3, sampled corruptions"
-
-
 class Setup(NamedTuple):
     """What all cases share."""
 
@@ -140,23 +126,6 @@ class Setup(NamedTuple):
         """The descent on sampled corruptions."""
         c = self.config
         return Plan(c.sampled_seeds, c.sampled_steps, c.sampled_learning_rate, c.seed)
-
-
-Arrays = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One minimum to be checked.
-
-    Attributes:
-        part: kind of check. setting: the lambda or the corruption. k: number of features. solve: the work.
-    """
-
-    part: Part
-    setting: str
-    k: int
-    solve: Callable[[], Arrays]
 
 
 def check_supervised(setup: Setup, relative: float, k: int) -> Arrays:
@@ -251,124 +220,17 @@ def corruptions(setup: Setup) -> dict[str, Corruption]:
 
 def cases(setup: Setup) -> list[Case]:
     """Everything that is checked, in the order of the table."""
-    ks, corrupted = setup.config.ks, corruptions(setup)
+    config, corrupted = setup.config, corruptions(setup)
+    exact, sampled = config.exact_tolerance, config.sampled_tolerance
     found = [
-        Case(Part.supervised, f"lambda = {x:g}", k, functools.partial(check_supervised, setup, x, k))
-        for x in setup.config.lambdas
-        for k in ks
+        Case(Part.supervised, f"lambda = {x:g}", k, exact, functools.partial(check_supervised, setup, x, k))
+        for x in config.lambdas
+        for k in config.ks
     ]
-    for part, check in ((Part.denoising, check_denoising), (Part.sampled, check_sampled)):
-        for name, corruption in corrupted.items():
-            found += [Case(part, name, k, functools.partial(check, setup, corruption, k)) for k in ks]
+    for part, limit, check in ((Part.denoising, exact, check_denoising), (Part.sampled, sampled, check_sampled)):
+        for name, noise in corrupted.items():
+            found += [Case(part, name, k, limit, functools.partial(check, setup, noise, k)) for k in config.ks]
     return found
-
-
-def verdict(case: Case, found: Mapping[str, np.ndarray], tolerance: float) -> dict[str, Any]:
-    """One row of the table.
-
-    Args:
-        case: what was checked. found: arrays of its outcome. tolerance: largest relative excess that passes.
-
-    Returns:
-        The numbers, and whether all of them pass: ``excess``, that of the worst start at the end; ``lowest``, the
-        lowest excess anywhere on the way; ``closed_form_error``, how far the closed-form network's own loss is from
-        the stated minimum; ``standard_errors``, how far its loss on sampled corruptions is (sampled cases only).
-    """
-    minimum = float(found["minimum"])
-    # Relative to the minimum, as the excess is.
-    rounding = _ROUNDING * float(found["total"]) / minimum
-    row: dict[str, Any] = {
-        "part": case.part.value,
-        "setting": case.setting,
-        "k": case.k,
-        "minimum": minimum,
-        "excess": float(found["excess"][:, -1].max()),
-        "lowest": float(found["excess"].min()),
-        "closed_form_error": float(found["attained"]) / minimum - 1.0,
-        "tolerance": tolerance,
-    }
-    passed = row["excess"] <= tolerance and row["lowest"] >= -rounding and abs(row["closed_form_error"]) <= rounding
-    if "sampled_loss" in found:
-        row["standard_errors"] = float((found["sampled_loss"] - found["minimum"]) / found["sampled_loss_se"])
-        passed = passed and abs(row["standard_errors"]) <= _MAX_STANDARD_ERRORS
-    return row | {"passed": bool(passed)}
-
-
-def table_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a plain-text table, one block per part."""
-    lines = []
-    for part in Part:
-        mine = [row for row in rows if row["part"] == part.value]
-        lines.append(f"{part.value} (passes up to {mine[0]['tolerance']:g})")
-        lines.append(f"  {'setting':<34}{'k':>4}{'minimum':>12}{'excess':>10}{'lowest':>10}{'sampled':>9}")
-        for row in mine:
-            sampled = f"{row['standard_errors']:+.1f} se" if "standard_errors" in row else "-"
-            lines.append(
-                f"  {row['setting']:<34}{row['k']:>4}{row['minimum']:>12.5g}{row['excess']:>10.1e}"
-                f"{row['lowest']:>10.1e}{sampled:>9}{'' if row['passed'] else '  FAILED'}"
-            )
-    return "\n".join(lines)
-
-
-def summarise(config: Config, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Plain sentences, the verdict last."""
-    lines = []
-    for part in Part:
-        mine = [row for row in rows if row["part"] == part.value]
-        passed = sum(row["passed"] for row in mine)
-        starts = config.sampled_seeds if part is Part.sampled else config.seeds
-        lines.append(
-            f"{part.value}: {passed} of {len(mine)} cases pass. From {starts} random starts each, the worst ends "
-            f"{max(row['excess'] for row in mine):.1e} above the closed-form minimum (relative); the lowest point "
-            f"on any way is at {min(row['lowest'] for row in mine):+.1e}."
-        )
-    if all(row["passed"] for row in rows):
-        lines.append("PASS: gradient descent finds the closed-form minima and nothing below them.")
-    else:
-        lines.append("FAIL: see the lines marked FAILED in the table above.")
-    return "\n".join(lines)
-
-
-def excess_figure(config: Config, solved: Sequence[tuple[Case, Mapping[str, np.ndarray]]]) -> Figure:
-    """Relative excess of the worst start against the step, one panel per part, one line per case, log-log."""
-    figure, axes = plot.panels(1, len(Part), width=2.8, height=2.5)
-    styles = {k: style for k, style in zip(config.ks, itertools.cycle(("-", "--", ":", "-.")), strict=False)}
-    for axis, part in zip(axes[0], Part, strict=True):
-        mine = [(case, found) for case, found in solved if case.part is part]
-        colors = {}
-        for case, found in mine:
-            color = colors.setdefault(case.setting, plot.PALETTE[len(colors) % len(plot.PALETTE)])
-            # Below rounding there is nothing to see, and zero has no logarithm.
-            axis.plot(found["step"], np.maximum(found["excess"].max(0), 1e-16), styles[case.k], color=color)
-        tolerance = config.sampled_tolerance if part is Part.sampled else config.exact_tolerance
-        axis.axhline(tolerance, color="0.4", linewidth=0.8)
-        axis.annotate("passes below", (0.02, tolerance), xycoords=("axes fraction", "data"), fontsize=6, va="top")
-        axis.set(xscale="log", yscale="log", xlabel="step")
-        axis.set_title(part.value, fontsize=8)
-        # The sampled cases share the colours of the exact ones beside them.
-        handles = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
-        if part is Part.sampled:
-            handles = [axis.plot([], [], style, color="black", label=f"k = {k}")[0] for k, style in styles.items()]
-        axis.legend(handles=handles, loc="lower left", fontsize=6, frameon=False)
-    axes[0, 0].set_ylabel("excess over the closed-form\nminimum, relative")
-    return figure
-
-
-def as_dataset(solved: Sequence[tuple[Case, Mapping[str, np.ndarray]]], parts: Sequence[Part]) -> xr.Dataset:
-    """Excess over case, start and step of the cases of some parts."""
-    mine = [(case, found) for case, found in solved if case.part in parts]
-    return xr.Dataset(
-        {
-            "excess": (("case", "start", "step"), np.stack([found["excess"] for _, found in mine])),
-            "minimum": ("case", np.array([found["minimum"] for _, found in mine])),
-        },
-        {
-            "part": ("case", [case.part.value for case, _ in mine]),
-            "setting": ("case", [case.setting for case, _ in mine]),
-            "k": ("case", [case.k for case, _ in mine]),
-            "step": mine[0][1]["step"],
-        },
-    )
 
 
 def main(config: Config) -> None:
@@ -384,10 +246,11 @@ def main(config: Config) -> None:
     moments = ma.Moments.from_arrays(data.train_images, data.train_labels, num_classes=data.num_classes)
     setup = Setup(config, data, moments, factorize(moments))
     for k in config.ks:
-        setup.problem.check_k(k)
+        if not 1 <= k <= setup.problem.rank:
+            raise ma.InputError(f"--ks {k}: give numbers from 1 to {setup.problem.rank}, the rank of these images")
     todo = cases(setup)
     folder = RunFolder.open("theorem_check", config.data, config, config.out)
-    store = PointStore(folder.points, fingerprint([moments.sum_xx, moments.sum_xy], {}))
+    store = PointStore(folder.points, fingerprint(moments.state, {}))
     solved = []
     for i, case in enumerate(tqdm(todo, desc="theorem check", unit="case")):
         found = store.load(f"case{i}")
@@ -395,16 +258,15 @@ def main(config: Config) -> None:
             found = case.solve()
             store.save(f"case{i}", found)
         solved.append((case, found))
-    limits = {part: config.exact_tolerance for part in Part} | {Part.sampled: config.sampled_tolerance}
-    rows = [verdict(case, found, limits[case.part]) for case, found in solved]
+    rows = [verdict(case, found) for case, found in solved]
     folder.save_dataset("exact", as_dataset(solved, (Part.supervised, Part.denoising)))
     folder.save_dataset("sampled", as_dataset(solved, (Part.sampled,)))
     folder.save_table("checks", rows)
-    figure = folder.save_figure("excess", excess_figure(config, solved))
+    figure = folder.save_figure("excess", excess_figure(solved))
     h, w, c = data.image_shape
     folder.summary(
         f"Theorem check on {data.name}: {len(data.train_images)} images of {h}x{w}x{c}, rank {setup.problem.rank}\n\n"
-        f"{table_text(rows)}\n\nFigure: {figure}\n\n{summarise(config, rows)}"
+        f"{table_text(rows)}\n\nFigure: {figure}\n\n{summarise(rows)}"
     )
     if not all(row["passed"] for row in rows):
         raise SystemExit(1)

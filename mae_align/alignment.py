@@ -96,18 +96,30 @@ def curves_from_targets(t: np.ndarray, t0: np.ndarray, syy: np.ndarray, yty: np.
     return Curves(r2, alignment, total * (1.0 - r2))
 
 
-def check_held_out(eval_moments: Moments, image_shape: ImageShape, num_targets: int) -> None:
+def check_held_out(eval_moments: Moments, moments: Moments) -> None:
     """Refuse held-out moments that do not fit the training data.
 
     Args:
-        eval_moments: of the held-out data. image_shape, num_targets: of the training data.
+        eval_moments: of the held-out data. moments: of the training data.
 
     Raises:
-        InputError: other image shape or number of targets, or an empty group.
+        InputError: another image shape or number of targets, images made differently, or an empty group.
 
     Example:
-        >>> check_held_out(Moments.from_arrays(np.eye(4).reshape(4, 2, 2, 1), np.eye(4)), (2, 2, 1), 4)
+        >>> m = Moments.from_arrays(np.eye(4).reshape(4, 2, 2, 1), np.eye(4))
+        >>> check_held_out(m, m)
     """
+    _check_projection(eval_moments, moments.image_shape, moments.num_targets)
+    for name in ("pixel_dtype", "preprocessing", "center"):
+        mine, theirs = getattr(moments, name), getattr(eval_moments, name)
+        if mine != theirs:
+            raise InputError(
+                f"held-out moments were made differently: {name} is {theirs!r}, in training {mine!r}; "
+                "prepare both data sets in one way"
+            )
+
+
+def _check_projection(eval_moments: Moments, image_shape: ImageShape, num_targets: int) -> None:
     if eval_moments.image_shape != image_shape:
         raise InputError(
             f"held-out images are {eval_moments.image_shape}, training images {image_shape}: use one shape"
@@ -143,7 +155,7 @@ def hold_out(problem: Factorized, eval_moments: Moments) -> HeldOut:
         >>> hold_out(factorize(train), test).group_gram.shape
         (2, 4, 4)
     """
-    check_held_out(eval_moments, problem.image_shape, len(problem.syy))
+    _check_projection(eval_moments, problem.image_shape, len(problem.syy))
     whiten = problem.u / np.sqrt(problem.s)
     n, r, g = eval_moments.count, problem.rank, len(eval_moments.counts)
     gram, cross = np.zeros((r, r), whiten.dtype), np.zeros((r, problem.syy.shape[0]), whiten.dtype)
@@ -265,6 +277,8 @@ def encoder_curves(
         >>> encoder_curves(m, np.eye(4))[0].r2.round(6).tolist()
         [1.0, 1.0, 1.0, 1.0]
     """
+    if eval_moments is not None:
+        check_held_out(eval_moments, moments)
     problem = factorize(moments, pixel_noise=pixel_noise)
     encoder = np.asarray(encoder, np.float64)
     if encoder.ndim != 2 or len(encoder) != len(problem.u) or not np.isfinite(encoder).all():

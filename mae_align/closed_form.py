@@ -60,7 +60,9 @@ class LinearAutoencoder:
             InputError: images of another shape.
         """
         if tuple(images.shape[1:]) != tuple(self.image_shape):
-            raise InputError(f"images have shape {list(images.shape)}: this encoder takes [n, {self.image_shape}]")
+            raise InputError(
+                f"images have shape {list(images.shape)}: this encoder takes n of {list(self.image_shape)}"
+            )
         return (images.reshape(len(images), -1) - self.mean_x[None, :]) @ self.encoder
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
@@ -114,14 +116,36 @@ def supervised_autoencoder(
     """
     if not lam >= 0:
         raise InputError(f"lambda {lam}: give a weight of at least 0 (inf for reconstruction alone)")
-    problem = factorize(moments, pixel_noise=pixel_noise, rtol=rtol)
+    return supervised_solution(factorize(moments, pixel_noise=pixel_noise, rtol=rtol), lam, k)
+
+
+def supervised_solution(problem: Factorized, lam: float, k: int) -> LinearAutoencoder:
+    """Theorem 1 for a problem that is factorised already; see :func:`supervised_autoencoder`.
+
+    Args:
+        problem: float64. lam: weight of reconstruction in [0, inf]. k: number of features.
+
+    Returns:
+        The autoencoder, float64. Cost: eigh of size rank.
+
+    Raises:
+        InputError: lam negative or NaN, k outside 1..rank.
+
+    Example:
+        >>> x = np.random.default_rng(0).normal(size=(50, 2, 2, 1))
+        >>> problem = factorize(Moments.from_arrays(x, np.arange(50) % 2))
+        >>> supervised_solution(problem, np.inf, 2).encoder.shape
+        (4, 2)
+    """
+    if not lam >= 0:
+        raise InputError(f"lambda {lam}: give a weight of at least 0 (inf for reconstruction alone)")
     problem.check_k(k)
     trace_s, trace_y = float(problem.s.sum()), float(np.trace(problem.syy))
     total = trace_s if math.isinf(lam) else trace_y + lam * trace_s
     alpha, beta = (0.0, 1.0 / total) if math.isinf(lam) else (1.0 / total, lam / total)
     with solve_context("float64"):
         basis = pca_basis(problem)
-        solution, f = solve_features(
+        solution, f = _solve_features(
             basis.e,
             basis.gram,
             basis.target,
@@ -129,9 +153,10 @@ def supervised_autoencoder(
             jnp.ones(problem.rank),
             jnp.asarray(alpha),
             jnp.asarray(beta),
-            max_k=k,
+            max_k=problem.rank,
         )
-        f, mu = np.asarray(f), np.asarray(solution.mu)
+        # Features are nested in k: one compiled program serves every k.
+        f, mu = np.asarray(f)[:, :k], np.asarray(solution.mu)[:k]
     note = ""
     tasks = int(np.linalg.matrix_rank(problem.t0))
     if lam == 0 and k > tasks:
@@ -185,6 +210,9 @@ def denoising_autoencoder(
     head = np.linalg.solve(r, q.T @ problem.t0)
     loss = float(np.trace(problem.sxx) - keep * (size[:k] ** 2).sum())
     return _result(problem, encoder, head, size[:k, None] * right[:k], loss, "")
+
+
+_solve_features = jax.jit(solve_features, static_argnames="max_k")
 
 
 def supervised_loss(

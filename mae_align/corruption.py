@@ -240,7 +240,7 @@ class FixedCountPatchMasking(PatchMask):
         return down * across
 
     def keep_probability(self, image_shape: ImageShape) -> float:
-        """N / N."""
+        """Share of patches kept, n / N."""
         return self.num_visible / self._count(image_shape)
 
     def pair_share(self, image_shape: ImageShape) -> float:

@@ -76,8 +76,11 @@ class Factorized:
         Raises:
             InputError: k outside 1..rank.
         """
-        if not 1 <= k <= self.rank:
-            raise InputError(f"k={k} is over the rank {self.rank} of these images: ask for 1 <= k <= {self.rank}")
+        if not isinstance(k, int | np.integer) or not 1 <= k <= self.rank:
+            raise InputError(
+                f"k={k} is not a number of features up to the rank {self.rank} of these images: "
+                f"ask for a whole number 1 <= k <= {self.rank}"
+            )
         return int(k)
 
 
@@ -105,7 +108,8 @@ def factorize(
     Args:
         moments: of the training data, [d, d] and [d, q].
         pixel_noise: variance of the measurement noise of one pixel, squared units of the stored pixels. Default:
-            quantisation step^2 / 12 for 8-bit images, 1e-9 of the largest eigenvalue for floats. 0 for no floor.
+            quantisation step^2 / 12 for 8-bit images, 1e-9 of the largest eigenvalue for float64
+            images (1e-7 for float32). 0 for no floor.
         rtol: relative cutoff of the spectrum; default d * 2.2e-16 in float64, 1e-7 in float32.
         dtype: precision of this and all later solves ("float32" loses rank and accuracy).
 
@@ -133,20 +137,28 @@ def factorize(
         raise InputError("the images are constant: there is nothing to reconstruct")
     if rtol is None:
         rtol = d * float(np.finfo(np.float64).eps) if dtype == "float64" else 1e-7
+    if not 0 <= rtol < 1:
+        raise InputError(f"rtol={rtol}: give a relative cutoff from 0 up to, not including, 1")
     if pixel_noise is not None and not (np.isfinite(pixel_noise) and pixel_noise >= 0):
         raise InputError(f"pixel_noise={pixel_noise}: give a variance of at least 0")
     with solve_context(dtype):
         s, u = (np.asarray(a) for a in _eigh(np.asarray(second.sxx, dtype)))
     if pixel_noise is None:
-        pixel_noise = moments.quantization_step**2 / 12 or 1e-9 * float(s[-1])
+        # Moments of float32 images are themselves rounded at about 1e-7 of the largest eigenvalue.
+        relative = 1e-7 if moments.pixel_dtype == "float32" else 1e-9
+        pixel_noise = moments.quantization_step**2 / 12 or relative * float(s[-1])
     s = s + s.dtype.type(pixel_noise)  # isotropic: the eigenvectors stay
     sxx = second.sxx + pixel_noise * np.eye(d)
     keep = s > rtol * s[-1]
     s, u = s[keep][::-1].copy(), u[:, keep][:, ::-1].copy()
+    t0 = (u.T @ second.sxy.astype(u.dtype)) / np.sqrt(s)[:, None]
+    # Centred one-hot targets add up to zero; whitening must not blow that rounding up to a target of its own.
+    variance, axes = np.linalg.eigh(second.syy)
+    axes = axes[:, variance > len(variance) * np.finfo(np.float64).eps * variance[-1]].astype(u.dtype)
     return Factorized(
         s=s,
         u=u,
-        t0=(u.T @ second.sxy.astype(u.dtype)) / np.sqrt(s)[:, None],
+        t0=t0 @ axes @ axes.T,
         sxx=sxx,
         syy=second.syy,
         yty=moments.yty,

@@ -58,29 +58,43 @@ def _directions(
     """Directions b [r, k], mu [k], gap [k]; beta = 0 is the limit of a vanishing reconstruction weight."""
     wt = w[:, None] * target
     reconstruct = w[:, None] * gram * w[None, :]
+    eps, scale = jnp.finfo(wt.dtype).eps, jnp.trace(reconstruct)
 
     def weighted() -> jax.Array:
         return beta * reconstruct + alpha * jnp.dot(wt, wt.T, precision=_HIGHEST)
 
-    def limit() -> jax.Array:
-        # First the supervised directions (the range of wt), then reconstruction within their complement: shifting the
-        # first above 1 and scaling the second below 1 lets one eigendecomposition order both.
+    def graded() -> jax.Array:
+        # Targets that outweigh reconstruction by more than 1/sqrt(eps) would drown it in rounding. Their directions
+        # come first; the rest is solved in their complement. Shifting the first above 1 and scaling the second below
+        # 1 lets one eigendecomposition order both.
         lead, size, _ = jnp.linalg.svd(wt, full_matrices=False)
-        real = size > jnp.finfo(size.dtype).eps * wt.shape[0] * size[0]
-        lead = lead * real[None, :]
-        inner = jnp.dot(lead.T, reconstruct, precision=_HIGHEST)
+        top = jnp.maximum(size[0], jnp.finfo(size.dtype).tiny)
+        real = size > eps * wt.shape[0] * top
+        strong = real & (jnp.sqrt(eps) * alpha * size**2 > beta * scale)
+        ratio = jnp.where(beta > 0, alpha / jnp.where(beta > 0, beta, 1.0), 0.0)
+        weak = jnp.where(real & ~strong, ratio * size**2, 0.0)
+        both = reconstruct + jnp.dot(lead * weak[None, :], lead.T, precision=_HIGHEST)
+        lead = jnp.where(strong[None, :], lead, 0.0)
+        inner = jnp.dot(lead.T, both, precision=_HIGHEST)
         side = jnp.dot(lead, inner, precision=_HIGHEST)
-        both = jnp.dot(lead, jnp.dot(inner, lead, precision=_HIGHEST), precision=_HIGHEST)
-        rest = reconstruct - side - side.T + jnp.dot(both, lead.T, precision=_HIGHEST)
-        order = 2.0 + (size / size[0]) ** 2
-        return rest / jnp.trace(reconstruct) + jnp.dot(lead * order[None, :], lead.T, precision=_HIGHEST)
+        corner = jnp.dot(lead, jnp.dot(inner, lead, precision=_HIGHEST), precision=_HIGHEST)
+        rest = both - side - side.T + jnp.dot(corner, lead.T, precision=_HIGHEST)
+        order = 2.0 + (size / top) ** 2
+        return rest / jnp.trace(rest) + jnp.dot(lead * order[None, :], lead.T, precision=_HIGHEST)
 
-    values, vectors = jnp.linalg.eigh(jax.lax.cond(beta > 0, weighted, limit))
-    values, b = values[::-1], vectors[:, ::-1][:, :max_k]
-    following = jnp.concatenate([values[1:], jnp.zeros_like(values[:1])])
-    gap = ((values - following) / jnp.maximum(values, jnp.finfo(values.dtype).tiny))[:max_k]
-    supervised = alpha * (jnp.dot(b.T, wt, precision=_HIGHEST) ** 2).sum(1)
-    return b, jnp.where(beta > 0, values[:max_k], supervised), gap
+    drowned = (beta == 0) | (jnp.sqrt(eps) * alpha * jnp.sum(wt**2) > beta * scale)
+    values, vectors = jnp.linalg.eigh(jax.lax.cond(drowned, graded, weighted))
+    values, b = values[::-1], vectors[:, ::-1]
+
+    def rayleigh() -> jax.Array:
+        supervised = alpha * (jnp.dot(b.T, wt, precision=_HIGHEST) ** 2).sum(1)
+        return supervised + beta * (b * jnp.dot(reconstruct, b, precision=_HIGHEST)).sum(0)
+
+    mu = jax.lax.cond(drowned, rayleigh, lambda: values)
+    spectrum = jnp.where(beta > 0, mu, values)
+    following = jnp.concatenate([spectrum[1:], jnp.zeros_like(spectrum[:1])])
+    gap = (spectrum - following) / jnp.maximum(spectrum, jnp.finfo(spectrum.dtype).tiny)
+    return b[:, :max_k], mu[:max_k], gap[:max_k]
 
 
 def solve_point(

@@ -24,6 +24,7 @@ from mae_align.checks import are_class_labels, check_images, check_targets
 from mae_align.errors import InputError
 
 Batch = slice | np.ndarray
+_SUMS = ("counts", "sum_x", "sum_y", "sum_xx", "sum_xy", "sum_yy")
 _INT_PIVOT = 128.0
 # |x - 128| <= 2^7, so 1,024 products of at most 2^14 stay within the 2^24 integers that float32 holds exactly.
 _BATCH = 1024
@@ -219,8 +220,13 @@ class Moments:
         if not np.array_equal(pivot_y, other.pivot_y):
             pivot_y = self.pivot_y + share * (other.pivot_y - self.pivot_y)
         a, b = self._about_pivot(pivot_x, pivot_y), other._about_pivot(pivot_x, pivot_y)
-        sums = ("counts", "sum_x", "sum_y", "sum_xx", "sum_xy", "sum_yy")
-        return dataclasses.replace(a, **{name: getattr(a, name) + getattr(b, name) for name in sums})
+        return dataclasses.replace(a, **{name: getattr(a, name) + getattr(b, name) for name in _SUMS})
+
+    @property
+    def state(self) -> tuple[np.ndarray, ...]:
+        """All arrays that define these moments (for a fingerprint)."""
+        sums = (self.sum_x, self.sum_y, self.sum_xx, self.sum_xy, self.sum_yy)
+        return (self.pivot_x, self.pivot_y, self.counts, *sums)
 
     @property
     def count(self) -> int:
@@ -316,10 +322,11 @@ class Moments:
             >>> float(m.about(np.zeros(1), np.zeros(2)).sxx[0, 0])
             1.0
         """
-        moved = self._about_pivot(mean_x, mean_y)
+        # Summed first, so that only one [d, d] array is moved.
+        total = {name: getattr(self, name).sum(0, keepdims=True) for name in _SUMS}
+        moved = dataclasses.replace(self, **total)._about_pivot(mean_x, mean_y)
         n = max(self.count, 1)
-        sums = (moved.sum_xx.sum(0), moved.sum_xy.sum(0), moved.sum_yy.sum(0))
-        return SecondMoments(self.count, *(s / n for s in sums))
+        return SecondMoments(self.count, moved.sum_xx[0] / n, moved.sum_xy[0] / n, moved.sum_yy[0] / n)
 
     def groups_about(self, mean_x: np.ndarray, mean_y: np.ndarray) -> Iterator[SecondMoments]:
         """One :class:`SecondMoments` per group, about given centres, made one at a time to save memory.
@@ -336,16 +343,7 @@ class Moments:
             8
         """
         for g in range(len(self.counts)):
-            one = slice(g, g + 1)
-            part = dataclasses.replace(
-                self,
-                counts=self.counts[one],
-                sum_x=self.sum_x[one],
-                sum_y=self.sum_y[one],
-                sum_xx=self.sum_xx[one],
-                sum_xy=self.sum_xy[one],
-                sum_yy=self.sum_yy[one],
-            )
+            part = dataclasses.replace(self, **{name: getattr(self, name)[g : g + 1] for name in _SUMS})
             yield part.about(mean_x, mean_y)
 
     def _about_pivot(self, pivot_x: np.ndarray, pivot_y: np.ndarray) -> Moments:
@@ -355,8 +353,11 @@ class Moments:
         sx, sy = self.sum_x, self.sum_y
         sum_xx, sum_xy, sum_yy = self.sum_xx, self.sum_xy, self.sum_yy
         if dx.any():
-            cross = sx[:, :, None] * dx
-            sum_xx = sum_xx + cross + cross.transpose(0, 2, 1) + n * np.outer(dx, dx)
+            sum_xx = sum_xx.copy()
+            for g, count in enumerate(self.counts):  # one group at a time: temporaries of d^2, not g d^2
+                half = np.outer(sx[g] + count / 2 * dx, dx)
+                sum_xx[g] += half
+                sum_xx[g] += half.T
         if dx.any() or dy.any():
             sum_xy = sum_xy + sx[:, :, None] * dy + dx[:, None] * sy[:, None, :] + n * np.outer(dx, dy)
         if dy.any():

@@ -25,7 +25,9 @@ def patch_hw(patch_size: PatchSize) -> tuple[int, int]:
         >>> patch_hw(4), patch_hw((2, 3))
         ((4, 4), (2, 3))
     """
-    pair = (patch_size, patch_size) if isinstance(patch_size, int | np.integer) else tuple(patch_size)
+    if isinstance(patch_size, int | np.integer):
+        patch_size = (int(patch_size), int(patch_size))
+    pair = tuple(patch_size) if isinstance(patch_size, tuple | list) else ()
     if len(pair) != 2 or any(not isinstance(v, int | np.integer) or v < 1 for v in pair):
         raise InputError(f"patch size {patch_size!r}: give a positive integer or a pair (height, width)")
     return int(pair[0]), int(pair[1])

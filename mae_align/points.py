@@ -6,6 +6,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from mae_align.corruption import PatchMask
 from mae_align.errors import InputError
 from mae_align.factorize import Factorized
@@ -106,9 +108,11 @@ class GridSpec:
             "lambdas": lambdas,
         }
         for name, values in axes.items():
+            if not isinstance(values, Sequence | np.ndarray) or isinstance(values, str):
+                raise InputError(f"{name}={values!r}: give a list of values")
             if len(values) == 0:
                 raise InputError(f"{name} is empty: give at least one value")
-            if len(set(values)) < len(values):
+            if len({patch_hw(v) for v in values} if name == "patch_sizes" else set(values)) < len(values):
                 raise InputError(f"{name} {list(values)} repeats a value: give each once")
         for ratio in mask_ratios:
             check_ratio(ratio)
@@ -121,7 +125,7 @@ class GridSpec:
         for size in patch_sizes:
             patch_grid(shape, size)
         return cls(
-            tuple(patch_sizes),
+            tuple(size if isinstance(size, int | np.integer) else patch_hw(size) for size in patch_sizes),
             tuple(float(v) for v in noise_levels),
             tuple(float(v) for v in mask_ratios),
             tuple(float(v) for v in lambdas),

@@ -229,13 +229,13 @@ def _run(moments: Moments, eval_moments: Moments | None, spec: GridSpec, how: So
     if how.max_k is not None and not 1 <= how.max_k <= moments.num_pixels:
         raise InputError(f"k={how.max_k}: the images have {moments.num_pixels} pixel values, give k up to their rank")
     if eval_moments is not None:
-        check_held_out(eval_moments, moments.image_shape, moments.num_targets)
+        check_held_out(eval_moments, moments)
     problem = factorize(moments, pixel_noise=how.pixel_noise, rtol=how.rtol, dtype=how.dtype)
     max_k = problem.rank if how.max_k is None else problem.check_k(how.max_k)
     settings = provenance(problem, moments, eval_moments)
     store = None
     if how.run.store is not None:
-        arrays = [a for m in (moments, eval_moments) if m is not None for a in (m.sum_xx, m.sum_xy, m.sum_yy)]
+        arrays = [a for m in (moments, eval_moments) if m is not None for a in m.state]
         store = PointStore(how.run.store, fingerprint(arrays, settings | {"k": max_k, "program": how.program.name}))
     held = None if eval_moments is None else hold_out(problem, eval_moments)
     with solve_context(problem.dtype):
@@ -254,7 +254,8 @@ def _run(moments: Moments, eval_moments: Moments | None, spec: GridSpec, how: So
             tasks.append(Task(tuple(p.key for p in chunk), solve))
         groups.append(TaskGroup(partial(_make_basis, problem, basis), tasks))
     found = run_groups(groups, workers=workers if on_cpu else 1, store=store, progress=how.run.progress)
-    return assemble(problem, held, spec, max_k, found, settings)
+    where = {"masking": type(spec.masks[0][0]).__name__, "platform": solve_device(problem.dtype).platform}
+    return assemble(problem, held, spec, max_k, found, settings | where)
 
 
 def _make_basis(problem: Factorized, key: BasisKey) -> PatchBasis:

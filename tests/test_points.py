@@ -70,7 +70,10 @@ def test_cells_share_a_solve_exactly_where_they_are_one_problem(masking):
 
 
 def test_keys_are_file_names_that_differ_where_their_points_differ():
-    lambdas, ratios = [0.0, 1e-300, 1e-5, 1.0, 1e22, math.inf], [0.0, 1e-9, 0.1, np.nextafter(0.1, 1), 1.0]
+    lambdas, ratios = (
+        [0.0, 1e-300, 1e-5, 1.0, np.nextafter(1.0, 2.0), 1e22, math.inf],
+        [0.0, 1e-9, 0.1, np.nextafter(0.1, 1), 1.0],
+    )
     points = check([1, (1, 2), (2, 1)], [0.0, 1e-8, 3.0], ratios, lambdas).points()
     by_key: dict[str, set[tuple[BasisKey, float, float]]] = {}
     for p in points:

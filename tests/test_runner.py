@@ -10,7 +10,9 @@ from functools import partial
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
+from mae_align import runner
 from mae_align.moments import Moments
 from mae_align.runner import Arrays, Task, TaskGroup, run_groups
 from mae_align.store import PointStore
@@ -282,7 +284,19 @@ def test_each_point_is_stored_before_the_run_ends(tmp_path):
 # Progress
 
 
-def test_without_progress_nothing_is_printed(capsys):
-    Grid(2, 3).run()
+@pytest.mark.parametrize("progress", [False, True])
+def test_progress_counts_points_from_those_stored_and_only_if_asked_for(tmp_path, capsys, monkeypatch, progress):
+    # The bar of a run that takes longer than the delay, which is shown at once.
+    monkeypatch.setattr(runner, "tqdm", lambda **options: tqdm(**options | {"delay": 0.0, "mininterval": 0.0}))
+    store = PointStore(tmp_path, "a")
+    Grid(2, 2, batch=2).run(store=store)
+    for key in ("g1t0b0", "g1t1b1"):
+        (tmp_path / f"{key}.npz").unlink()
+    capsys.readouterr()
+    Grid(2, 2, batch=2).run(store=store, progress=progress)
     out = capsys.readouterr()
-    assert (out.out, out.err) == ("", "")
+    assert out.out == ""
+    if progress:
+        assert [part in out.err for part in ("4/8", "6/8", "8/8", "100%")] == [True] * 4
+    else:
+        assert out.err == ""

@@ -263,6 +263,7 @@ def test_grid_holds_both_ends_once():
         (["--lambdas", "nan"], "--lambdas nan: give relative weights of at least 0"),
         (["--lambdas"], "--lambdas has no value"),
         (["--budget", "0"], "--budget 0: give a percentage over 0"),
+        (["--workers", "0"], "workers=0: give a whole number of at least 1"),
         (["--groups", "1"], "--groups 1: standard errors need at least 2"),
         (["--groups", "300"], "--groups 300: 359 test images leave a group empty"),
     ],

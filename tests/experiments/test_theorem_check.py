@@ -13,8 +13,9 @@ import xarray as xr
 import mae_align as ma
 from experiments import theorem_check
 from experiments.launch import launch
-from experiments.theorem_check import PRESETS, Case, Config, Part, Setup, cases, main, verdict
+from experiments.theorem_check import PRESETS, Config, Setup, cases, main
 from experiments.theorem_descent import Objective, Pixels, Plan, denoising_share, minimise_exact, supervised_share
+from experiments.theorem_report import Case, Part, verdict
 from mae_align.corruption import CorruptionMoments
 from mae_align.devices import solve_context
 from mae_align.factorize import factorize
@@ -117,8 +118,8 @@ def test_verdict(change, passes):
         "total": np.array(10.0),
         "attained": np.array(4.0),
     }
-    case = Case(Part.denoising, "noise", 2, dict)
-    assert verdict(case, found | change, 1e-6)["passed"] == passes
+    case = Case(Part.denoising, "noise", 2, 1e-6, dict)
+    assert verdict(case, found | change)["passed"] == passes
 
 
 class MisstatedMasking(ma.PatchMasking):
@@ -132,7 +133,7 @@ def test_sampler_that_is_not_its_moments_is_caught(setup):
     corruption = MisstatedMasking(3, 0.75)
     few = setup._replace(config=dataclasses.replace(TINY, sampled_steps=2))
     found = theorem_check.check_sampled(few, corruption, 2)
-    row = verdict(Case(Part.sampled, "misstated", 2, dict), found, tolerance=np.inf)
+    row = verdict(Case(Part.sampled, "misstated", 2, np.inf, dict), found)
     assert row["standard_errors"] < -10
     assert not row["passed"]
 
@@ -177,8 +178,8 @@ def test_table_names_every_case_once(setup):
     ("argv", "message"),
     [
         (["--data", "digit"], "unknown data set 'digit', did you mean 'digits'?"),
-        (["--ks", "3", "65"], "k=65 is over the rank 64"),
-        (["--ks", "0"], "k=0 is over the rank 64 of these images: ask for 1 <= k <= 64"),
+        (["--ks", "3", "65"], "--ks 65: give numbers from 1 to 64, the rank of these images"),
+        (["--ks", "0"], "--ks 0: give numbers from 1 to 64"),
         (["--ks", "3", "3"], "--ks 3 3 repeats a value"),
         (["--lambdas", "-1"], "--lambdas -1: give finite weights of at least 0"),
         (["--lambdas", "inf"], "--lambdas inf: give finite weights of at least 0"),
