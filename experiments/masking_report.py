@@ -183,6 +183,8 @@ def _pm(row: Row, prefix: str) -> str:
 def summarise(rows: Sequence[Row]) -> Iterator[str]:
     """Plain sentences: what helps, what hurts, how joint embedding compares."""
     where = rows[0]["measured"]
+    if where == "in-sample":
+        yield "In-sample curves flatter and have no standard error here: decide on held-out images (--held-out)."
     helps = [row for row in rows if _verdict(row, "best_") > 0]
     if helps:
         cells = "; ".join(
@@ -221,4 +223,5 @@ def summarise(rows: Sequence[Row]) -> Iterator[str]:
 def _verdict(row: Row, prefix: str) -> int:
     """Sign of a change, 0 below two standard errors."""
     change = row[f"{prefix}change"]
-    return 0 if abs(change) < 2 * row.get(f"{prefix}se", 0.0) else int(np.sign(change))
+    # A standard error that is not a number detects nothing.
+    return int(np.sign(change)) if abs(change) >= 2 * row.get(f"{prefix}se", 0.0) else 0

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 
 import numpy as np
 import xarray as xr
@@ -33,9 +34,11 @@ from experiments.masking_report import (
     verdict_rows,
 )
 from experiments.run_folder import RunFolder, atomic_path, netcdf3_ready
-from mae_align.data import validation_split
+from mae_align.data import stratified_split, validation_split
 from mae_align.data.transforms import jitter
-from mae_align.patches import patch_grid
+from mae_align.devices import worker_count
+from mae_align.moments import group_of
+from mae_align.points import GridSpec
 
 
 class MaskFamily(enum.Enum):
@@ -125,6 +128,8 @@ def main(config: Config) -> None:
         with atomic_path(folder.path / "influence.nc") as file:
             netcdf3_ready(result[influence]).to_netcdf(file, engine="scipy")
     ks = [k for k in config.ks if k <= result.sizes["k"]]
+    if not ks:
+        raise ma.InputError(f"every --ks is over the rank {result.attrs['rank']} of these images: give a smaller k")
     figures = [
         folder.save_figure("relative_change", change_figure(result)),
         folder.save_figure("heat_map", heat_map(result, ks)),
@@ -147,17 +152,32 @@ def main(config: Config) -> None:
 
 
 def _check(config: Config, data: ma.ImageDataset) -> None:
-    """Refuse settings that do not fit the data before anything is computed."""
-    for size in config.patch_sizes:
-        patch_grid(data.image_shape, size)
+    """Refuse settings that do not fit the data before anything is computed or written."""
+    GridSpec.checked(
+        data.image_shape, config.patch_sizes, [0.0], _ratios(config), [math.inf], _FAMILIES[config.masking]
+    )
+    worker_count(config.workers)
+    if not any(ratio > 0 for ratio in config.mask_ratios):
+        raise ma.InputError("--mask-ratios 0: give at least one ratio over 0, no mask is always computed")
     most = int(np.prod(data.image_shape))
-    if min(config.ks) < 1 or min(config.ks) > most:
+    if min(config.ks) < 1 or max(config.ks) > most:
         given = " ".join(map(str, config.ks))
         raise ma.InputError(f"--ks {given}: the images have {most} pixel values, give k in 1..{most}")
     if config.max_k is not None and not max(config.ks) <= config.max_k <= most:
         raise ma.InputError(f"--max-k {config.max_k}: give a number from the largest --ks ({max(config.ks)}) to {most}")
-    if not config.jitter >= 0:
+    if not (math.isfinite(config.jitter) and config.jitter >= 0):
         raise ma.InputError(f"--jitter {config.jitter}: give a number of at least 0")
+    if config.pixel_noise is not None and not (math.isfinite(config.pixel_noise) and config.pixel_noise >= 0):
+        raise ma.InputError(f"--pixel-noise {config.pixel_noise}: give a variance of at least 0 (pixel_noise)")
+    if (data.train_images == data.train_images[:1]).all():
+        raise ma.InputError("the training images are constant: there is nothing to reconstruct")
+    if config.held_out:
+        stratified_split(data.train_labels, config.validation_fraction, config.seed)
+        tests = len(data.test_images)
+        if not 2 <= config.groups <= tests or len(set(group_of(np.arange(tests), config.groups))) < config.groups:
+            raise ma.InputError(
+                f"--groups {config.groups}: with {tests} test images give fewer groups (at least 2), none may be empty"
+            )
 
 
 def _ratios(config: Config) -> list[float]:
@@ -167,7 +187,7 @@ def _ratios(config: Config) -> list[float]:
 
 def _sweep(config: Config, data: ma.ImageDataset, folder: RunFolder) -> xr.Dataset:
     """In-sample curves of all training images."""
-    moments = ma.Moments.from_arrays(data.train_images, data.train_labels, num_classes=data.num_classes)
+    moments = _moments(config, data.train_images, data.train_labels, data.num_classes)
     return _masking_sweep(config, moments, None, folder, "in_sample")
 
 
@@ -175,11 +195,18 @@ def _sweep_held_out(config: Config, data: ma.ImageDataset, folder: RunFolder) ->
     """A sweep fitted without the validation images, for choosing; then one on all training images, for reporting."""
     split = validation_split(data, config.validation_fraction, config.seed)
     classes = data.num_classes
-    part = ma.Moments.from_arrays(split.train_images, split.train_labels, num_classes=classes)
-    chosen_on = ma.Moments.from_arrays(split.test_images, split.test_labels, num_classes=classes)
-    test = ma.Moments.from_arrays(data.test_images, data.test_labels, num_classes=classes, groups=config.groups)
+    part = _moments(config, split.train_images, split.train_labels, classes)
+    chosen_on = _moments(config, split.test_images, split.test_labels, classes)
+    test = _moments(config, data.test_images, data.test_labels, classes, config.groups)
     validation = _masking_sweep(config, part, chosen_on, folder, "validation")
     return validation, _masking_sweep(config, part.merge(chosen_on), test, folder, "test")
+
+
+def _moments(config: Config, images: np.ndarray, labels: np.ndarray, classes: int, groups: int = 1) -> ma.Moments:
+    made = "stored pixels"
+    if config.jitter > 0:
+        made = f"training images with jitter of {config.jitter:g} std, seed {config.seed}"
+    return ma.Moments.from_arrays(images, labels, num_classes=classes, groups=groups, preprocessing=made)
 
 
 def _masking_sweep(

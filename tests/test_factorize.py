@@ -140,6 +140,24 @@ def test_singular_patches_are_inverted_on_their_range(defective, patch):
     np.testing.assert_allclose(e * np.asarray(basis.pi) @ e.T, problem.root.T @ inverse @ problem.root, atol=1e-9)
 
 
+def test_patches_have_the_cutoff_of_the_images():
+    """A pixel whose variance counts as zero in S is not blown up by whitening its own patch."""
+    x = oracles.train().x.copy()
+    x[:, 7] = 1e-9 * x[:, 8]
+    problem = factorize(Moments.from_arrays(x.reshape(-1, *SHAPE), oracles.train().labels), pixel_noise=0.0)
+    variance = np.diag(problem.sxx)
+    assert 0 < variance[7] < problem.rtol * problem.s[0] and problem.rank == 59
+    inverse = np.where(np.arange(60) == 7, 0.0, 1 / variance)
+    basis = patch_basis(problem, (1, 1))
+    e, channels = np.asarray(basis.e), patch_basis(problem, 1)
+    np.testing.assert_array_equal(basis.pi, channels.pi)
+    within = np.zeros((60, 60))
+    for pair in oracles.patch_members(SHAPE, 1):  # two channels make a patch
+        corner = np.ix_(pair, pair)
+        within[corner] = np.diag(inverse[pair]) if 7 in pair else np.linalg.inv(problem.sxx[corner])
+    np.testing.assert_allclose(e * np.asarray(basis.pi) @ e.T, problem.root.T @ within @ problem.root, atol=1e-7)
+
+
 @pytest.mark.parametrize("sigma", [0.0, 0.7])
 @pytest.mark.parametrize("p", [0.0, 0.3, 0.99, 1.0])
 def test_weights_whiten_the_masked_images(problem, p, sigma):

@@ -128,7 +128,7 @@ def test_empty_and_repeating_axes_are_refused(axis):
         ({"noise_levels": [math.nan]}, "noise level nan"),
         ({"lambdas": [-1e-9]}, r"lambda -1e-09: give a weight of at least 0 \(inf for reconstruction alone\)"),
         ({"lambdas": [math.nan]}, "lambda nan"),
-        ({"patch_sizes": [2, 0]}, "patch size 0: give a positive integer"),
+        ({"patch_sizes": [2, 0]}, r"patch size .*0.*: give a positive integer"),
         ({"patch_sizes": [5]}, "patch 5x5 is larger than the image 4x6"),
         ({"patch_sizes": [(4, 7)]}, "patch 4x7 is larger than the image 4x6"),
         ({"mask_ratios": [0.99], "masking": FixedCountPatchMasking}, "leaves none of the 24 patches"),

@@ -7,6 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -287,7 +288,10 @@ def test_each_point_is_stored_before_the_run_ends(tmp_path):
 @pytest.mark.parametrize("progress", [False, True])
 def test_progress_counts_points_from_those_stored_and_only_if_asked_for(tmp_path, capsys, monkeypatch, progress):
     # The bar of a run that takes longer than the delay, which is shown at once.
-    monkeypatch.setattr(runner, "tqdm", lambda **options: tqdm(**options | {"delay": 0.0, "mininterval": 0.0}))
+    def at_once(**options: Any) -> tqdm[NoReturn]:
+        return tqdm(**options | {"delay": 0.0, "mininterval": 0.0})
+
+    monkeypatch.setattr(runner, "tqdm", at_once)
     store = PointStore(tmp_path, "a")
     Grid(2, 2, batch=2).run(store=store)
     for key in ("g1t0b0", "g1t1b1"):

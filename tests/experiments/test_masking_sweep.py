@@ -114,9 +114,14 @@ BAD = {
     "negative pixel noise": (["--pixel-noise", "-1"], "pixel_noise"),
     "no visible patch": (["--masking", "fixed_count", "--mask-ratios", "0.99"], "visible"),
     "too many groups": (["--groups", "5000"], "fewer groups"),
+    "one group": (["--groups", "1"], "at least 2"),
+    "only no mask": (["--mask-ratios", "0"], "over 0"),
+    "repeated ratio": (["--mask-ratios", "0.5", "0.5"], "repeats"),
+    "infinite jitter": (["--jitter", "inf"], "--jitter"),
     "no workers": (["--workers", "0"], "workers"),
     "empty list": (["--ks"], "--ks"),
     "validation share": (["--validation-fraction", "1.5"], "1.5"),
+    "negative seed": (["--seed", "-1"], "seed"),
 }
 
 
@@ -130,6 +135,8 @@ def test_bad_options_give_one_line(tmp_path, capsys, case):
     assert message in captured.err
     assert captured.out == ""
     assert "Traceback" not in captured.err
+    # Nothing is claimed: the corrected command may use the same folder.
+    assert not (tmp_path / "run").exists()
 
 
 def damaged(path) -> None:
@@ -156,6 +163,14 @@ def test_bad_data_give_one_line(tmp_path, capsys, case):
         run("--data", name, "--out", tmp_path / "run")
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_k_over_the_rank_gives_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--pixel-noise", 0, "--ks", 63, "--patch-sizes", 4, "--mask-ratios", 0.5, "--out", tmp_path / "run")
+    assert stop.value.code == 2
+    assert "over the rank" in capsys.readouterr().err
 
 
 def test_damaged_file_gives_one_line(tmp_path, capsys):
