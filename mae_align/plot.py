@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 Share = bool | Literal["none", "all", "row", "col"]
 
@@ -91,7 +91,8 @@ def curves_over_k(axes: Axes, k: np.ndarray, curves: np.ndarray, colors: Sequenc
     for curve, color, label in zip(curves, colors, labels, strict=True):
         axes.plot(k, curve, color=color, label=label)
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    # Plain numbers at the powers of ten; an automatic locator drops them on small panels.
+    axes.xaxis.set_major_locator(FixedLocator([10.0**i for i in range(int(np.log10(max(k))) + 1)]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("number of features k")

@@ -268,7 +268,7 @@ def test_10_hard_data_gives_no_nan_and_the_same_answer_in_other_types():
         for dtype in (np.float64, np.float32, np.uint8):
             images = x[:n].reshape(-1, *SHAPE).astype(dtype)
             moments = Moments.from_arrays(images, y)
-            found[dtype] = ma.masking_sweep(moments, [2], [0.0, 0.5, 1.0], pixel_noise=floor)
+            found[dtype] = ma.sweep(moments, patch_sizes=[2], mask_ratios=[0.5, 1.0], pixel_noise=floor)
             assert found[dtype].attrs["rank"] == rank
             assert all(np.isfinite(array).all() for array in found[dtype].data_vars.values())
             assert np.isfinite(ma.denoising_autoencoder(moments, ma.PatchMasking(2, 0.5), 9, pixel_noise=floor).loss)

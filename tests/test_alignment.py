@@ -108,7 +108,7 @@ def test_held_out_curves_with_a_floor_are_ridge_predictions(moments, encoder):
     """A floor f adds f V^T V to the probe's normal equations: ridge on orthonormal directions."""
     floor, fit, test = 0.4, oracles.train(), oracles.held_out()
     v, _ = np.linalg.qr(encoder)
-    found = held_out_curves_of(moments, v, held_out_moments(5), pixel_noise=floor)
+    found = held_out_curves_of(moments, v, held_out_moments(7), pixel_noise=floor)
     total = ((test.y - fit.y.mean(0)) ** 2).sum()
     for k in (1, 4, 12):
         model = Ridge(alpha=floor * len(fit.x)).fit(fit.x @ v[:, :k], fit.y)
@@ -118,7 +118,7 @@ def test_held_out_curves_with_a_floor_are_ridge_predictions(moments, encoder):
 
 def test_uncentred_moments_have_probes_without_intercept(encoder):
     fit, test = oracles.train(), oracles.held_out()
-    raw = [Moments.from_arrays(s.images, s.labels, num_classes=4, center=False, groups=3) for s in (fit, test)]
+    raw = [Moments.from_arrays(s.images, s.labels, num_classes=4, center=False, groups=7) for s in (fit, test)]
     inside = ma.encoder_curves(raw[0], encoder, pixel_noise=0.0)[0]
     outside = held_out_curves_of(raw[0], encoder, raw[1], pixel_noise=0.0)
     for k in (1, 5, 12):
@@ -268,7 +268,7 @@ def test_curves_do_not_change_with_the_units_of_the_pixels(moments, encoder):
     fit, test = oracles.train(), oracles.held_out()
     rows = []
     for unit in (1.0, 1e-8, 3e6):
-        scaled = [Moments.from_arrays(unit * s.images, s.labels, num_classes=4, groups=4) for s in (fit, test)]
+        scaled = [Moments.from_arrays(unit * s.images, s.labels, num_classes=4, groups=7) for s in (fit, test)]
         inside = ma.encoder_curves(scaled[0], encoder, pixel_noise=0.3 * unit**2)[0]
         outside = held_out_curves_of(scaled[0], encoder, scaled[1], pixel_noise=0.3 * unit**2)
         rows.append(np.concatenate([inside.r2, inside.alignment, outside.r2, outside.se]))

@@ -22,7 +22,7 @@ def fit() -> Moments:
 @pytest.fixture(scope="module")
 def results(fit) -> dict[str, xr.Dataset]:
     sample = oracles.held_out()
-    unseen = Moments.from_arrays(sample.images, sample.labels, num_classes=4, groups=5, preprocessing="drawn")
+    unseen = Moments.from_arrays(sample.images, sample.labels, num_classes=4, groups=6, preprocessing="drawn")
     return {
         "masking": ma.masking_sweep(fit, [2, (3, 4)], [0.0, 0.5, 0.9], eval_moments=unseen),
         "plain": ma.masking_sweep(fit, [1, 2], [0.0, 0.5], pixel_noise=0.0),
@@ -70,18 +70,21 @@ def test_results_record_how_they_were_made(results, fit):
         "rtol": 60 * np.finfo(float).eps,
         "num_train": 400,
         "num_eval": 250,
-        "num_groups": 5,
+        "num_groups": 6,
         "image_shape": "[6, 5, 2]",
         "pixel_dtype": "float64",
         "centered": "True",
         "preprocessing": "drawn",
         "fill": "mean image",
+        "masking": "PatchMasking",
+        "platform": "cpu",
     }
     assert {key: held_out[key] for key in expected} == expected
     assert held_out["pixel_noise"] == pytest.approx(floor, rel=1e-10) and plain["pixel_noise"] == 0.0
     assert plain["trace_sxx"] == pytest.approx(oracles.train().x.var(0).sum(), rel=1e-12)
     assert held_out["trace_sxx"] == pytest.approx(plain["trace_sxx"] + 60 * floor, rel=1e-13)
     assert plain["trace_syy"] == pytest.approx(oracles.train().y.var(0).sum(), rel=1e-12)
+    assert results["counts"].attrs["masking"] == "FixedCountPatchMasking"
     assert (plain["num_eval"], plain["num_groups"]) == (0, 0)
     assert json.loads(json.dumps(held_out)) == held_out
     raw = Moments.from_arrays(oracles.train().images, oracles.train().labels, center=False)
@@ -133,7 +136,7 @@ def test_standard_errors_follow_from_the_recorded_influences(results):
     data = results["masking"]
     for prefix in ("", "je_"):
         influence = data[f"{prefix}eval_influence"]
-        error = np.sqrt(5 / 4 * (influence**2).sum("group"))
+        error = np.sqrt(6 / 5 * (influence**2).sum("group"))
         np.testing.assert_allclose(data[f"{prefix}eval_r2_se"], error, rtol=1e-12)
         assert float(abs(influence.sum("group")).max()) < 1e-6
     # Of a difference between two masks, on the same held-out images.

@@ -284,9 +284,8 @@ def test_denoising_does_not_square_a_spectrum_of_nine_decades():
     assert worst > 0.01
 
 
-@pytest.mark.parametrize("n", [300, 30])
-@pytest.mark.parametrize("pixel_noise", [0.0, None])
-def test_singular_moments_give_finite_autoencoders(n, pixel_noise):
+@pytest.mark.parametrize("n, pixel_noise, rank", [(300, None, 60), (30, None, 60), (30, 0.0, 29)])
+def test_singular_moments_give_finite_autoencoders(n, pixel_noise, rank):
     x = oracles.draw(70, n).x.copy()
     x[:, 7], x[:, 20] = 3.0, x[:, 21]
     moments = Moments.from_arrays(x.reshape(n, *SHAPE), oracles.draw(70, n).labels)
@@ -300,8 +299,7 @@ def test_singular_moments_give_finite_autoencoders(n, pixel_noise):
         for leaf in jax.tree.leaves(model):
             assert np.isfinite(leaf).all()
         assert np.linalg.matrix_rank(centred @ model.encoder) == 10
-        if pixel_noise == 0.0:
-            assert model.rank == (58 if n == 300 else 29)
+        assert model.rank == rank
 
 
 def test_8_bit_images_pass_through_every_method():

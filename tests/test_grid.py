@@ -3,6 +3,7 @@ from __future__ import annotations
 import chex
 import jax
 import numpy as np
+import oracles
 import pytest
 
 from mae_align import grid
@@ -82,6 +83,23 @@ def test_a_tiny_weight_of_reconstruction_still_orders_the_other_features(solve, 
     _, t = vanishing_reconstruction(gram, target, w)
     found = solve(gram, target, w, 1.0, beta)
     np.testing.assert_allclose(up_to_sign(found.t, t[:K]), t[:K], atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [1e-5, 1e-9, 1e-13, 1e-17, 1e-25])
+def test_targets_of_very_different_strength_each_meet_reconstruction_where_they_are_equal(solve, beta):
+    """Singular values 1, 1e-4 and 1e-8: the factor of H, not H, keeps what each of them weighs."""
+    e, gram, _, _, w = random_problem(10)
+    target = e[:, :Q] * [1.0, 1e-4, 1e-8] @ np.linalg.qr(random_problem(11)[0][:Q, :Q])[0] / w[:, None]
+    factor = np.hstack([w[:, None] * target, np.sqrt(beta) * w[:, None] * np.linalg.cholesky(gram)])
+    b = oracles.extended_left_vectors(factor)
+    mu = np.asarray(((b.T @ factor) ** 2).sum(1), np.float64)
+    q, _ = np.linalg.qr(w[:, None] * np.asarray(b, np.float64))
+    t = q.T @ target
+    found = solve(gram, target, w, 1.0, beta)
+    np.testing.assert_allclose(found.mu, mu[:K], rtol=1e-5)
+    np.testing.assert_allclose(found.gap, 1 - mu[1 : K + 1] / mu[:K], rtol=1e-4, atol=1e-5)
+    for row, expected in zip(found.t, t[:K], strict=True):
+        assert np.linalg.norm(np.abs(row @ expected) - expected @ expected) <= 1e-5 * (expected @ expected) + 1e-12
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])

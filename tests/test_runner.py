@@ -7,7 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
@@ -288,8 +288,9 @@ def test_each_point_is_stored_before_the_run_ends(tmp_path):
 @pytest.mark.parametrize("progress", [False, True])
 def test_progress_counts_points_from_those_stored_and_only_if_asked_for(tmp_path, capsys, monkeypatch, progress):
     # The bar of a run that takes longer than the delay, which is shown at once.
-    def at_once(**options: Any) -> tqdm[NoReturn]:
-        return tqdm(**options | {"delay": 0.0, "mininterval": 0.0})
+    def at_once(**options: Any) -> Any:
+        shown: dict[str, Any] = {**options, "delay": 0.0, "mininterval": 0.0}
+        return tqdm(**shown)
 
     monkeypatch.setattr(runner, "tqdm", at_once)
     store = PointStore(tmp_path, "a")
