@@ -222,7 +222,7 @@ def pca_basis(problem: Factorized, noise_variance: float = 0.0) -> PatchBasis:
     """
     with solve_context(problem.dtype):
         s = jnp.asarray(problem.s, problem.dtype)
-        pi = s / noise_variance if noise_variance > 0 else jnp.ones_like(s)
+        pi = s / noise_variance if noise_variance > 0 else jnp.ones_like(s)  # may overflow to inf: no noise
         return PatchBasis(
             jnp.eye(problem.rank, dtype=problem.dtype), pi, jnp.diag(s), jnp.asarray(problem.t0, problem.dtype)
         )
@@ -244,7 +244,8 @@ def mask_weights(pi: np.ndarray, ratio: float, noise_variance: float = 0.0) -> n
     """
     pi = np.asarray(pi)
     offset = 1.0 if ratio == 0.0 and noise_variance > 0.0 else ratio
-    return np.sqrt(pi / (offset + (1.0 - ratio) * pi))
+    # Divided through by pi, which may be infinite where the noise is negligible.
+    return 1.0 / np.sqrt(offset / pi + (1.0 - ratio))
 
 
 def _patch_blocks(labels: np.ndarray) -> list[np.ndarray]:

@@ -140,6 +140,8 @@ class GridSpec:
             for j, sigma in enumerate(self.noise_levels):
                 for m, mask in enumerate(masks):
                     p = mask.p_eff(self.image_shape)
+                    if p < np.finfo(np.float64).eps:
+                        p = 0.0  # no different in float64, and rho = sigma^2 / p stays finite
                     noise = sigma**2
                     # Without a mask (or with one patch) every patch size is the same problem.
                     basis = BasisKey(None, noise) if p == 0.0 else BasisKey(size, noise / p)

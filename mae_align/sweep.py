@@ -226,8 +226,12 @@ def _run(moments: Moments, eval_moments: Moments | None, spec: GridSpec, how: So
     workers = worker_count(how.run.workers)
     if how.run.batch_size is not None and how.run.batch_size < 1:
         raise InputError(f"batch_size={how.run.batch_size}: give at least 1")
-    if how.max_k is not None and not 1 <= how.max_k <= moments.num_pixels:
-        raise InputError(f"k={how.max_k}: the images have {moments.num_pixels} pixel values, give k up to their rank")
+    if how.max_k is not None:
+        if not isinstance(how.max_k, int | np.integer) or not 1 <= how.max_k <= moments.num_pixels:
+            most = moments.num_pixels
+            raise InputError(
+                f"k={how.max_k}: the images have {most} pixel values, give a whole number up to their rank"
+            )
     if eval_moments is not None:
         check_held_out(eval_moments, moments)
     problem = factorize(moments, pixel_noise=how.pixel_noise, rtol=how.rtol, dtype=how.dtype)

@@ -281,7 +281,7 @@ def test_denoising_does_not_square_a_spectrum_of_nine_decades():
         expected = exact[:, :k].astype(float)
         assert oracles.angles(model.encoder, expected, moments.sxx).max() < 1e-4
         worst = max(worst, oracles.angles(naive[:, :k], expected, moments.sxx).max())
-    assert worst > 0.01
+    assert worst > 1e-3  # ten times the bound above; how much more depends on the LAPACK
 
 
 @pytest.mark.parametrize("n, pixel_noise, rank", [(300, None, 60), (30, None, 60), (30, 0.0, 29)])
