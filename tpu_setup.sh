@@ -23,7 +23,7 @@
 #
 # TPU VM, one host. Runtime versions by Google's documentation of Cloud TPU software versions:
 # v6e v2-alpha-tpuv6e, v5p v2-alpha-tpuv5, v5e v2-alpha-tpuv5-lite, v4 and older tpu-ubuntu2204-base.
-#   export NAME=mae-align ZONE=us-east5-b REPOSITORY=...     # REPOSITORY: where you clone this from
+#   export NAME=mae-align ZONE=... REPOSITORY=...     # a zone that has this TPU; where you clone this from
 #   gcloud compute tpus tpu-vm create $NAME --zone=$ZONE --accelerator-type=v6e-8 --version=v2-alpha-tpuv6e
 #   gcloud compute tpus tpu-vm ssh $NAME --zone=$ZONE --command="git clone $REPOSITORY mae_align"
 #   gcloud compute tpus tpu-vm ssh $NAME --zone=$ZONE \

@@ -296,7 +296,7 @@ def test_mode_overrides_what_is_found(host: Host, mode: str, platforms: str) -> 
 UV_CALLS = ["uv python install 3.12 ()", "uv python find 3.12 (only-managed)"]
 
 
-@pytest.mark.parametrize("version, venv", [("3.10.12", True), ("3.14.0", True), ("3.9.2", True), ("3.11.2", False)])
+@pytest.mark.parametrize("version, venv", [("3.10.12", True), ("3.14.0", True), ("3.11.2", False)])
 def test_python_of_its_own(host: Host, version: str, venv: bool) -> None:
     host.put_python("python3", version, venv=venv)
     host.put_uv(on_path=True)
@@ -453,7 +453,7 @@ def test_a_check_that_is_too_slow(host: Host, status: str) -> None:
     assert "did not end in 600 s. Next: give more time with WAIT=SECONDS" in host.fail("MODE=cpu")
 
 
-@pytest.mark.parametrize("version, warns", [("0.9.2", True), ("0.10.1", True), ("0.10.2", False), ("0.11.0", False)])
+@pytest.mark.parametrize("version, warns", [("0.9.2", True), ("0.10.2", False)])
 def test_old_jax(host: Host, version: str, warns: bool) -> None:
     host.put_facts("cpu", 1, jax_version=version)
     said = host.succeed()
@@ -478,7 +478,7 @@ def test_read_from_standard_input(host: Host) -> None:
 
 @pytest.mark.parametrize(
     "argument",
-    "MODE=gpus MODE= mode=cpu cpu --force EXPECT_DEVICES=0 EXPECT_DEVICES=two CUDA=11 WAIT=0 FORCE=yes PYTHON=".split(),
+    "MODE=gpus mode=cpu --force EXPECT_DEVICES=0 EXPECT_DEVICES=two CUDA=11 WAIT=0 FORCE=yes PYTHON=".split(),
 )
 def test_bad_arguments(host: Host, argument: str) -> None:
     said = host.fail("MODE=cpu", argument, status=2)
