@@ -296,7 +296,8 @@ check() {
   if ((status == 124 || status == 137)); then
     next="give more time with WAIT=SECONDS"
     if [[ $mode == tpu ]]; then
-      next="on a slice of several hosts, run this on all at once (gcloud ... --worker=all); else end the process that holds the TPU"
+      next="on a slice of several hosts, run this on all at once (gcloud ... --worker=all);"
+      next+=" else end the process that holds the TPU"
     fi
     fail "the device check did not end in $wait_seconds s. Next: $next"
   fi
