@@ -215,13 +215,15 @@ class PointProgram(NamedTuple):
     """One compiled program of a grid: for a single point (CPU workers) and for a batch of points (accelerators).
 
     Attributes:
-        name: part of a sweep's identity. one: jitted function of a point. many: the same, vmapped over the last
-            three arguments w, alpha, beta. shared: the arguments before those. named: the solution's arrays by name.
+        name: part of a sweep's identity. point: pure function of a point. one: the same, jitted. many: jitted and
+            vmapped over the last three arguments w, alpha, beta. shared: the arguments before those.
+        named: the solution's arrays by name.
         diagonal: jitted function of (problem's s, T, w, beta), after ``held`` where there is one: the same solution
         where it needs no eigenvectors.
     """
 
     name: str
+    point: Callable[..., Any]
     one: Callable[..., Any]
     many: Callable[..., Any]
     shared: Callable[[PatchBasis, Factorized, HeldOut | None], tuple[Any, ...]]
@@ -235,6 +237,7 @@ def _spectrum(problem: Factorized) -> jax.Array:
 
 CURVES = PointProgram(
     "curves",
+    solve_point,
     _one(solve_point),
     _many(solve_point, 2),
     lambda basis, problem, held: (basis.gram, basis.target),
@@ -243,6 +246,7 @@ CURVES = PointProgram(
 )
 FEATURES = PointProgram(
     "features",
+    _only_solution,
     _one(_only_solution),
     _many(_only_solution, 4),
     lambda basis, problem, held: (basis.e, basis.gram, basis.target, _spectrum(problem)),
@@ -251,6 +255,7 @@ FEATURES = PointProgram(
 )
 HELD_OUT = PointProgram(
     "held out",
+    _features_and_errors,
     _one(_features_and_errors),
     _many(_features_and_errors, 5),
     lambda basis, problem, held: (basis.e, basis.gram, basis.target, _spectrum(problem), held),
