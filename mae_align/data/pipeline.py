@@ -20,13 +20,13 @@ class ImageBatch(NamedTuple):
     Attributes:
         images: [b, h, w, c], the dtype of the source.
         labels: [b] int64.
-        index: [b] int64 positions in the source, the same whatever process reads them and in whatever order: what
+        indices: [b] int64 positions in the source, the same whatever process reads them and in whatever order: what
             :func:`mae_align.moments.group_of` hashes.
     """
 
     images: np.ndarray
     labels: np.ndarray
-    index: np.ndarray
+    indices: np.ndarray
 
 
 def process_range(n: int, process_index: int, process_count: int) -> range:
@@ -104,7 +104,7 @@ def batches(
     Everything is a function of the arguments, so the state of the iterator is a count of batches:
 
         iterator = iter(batches(source, batch_size=256, seed=0, epochs=None))
-        images, labels, index = next(iterator)
+        images, labels, indices = next(iterator)
         state = iterator.get_state()        # a dict of JSON types: {"next_index": 1}
         iterator.set_state(state)           # the next batch is the one after ``state`` was taken, bit for bit
 
@@ -166,9 +166,9 @@ def batches(
     share = process_range(n, process_index, process_count)
     positions = order[share.start : share.stop].batch(batch_size, drop_remainder=drop_remainder)
 
-    def read(index: np.ndarray) -> ImageBatch:
-        index = np.asarray(index, np.int64)
-        return ImageBatch(*source.take(index), index)
+    def read(indices: np.ndarray) -> ImageBatch:
+        indices = np.asarray(indices, np.int64)
+        return ImageBatch(*source.take(indices), indices)
 
     # Only batches wait in the buffer, so its size is in batches.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)

@@ -210,7 +210,7 @@ def _write_shard(
     features: Any, source: ImageSource, records: range, file: Path, pool: ThreadPoolExecutor, bar: Any
 ) -> None:
     """One file, moved to its place when it is complete."""
-    from array_record.python import array_record_module
+    import array_record.python.array_record_module as array_record_module
 
     def serialised(i: int) -> bytes:
         image, label = source.read(i)

@@ -6,6 +6,7 @@ import abc
 import dataclasses
 import hashlib
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar, NamedTuple
 
@@ -58,6 +59,9 @@ class ImageSource(abc.ABC):
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """A text that changes when the data do: pixels where they are in memory, else files and sizes."""
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
+        return (self.read(i) for i in range(len(self)))
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
         if not 0 <= i < len(self):
@@ -273,4 +277,5 @@ def in_memory(splits: Splits) -> ImageDataset:
                     images[i], labels[i] = image, label
                     bar.update()
             arrays += [images, labels]
-    return ImageDataset(*arrays, splits.train.class_names, name)
+    train, train_labels, test, test_labels = arrays
+    return ImageDataset(train, train_labels, test, test_labels, splits.train.class_names, name)

@@ -79,9 +79,7 @@ def open_prepared(root: Path, image_size: int | None, seed: int, test_fraction: 
     if not (root / METADATA).is_file():
         unfinished = root.with_name(root.name + INCOMPLETE)
         started = f"; {unfinished} is unfinished, the same command goes on with it" if unfinished.is_dir() else ""
-        raise InputError(
-            f"no prepared data set in {root} (it has no {METADATA}){started}: prepare it with {_OWN_FILES}"
-        )
+        raise InputError(f"no prepared data set in {root} (no {METADATA}){started}: prepare it with {_OWN_FILES}")
     tfds = import_tfds()
     with _quiet():
         try:
@@ -149,11 +147,16 @@ class TfdsSource(ImageSource):
 
     def _record(self, i: int) -> Mapping[str, Any]:
         try:
-            return self.records[i]
+            record = self.records[i]
         except Exception as error:  # damage shows as whatever the reader or the parser raises
-            raise InputError(
-                f"cannot read image {i} of {self.name!r} ({_first_line(error)}): prepare the data set again"
-            ) from None
+            raise self._damaged(i, _first_line(error)) from None
+        # Of a file that was cut short, ArrayRecord may return empty records without an error.
+        if record[self.image_key] is None or record[self.label_key] is None:
+            raise self._damaged(i, "the record is empty")
+        return record
+
+    def _damaged(self, i: int, reason: str) -> InputError:
+        return InputError(f"cannot read image {i} of {self.name!r} ({reason}): prepare the data set again")
 
     def _decoded(self, encoded: bytes, i: int) -> np.ndarray:
         """Pixels of a PNG or JPEG. TFDS would leave grey images and palettes in a set of colour images as they are."""
@@ -165,9 +168,7 @@ class TfdsSource(ImageSource):
                 deep = is_deep(picture)
                 image = np.asarray(with_channels(picture, channels))
         except Exception as error:
-            raise InputError(
-                f"cannot decode image {i} of {self.name!r} ({_first_line(error)}): prepare the data set again"
-            ) from None
+            raise self._damaged(i, _first_line(error)) from None
         if deep:
             raise InputError(f"image {i} of {self.name!r} has more than 8 bits per channel: store 8-bit images")
         return image[..., None] if channels == 1 else image
@@ -245,7 +246,7 @@ def _splits(
     test_fraction: float,
 ) -> Splits:
     """Training and test images of a builder."""
-    known = list(builder.info.splits)
+    known = [split for split, info in sorted(builder.info.splits.items()) if info.num_examples]
     if known and "train" not in known:
         raise InputError(f"{name!r} has no split 'train' (it has {', '.join(known)}): prepare one with that name")
     train = _source(tfds, builder, "train", name, unprepared, image_size)
@@ -269,9 +270,11 @@ def _source(
             records = builder.as_data_source(split)
     except ImportError as error:
         raise InputError(f"reading {name!r} needs {error.name}: pip install -e '.[tfds]'") from None
-    except Exception:
-        if not list(builder.info.splits):
+    except Exception as error:
+        if not builder.info.splits:
             raise InputError(unprepared) from None
+        if not isinstance(error, NotImplementedError):
+            raise InputError(f"cannot open {name!r} ({_first_line(error)}): prepare it again") from None
         stored = ", ".join(sorted(f.value for f in builder.info.available_file_formats())) or "an unknown format"
         raise InputError(
             f"{name!r} is prepared in {builder.data_dir} as {stored}, which only TensorFlow reads: there, run "
@@ -303,7 +306,8 @@ def _is_picture(tfds: ModuleType, feature: Any) -> bool:
 def _keys(tfds: ModuleType, info: Any, name: str) -> tuple[str, str]:
     """Which features are the image and its class."""
     features = info.features
-    items = features.items() if isinstance(features, tfds.features.FeaturesDict) else ()
+    # Sorted, for TFDS restores them in any order.
+    items = sorted(features.items()) if isinstance(features, tfds.features.FeaturesDict) else []
     labels = [key for key, feature in items if isinstance(feature, tfds.features.ClassLabel)]
     images = [key for key, feature in items if isinstance(feature, tfds.features.Image)]
     images = images or [
@@ -317,7 +321,7 @@ def _keys(tfds: ModuleType, info: Any, name: str) -> tuple[str, str]:
         named = [key for key in keys if key in candidates] or [key for key in candidates if key in ("image", "label")]
         if not named and len(candidates) > 1:
             raise InputError(
-                f"{name!r} has several features of the kind {what} ({', '.join(candidates)}): choose another"
+                f"{name!r} has several features of kind {what} ({', '.join(candidates)}): choose another set"
             )
         found.append((named or candidates)[0])
     return found[0], found[1]

@@ -23,7 +23,7 @@ def numbered(n: int) -> ArraySource:
 
 
 def indices(found: list[ImageBatch]) -> list[int]:
-    return [int(i) for batch in found for i in batch.index]
+    return [int(i) for batch in found for i in batch.indices]
 
 
 @given(n=st.integers(0, 200), count=st.integers(1, 9))
@@ -54,10 +54,10 @@ def test_processes_together_cover_every_record_once_per_epoch(n, count, batch_si
             mine = found[epoch * each : (epoch + 1) * each]
             per_epoch[epoch].update(indices(mine))
             assert len(indices(mine)) == len(process_range(n, i, count))
-            assert [len(batch.index) for batch in mine[:-1]] == [batch_size] * (each - 1 if each else 0)
+            assert [len(batch.indices) for batch in mine[:-1]] == [batch_size] * (each - 1 if each else 0)
         for batch in found:
-            np.testing.assert_array_equal(batch.images[:, 1, 2, 0], batch.index)
-            np.testing.assert_array_equal(batch.labels, batch.index % 3)
+            np.testing.assert_array_equal(batch.images[:, 1, 2, 0], batch.indices)
+            np.testing.assert_array_equal(batch.labels, batch.indices % 3)
     assert all(counter == Counter(range(n)) for counter in per_epoch)
 
 
@@ -91,7 +91,7 @@ def test_shuffled_shares_are_drawn_from_everything():
 
 def test_drop_remainder_leaves_full_batches_alone():
     found = list(batches(numbered(10), batch_size=4, epochs=2, drop_remainder=True, seed=1))
-    assert [len(batch.index) for batch in found] == [4, 4, 4, 4]
+    assert [len(batch.indices) for batch in found] == [4, 4, 4, 4]
     assert batches_per_epoch(10, batch_size=4, drop_remainder=True) == 2
 
 
@@ -123,9 +123,9 @@ def test_going_back_on_the_same_iterator():
     for _ in range(4):
         next(iterator)
     state = iterator.get_state()
-    once = [next(iterator).index.tolist() for _ in range(3)]
+    once = [next(iterator).indices.tolist() for _ in range(3)]
     iterator.set_state(state)
-    assert [next(iterator).index.tolist() for _ in range(3)] == once
+    assert [next(iterator).indices.tolist() for _ in range(3)] == once
 
 
 def test_threads_change_nothing():
@@ -143,7 +143,7 @@ def test_an_image_that_cannot_be_read_is_one_error(threads):
             return super().read(i)
 
     iterator = iter(batches(Broken(numbered(9), np.arange(9), "broken"), batch_size=2, threads=threads))
-    assert [next(iterator).index.tolist() for _ in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    assert [next(iterator).indices.tolist() for _ in range(3)] == [[0, 1], [2, 3], [4, 5]]
     with pytest.raises(InputError, match="cannot read image 7"):
         next(iterator)
 

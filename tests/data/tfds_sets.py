@@ -8,10 +8,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import array_record.python.array_record_module as array_record_module
 import numpy as np
-import tensorflow_datasets as tfds
-from array_record.python import array_record_module
+import tensorflow_datasets
 from PIL import Image
+
+tfds: Any = tensorflow_datasets  # its types are those of TensorFlow
+
+# The start of a program without TensorFlow, installed or not.
+NO_TENSORFLOW = """
+import sys
+from importlib.machinery import PathFinder
+class Hide(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] == "tensorflow" else super().find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Hide
+"""
 
 
 def encoded(picture: Image.Image | np.ndarray, kind: str = "png") -> bytes:
