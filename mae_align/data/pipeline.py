@@ -105,7 +105,7 @@ def batches(
 
         iterator = iter(batches(source, batch_size=256, seed=0, epochs=None))
         images, labels, indices = next(iterator)
-        state = iterator.get_state()        # a dict of JSON types: {"next_index": 1}
+        state = iterator.get_state()        # a dict of JSON types
         iterator.set_state(state)           # the next batch is the one after ``state`` was taken, bit for bit
 
     A state belongs to the arguments it was taken with (source, batch_size, processes, seed, drop_remainder): keep

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow_datasets
+from PIL import Image
+from tensorflow_datasets.core import constants
 
 import mae_align as ma
 from mae_align.data import ArraySource, load_dataset, open_splits
@@ -234,6 +236,25 @@ def test_a_second_process_is_refused(tmp_path):
     finally:
         os.close(handle)
     assert write_prepared(random_splits(), tmp_path / "out", shards=2).written == 4
+
+
+def test_below_the_folder_of_tfds_it_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "DATA_DIR", os.fspath(tmp_path))
+    write_prepared(random_splits(), tmp_path / "my_pets" / "1.0.0")
+    assert len(load_dataset("tfds:my_pets").train_labels) == 23
+
+
+def test_an_image_that_cannot_be_read_leaves_nothing_that_opens(tmp_path):
+    for i in range(8):
+        path = tmp_path / "pets" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 40)).astype(np.uint8)).save(path)
+    broken = tmp_path / "pets" / "a" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:800])
+    splits = open_splits(f"folder:{tmp_path}/pets")
+    with pytest.raises(InputError, match=r"cannot read the image .*0\.png"):
+        write_prepared(splits, tmp_path / "out", shards=2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_plan_is_kept_beside_the_data(tmp_path):

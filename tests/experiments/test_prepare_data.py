@@ -12,18 +12,14 @@ from PIL import Image
 import mae_align as ma
 from experiments import prepare_data
 from experiments.launch import launch
+from tests.data.tfds_sets import NO_TENSORFLOW
 
 REPOSITORY = Path(ma.__file__).parents[1]
 
 # Opens a data set with TFDS alone, in a process without TensorFlow, installed or not.
-PLAIN = """
-import sys
-from importlib.machinery import PathFinder
-class Hide(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name.partition(".")[0] == "tensorflow" else super().find_spec(name, path, target)
-sys.meta_path[sys.meta_path.index(PathFinder)] = Hide
+PLAIN = (
+    NO_TENSORFLOW
+    + """
 import numpy as np
 import tensorflow_datasets as tfds
 builder = tfds.builder_from_directory(sys.argv[1])
@@ -34,6 +30,7 @@ for part in ("train", "test"):
     arrays["y_" + part] = np.array([record["label"] for record in records])
 np.savez(sys.argv[2], names=builder.info.features["label"].names, **arrays)
 """
+)
 
 
 def run(*argv: object) -> None:
