@@ -75,6 +75,14 @@ def write_prepared(
     Raises:
         InputError: TFDS is not installed, a folder of something else or in use, more shards than images, class names
             TFDS cannot hold, an image that cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from mae_align.data import load_dataset, open_splits
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     done = write_prepared(open_splits("digits"), Path(folder) / "set", shards=2)
+        ...     done.shards, load_dataset(f"prepared:{folder}/set")
+        ({'train': 2, 'test': 2}, ImageDataset('digits', train 1438, test 359, image 8x8x1 uint8, 10 classes))
     """
     tfds = import_tfds()
     _check(splits, shards, shard_mb)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import io
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,17 +45,23 @@ def open_tfds(name: str, image_size: int | None, seed: int, test_fraction: float
     Raises:
         InputError: TFDS is not installed, an unknown name, a set that is not prepared or not as ArrayRecord (the
             message says how to prepare it), no class label, images of several sizes without ``image_size``.
+
+    Example:
+        >>> import tensorflow_datasets as tfds
+        >>> with tfds.testing.mock_data(num_examples=3):  # random pixels, for lack of files
+        ...     splits = open_tfds("cifar10", None, seed=0, test_fraction=0.2)
+        >>> len(splits.train), splits.train.image_shape, splits.train.class_names[:2]
+        (3, (32, 32, 3), ('airplane', 'automobile'))
     """
     tfds = import_tfds()
-    with _quiet():
-        try:
-            builder = tfds.builder(name)
-        except ImportError as error:
-            raise InputError(
-                f"TFDS needs {error.name} for {name!r}: give the folder it was prepared in, prepared:DIR"
-            ) from None
-        except Exception as error:  # a bad name shows as whatever TFDS stumbles on
-            raise _unknown(tfds, name, error) from None
+    try:
+        builder = tfds.builder(name)
+    except ImportError as error:
+        raise InputError(
+            f"TFDS needs {error.name} for {name!r}: give the folder it was prepared in, prepared:DIR"
+        ) from None
+    except Exception as error:  # a bad name shows as whatever TFDS stumbles on
+        raise _unknown(tfds, name, error) from None
     return _splits(tfds, builder, name, _unprepared(name, builder), image_size, seed, test_fraction)
 
 
@@ -75,18 +79,23 @@ def open_prepared(root: Path, image_size: int | None, seed: int, test_fraction: 
 
     Raises:
         InputError: no complete data set in the folder, or as :func:`open_tfds`.
+
+    Example:
+        >>> open_prepared(Path("nowhere"), None, seed=0, test_fraction=0.2)
+        Traceback (most recent call last):
+        ...
+        mae_align.errors.InputError: no prepared data set in nowhere (no dataset_info.json): prepare it with ...
     """
     if not (root / METADATA).is_file():
         unfinished = root.with_name(root.name + INCOMPLETE)
         started = f"; {unfinished} is unfinished, the same command goes on with it" if unfinished.is_dir() else ""
         raise InputError(f"no prepared data set in {root} (no {METADATA}){started}: prepare it with {_OWN_FILES}")
     tfds = import_tfds()
-    with _quiet():
-        try:
-            builder = tfds.builder_from_directory(root)
-            name = builder.name
-        except Exception as error:
-            raise InputError(f"cannot open {root} ({_first_line(error)}): prepare it again with {_OWN_FILES}") from None
+    try:
+        builder = tfds.builder_from_directory(root)
+        name = builder.name
+    except Exception as error:
+        raise InputError(f"cannot open {root} ({_first_line(error)}): prepare it again with {_OWN_FILES}") from None
     return _splits(tfds, builder, name, f"{root} holds no images: prepare it again", image_size, seed, test_fraction)
 
 
@@ -189,21 +198,6 @@ def import_tfds() -> ModuleType:
     return tfds
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the log line "Variant folder ... has no dataset_info.json", which our errors say better."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "has no dataset_info.json" not in record.getMessage()
-
-    logger = logging.getLogger("absl")
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)
-
-
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
@@ -266,8 +260,7 @@ def _source(
     image_key, label_key = _keys(tfds, builder.info, name)
     features = builder.info.features
     try:
-        with _quiet():
-            records = builder.as_data_source(split)
+        records = builder.as_data_source(split)
     except ImportError as error:
         raise InputError(f"reading {name!r} needs {error.name}: pip install -e '.[tfds]'") from None
     except Exception as error:
