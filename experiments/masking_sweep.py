@@ -61,7 +61,7 @@ class Config:
     """Settings of the masking sweep."""
 
     data: str = "digits"
-    """Data set: digits, idx:DIR, npz:FILE or folder:DIR."""
+    """Data set: digits, idx:DIR, npz:FILE, folder:DIR, tfds:NAME or prepared:DIR."""
     patch_sizes: tuple[int, ...] = (1, 2, 4)
     """Sides of square patches, in pixels."""
     mask_ratios: tuple[float, ...] = tuple(round(0.11 * i, 2) for i in range(10))

@@ -22,6 +22,7 @@ import numpy as np
 
 from mae_align.checks import are_class_labels, check_images, check_targets
 from mae_align.errors import InputError
+from mae_align.products import add_upper, mirror_upper, upper_blocks
 
 Batch = slice | np.ndarray
 _SUMS = ("counts", "sum_x", "sum_y", "sum_xx", "sum_xy", "sum_yy")
@@ -151,6 +152,7 @@ class Moments:
             # Without groups, slices: nothing is gathered.
             index = np.flatnonzero(member == g) if groups > 1 else None
             add_rows(out, g, rows, y, _batches(index, len(rows), _BATCH if integer else 4 * _BATCH))
+            mirror_upper(out.sum_xx[g])
         return out if integer and is_labels else out._recentred(keep_x=integer, keep_y=is_labels)
 
     def update(self, images: np.ndarray, targets: np.ndarray) -> Moments:
@@ -402,12 +404,6 @@ def group_of(index: np.ndarray, groups: int) -> np.ndarray:
     return ((z ^ (z >> np.uint64(31))) % np.uint64(groups)).astype(np.int64)
 
 
-@jax.jit
-def _centred_gram(z: jax.Array) -> jax.Array:
-    """[b, d] -> [d, d] z^T z; integers up to 2^7 are exact at any matmul precision, floats need the highest."""
-    return jnp.dot(z.T, z, precision=jax.lax.Precision.HIGHEST)
-
-
 def _batches(index: np.ndarray | None, n: int, size: int) -> Iterator[Batch]:
     """Batches of row numbers; of all n rows in order where ``index`` is None."""
     for start in range(0, n if index is None else len(index), size):
@@ -416,40 +412,47 @@ def _batches(index: np.ndarray | None, n: int, size: int) -> Iterator[Batch]:
 
 def _add_integer_rows(out: Moments, g: int, rows: np.ndarray, y: np.ndarray, batches: Iterator[Batch]) -> None:
     """Add 8-bit rows to group g of ``out`` in place; every sum is an integer held exactly."""
-    pending: jax.Array | None = None
+    pending: tuple[jax.Array, ...] = ()
     for take in batches:
         x = rows[take]
         # Rows of zeros (the pivot) pad the last batch: one shape, one compilation.
         z = np.zeros((_BATCH, rows.shape[1]), np.float32)
         np.subtract(x, np.float32(_INT_PIVOT), out=z[: len(x)], dtype=np.float32)
-        gram = _centred_gram(jnp.asarray(z))  # runs while the host adds the batch before
-        if pending is not None:
-            out.sum_xx[g] += np.asarray(pending)
-        pending = gram
+        blocks = upper_blocks(jnp.asarray(z))  # runs while the host adds the batch before
+        if pending:
+            add_upper(out.sum_xx[g], pending)
+        pending = blocks
         _add_small_sums(out, g, z[: len(x)].astype(np.float64), y[take])
-    if pending is not None:
-        out.sum_xx[g] += np.asarray(pending)
+    if pending:
+        add_upper(out.sum_xx[g], pending)
 
 
 def _add_float32_rows(out: Moments, g: int, rows: np.ndarray, y: np.ndarray, batches: Iterator[Batch]) -> None:
     """Add float32 rows in place: products of rows centred within their batch, moved to the pivot in float64."""
     pivot = out.pivot_x.astype(np.float32)
+    means: list[np.ndarray] = []
+    totals: list[np.ndarray] = []
     for take in batches:
         z = rows[take] - pivot
         total = z.sum(0, dtype=np.float64)
         m = (total / len(z)).astype(np.float32)
-        gram = _centred_gram(jnp.asarray(z - m))
-        cross = np.outer(m.astype(np.float64), total)
-        out.sum_xx[g] += cross + cross.T - len(z) * np.outer(m.astype(np.float64), m)
         _add_small_sums(out, g, z.astype(np.float64), y[take])
-        out.sum_xx[g] += np.asarray(gram)
+        z -= m
+        add_upper(out.sum_xx[g], upper_blocks(jnp.asarray(z)))
+        means.append(m.astype(np.float64))
+        totals.append(total - len(z) / 2 * means[-1])
+    if means:
+        # What centring took out of every batch, m t^T + t m^T - n m m^T, as one product.
+        half = np.stack(means).T @ np.stack(totals)
+        half += half.T.copy()
+        out.sum_xx[g] += half
 
 
 def _add_float64_rows(out: Moments, g: int, rows: np.ndarray, y: np.ndarray, batches: Iterator[Batch]) -> None:
     """Add float64 rows in place, on the host: the pivot alone leaves no cancellation worth a second pass."""
     for take in batches:
         z = rows[take] - out.pivot_x
-        out.sum_xx[g] += z.T @ z
+        out.sum_xx[g] += z.T @ z  # BLAS sees the symmetry
         _add_small_sums(out, g, z, y[take])
 
 
