@@ -303,8 +303,8 @@ def _inverse_root(block: jax.Array, gamma: jax.Array, cutoff: jax.Array, *, defi
     """W [..., m, m] with W^T W = (block + gamma I)^-1; on the range of a block that is singular."""
     m = block.shape[-1]
     if definite:
-        lower = jnp.linalg.cholesky(block + gamma * jnp.eye(m, dtype=block.dtype))
         eye = jnp.broadcast_to(jnp.eye(m, dtype=block.dtype), block.shape)
+        lower = jnp.linalg.cholesky(block + gamma * eye)
         return solve_triangular(lower, eye, lower=True)
     values, vectors = jnp.linalg.eigh(block)
     real = values + gamma > cutoff

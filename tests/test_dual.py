@@ -217,9 +217,10 @@ def test_dual_is_primal_within_a_ten_thousandth_of_a_point_at_every_k(both, whic
     assert np.abs(primal.eval_influence - dual.eval_influence).max() < 1e-6
     for name in ("loss", "reconstruction_mse", "probe_mse"):
         if name in primal:
-            np.testing.assert_allclose(dual[name], primal[name], rtol=1e-6)
-    np.testing.assert_allclose(dual.lam_relative, primal.lam_relative, rtol=1e-10) if which == "joint" else None
+            np.testing.assert_allclose(dual[name], primal[name], rtol=1e-6, atol=1e-9 * primal.attrs["trace_sxx"])
     assert primal.attrs["factorisation"] == "primal" and dual.attrs["factorisation"] == "dual"
+    if which == "joint":
+        np.testing.assert_allclose(dual.lam_relative, primal.lam_relative, rtol=1e-10)
     assert dual.attrs["trace_sxx"] == pytest.approx(primal.attrs["trace_sxx"], rel=1e-10)
     assert primal.attrs["rank"] == 400 and dual.attrs["rank"] == 299
 
@@ -248,7 +249,8 @@ def test_the_refused_mask_is_inert_indeed_and_its_neighbours_are_not():
         patch_basis(factorize_samples(train, pixel_noise=0.0), (3, 5), 0.1),
         patch_basis(factorize_samples(samples_of(oracles.draw(3, 32)), pixel_noise=0.0), (3, 5)),
     ):
-        assert made.pi[0] > 1.001 * made.pi[-1]
+        pi = np.asarray(made.pi)
+        assert pi[0] > 1.001 * pi[-1]
     check_patches(samples_of(oracles.draw(3, 31)), [(3, 4)])  # border patches of 6 pixel values are not that many
     with pytest.raises(InputError, match="inert"):
         check_patches(samples_of(oracles.draw(3, 31)), [(3, 5)])
@@ -271,7 +273,7 @@ def test_mixed_kinds_are_refused(few):
         ma.masking_sweep(moments, [2], [0.5], eval_moments=few)
     with pytest.raises(InputError, match=r"second moments \[d, d\], not Samples"):
         ma.supervised_autoencoder(few, 1.0, 3)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(InputError, match=r"k=40: 40 images of 60 pixel values, .* at most 39"):
+    with pytest.raises(InputError, match=r"k=40: 40 images of 60 pixel values, .*at most 39"):
         ma.masking_sweep(few, [2], [0.5], max_k=40)
     other = Samples.from_arrays(NEW.images[:, :5], NEW.labels)
     with pytest.raises(InputError, match="held-out images are"):
