@@ -81,7 +81,7 @@ def main(config: Config) -> None:
     )
     for label in ("alignment_percent", "r2", "eval_r2", "eval_r2_se"):
         scale = 1.0 if label == "alignment_percent" else 100.0
-        gap = scale * np.abs(primal[label] - dual[label])
+        gap = scale * abs(primal[label] - dual[label])
         at = ", ".join(f"{float(gap.sel(k=k).max()):.2g} at k={k}" for k in config.ks if k <= dual.sizes["k"])
         print(f"primal - dual, {label}: at most {float(gap.max()):.2g} percentage points; {at}")
 

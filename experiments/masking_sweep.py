@@ -129,9 +129,11 @@ def main(config: Config) -> None:
         # By group: any two cells can be compared later with the standard error of their difference.
         with atomic_path(folder.path / "influence.nc") as file:
             netcdf3_ready(result[influence]).to_netcdf(file, engine="scipy")
-    ks = [k for k in config.ks if k <= result.sizes["k"]]
+    # Fewer images than pixels: the validation sweep has fewer training images, and so a smaller rank.
+    most = min(part.sizes["k"] for part in (result, validation) if part is not None)
+    ks = [k for k in config.ks if k <= most]
     if not ks:
-        raise ma.InputError(f"every --ks is over the rank {result.attrs['rank']} of these images: give a smaller k")
+        raise ma.InputError(f"every --ks is over the rank {most} of these images: give a smaller k")
     figures = [
         folder.save_figure("relative_change", change_figure(result)),
         folder.save_figure("heat_map", heat_map(result, ks)),
@@ -150,7 +152,7 @@ def main(config: Config) -> None:
     ]
     lines += saturation(result)
     if len(ks) < len(config.ks):
-        lines.append(f"(k over the rank {result.attrs['rank']} of these images left out)")
+        lines.append(f"(k over the rank {most} of these images left out)")
     folder.summary("\n".join(lines))
 
 

@@ -72,23 +72,24 @@ def dual_bytes(n: int, d: int) -> int:
     return 8 * (7 * n**2 + 3 * n * min(d, PIXELS_AT_ONCE))
 
 
-def sweep_bytes(rank: int, workers: int, points: int, max_k: int, targets: int, groups: int) -> int:
+def sweep_bytes(rank: int, workers: int, bases: int, points: int, max_k: int, targets: int, groups: int) -> int:
     """Memory of a sweep of a factorised problem, beside the projected held-out data.
 
-    Up to ``2 workers + 1`` bases of 3 r^2 numbers, 10 r^2 in each running solve, and what every point keeps.
+    Bases of 3 r^2 numbers, at most ``2 workers + 1`` of them, 10 r^2 in each running solve, and what every point keeps.
 
     Args:
-        rank: r. workers: solves at a time. points: cells of the grid. max_k: number of features.
-        targets: q. groups: of held-out samples, 0 without.
+        rank: r. workers: solves at a time. bases: pairs of patch size and noise. points: cells of the grid.
+        max_k: number of features. targets: q. groups: of held-out samples, 0 without.
 
     Returns:
-        8 r^2 (3 (2 workers + 1) + 10 workers) + 16 points max_k (q + 2 groups + 8) bytes.
+        8 r^2 (3 min(bases, 2 workers + 1) + 10 min(points, workers)) + 16 points max_k (q + 2 groups + 8) bytes.
 
     Example:
-        >>> sweep_bytes(1499, 2, 20, 1499, 10, 20) / 2**30 < 1
+        >>> sweep_bytes(1499, 2, 3, 20, 1499, 10, 20) / 2**30 < 1
         True
     """
-    return 8 * (rank**2 * (3 * (2 * workers + 1) + 10 * workers) + 2 * points * max_k * (targets + 2 * groups + 8))
+    square = 3 * min(bases, 2 * workers + 1) + 10 * min(points, workers)
+    return 8 * (rank**2 * square + 2 * points * max_k * (targets + 2 * groups + 8))
 
 
 def check_memory(needed: int, what: str, remedy: str) -> None:

@@ -253,9 +253,7 @@ def _run(moments: Moments | Samples, eval_moments: Moments | Samples | None, spe
     if isinstance(moments, Samples) and how.pixel_noise == 0:
         inert = [p.basis.patch_size for p in spec.points() if p.basis.patch_size is not None and p.basis.noise == 0]
         check_patches(moments, list(dict.fromkeys(inert)))
-    held_groups = 0 if eval_moments is None else len(eval_moments.counts)
-    needed = sweep_bytes(most, workers, len(spec.points()), how.max_k or most, moments.num_targets, held_groups)
-    check_memory(needed, f"a sweep of rank up to {most}", "use fewer samples or smaller images, workers=1, or max_k")
+    _check_fits(moments, eval_moments, spec, how, most)
     problem = _factorize(moments, how)
     max_k = problem.rank if how.max_k is None else problem.check_k(how.max_k)
     settings = provenance(problem, moments, eval_moments)
@@ -289,6 +287,25 @@ class Coordinates(NamedTuple):
 
     basis: PatchBasis
     held: HeldOut | HeldOutRows | None
+
+
+def _check_fits(
+    moments: Moments | Samples, eval_moments: Moments | Samples | None, spec: GridSpec, how: Solve, rank: int
+) -> None:
+    """Refuse a sweep on the host that cannot fit into its memory (that of an accelerator is not looked at)."""
+    if not is_cpu(solve_device(how.dtype)):
+        return
+    points = spec.points()
+    needed = sweep_bytes(
+        rank,
+        worker_count(how.run.workers),
+        len({p.basis for p in points}),
+        len(points),
+        how.max_k or rank,
+        moments.num_targets,
+        0 if eval_moments is None else len(eval_moments.counts),
+    )
+    check_memory(needed, f"a sweep of rank up to {rank}", "use fewer samples or smaller images, workers=1, or max_k")
 
 
 def _factorize(moments: Moments | Samples, how: Solve) -> Factorized:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import math
+import tracemalloc
 
 import numpy as np
 import oracles
@@ -294,6 +296,22 @@ def test_what_cannot_fit_is_refused_with_the_numbers(few, monkeypatch):
     factorize_samples(few)
 
 
+def test_no_array_of_pixels_by_pixels_is_made(monkeypatch):
+    """12 images of 9,216 pixel values: second moments would take 0.68 GB."""
+    monkeypatch.setattr("mae_align.memory.available_bytes", lambda: 100_000_000)
+    images = np.random.default_rng(0).integers(0, 256, (24, 96, 96, 1)).astype(np.uint8)
+    train, test = (summarize(part, np.arange(12) % 2) for part in (images[:12], images[12:]))
+    with pytest.raises(InputError, match=r"\(9216 x 9216\) takes about 4.76 GB"):
+        factorize(dataclasses.replace(Moments.from_arrays(images[:, :2], np.arange(24) % 2), pivot_x=np.zeros(9216)))
+    tracemalloc.start()
+    try:
+        found = ma.masking_sweep(train, [2, 48], [0.0, 0.5], eval_moments=test, run=ALONE)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20e6 and found.sizes["k"] == 11 and found.eval_r2.notnull().all()
+
+
 def test_memory_available_is_that_of_the_machine_or_of_the_container(tmp_path, monkeypatch):
     info = tmp_path / "meminfo"
     info.write_text("MemTotal: 100 kB\nMemAvailable:   50 kB\n")
@@ -325,11 +343,10 @@ def test_the_cheaper_summary_is_chosen_and_kept_for_what_goes_with_it(few):
 
 
 def test_samples_group_and_merge_like_moments(few):
-    parts = [
-        (kind.from_arrays(FEW.images, FEW.labels, groups=4), kind.from_arrays(NEW.images, NEW.labels, groups=4))
-        for kind in (Samples, Moments)
-    ]
-    samples, moments = (a.merge(b) for a, b in parts)
+    samples = Samples.from_arrays(FEW.images, FEW.labels, groups=4)
+    samples = samples.merge(Samples.from_arrays(NEW.images, NEW.labels, groups=4))
+    moments = Moments.from_arrays(FEW.images, FEW.labels, groups=4)
+    moments = moments.merge(Moments.from_arrays(NEW.images, NEW.labels, groups=4))
     np.testing.assert_array_equal(samples.counts, moments.counts)
     np.testing.assert_allclose(samples.mean_x, moments.mean_x, rtol=1e-12, atol=1e-13)
     np.testing.assert_allclose(samples.syy, moments.syy, atol=1e-15)
