@@ -29,6 +29,7 @@ from experiments.launch import launch
 from experiments.masking_report import (
     change_figure,
     heat_map,
+    saturation,
     summarise,
     table_text,
     verdict_rows,
@@ -39,6 +40,7 @@ from mae_align.data.transforms import jitter
 from mae_align.devices import worker_count
 from mae_align.moments import group_of
 from mae_align.points import GridSpec
+from mae_align.samples import merged
 
 
 class MaskFamily(enum.Enum):
@@ -127,9 +129,11 @@ def main(config: Config) -> None:
         # By group: any two cells can be compared later with the standard error of their difference.
         with atomic_path(folder.path / "influence.nc") as file:
             netcdf3_ready(result[influence]).to_netcdf(file, engine="scipy")
-    ks = [k for k in config.ks if k <= result.sizes["k"]]
+    # Fewer images than pixels: the validation sweep has fewer training images, and so a smaller rank.
+    most = min(part.sizes["k"] for part in (result, validation) if part is not None)
+    ks = [k for k in config.ks if k <= most]
     if not ks:
-        raise ma.InputError(f"every --ks is over the rank {result.attrs['rank']} of these images: give a smaller k")
+        raise ma.InputError(f"every --ks is over the rank {most} of these images: give a smaller k")
     figures = [
         folder.save_figure("relative_change", change_figure(result)),
         folder.save_figure("heat_map", heat_map(result, ks)),
@@ -146,8 +150,9 @@ def main(config: Config) -> None:
         "",
         *summarise(rows),
     ]
+    lines += saturation(result)
     if len(ks) < len(config.ks):
-        lines.append(f"(k over the rank {result.attrs['rank']} of these images left out)")
+        lines.append(f"(k over the rank {most} of these images left out)")
     folder.summary("\n".join(lines))
 
 
@@ -196,21 +201,32 @@ def _sweep_held_out(config: Config, data: ma.ImageDataset, folder: RunFolder) ->
     split = validation_split(data, config.validation_fraction, config.seed)
     classes = data.num_classes
     part = _moments(config, split.train_images, split.train_labels, classes)
-    chosen_on = _moments(config, split.test_images, split.test_labels, classes)
-    test = _moments(config, data.test_images, data.test_labels, classes, config.groups)
+    chosen_on = _moments(config, split.test_images, split.test_labels, classes, like=part)
+    test = _moments(config, data.test_images, data.test_labels, classes, config.groups, like=part)
     validation = _masking_sweep(config, part, chosen_on, folder, "validation")
-    return validation, _masking_sweep(config, part.merge(chosen_on), test, folder, "test")
+    return validation, _masking_sweep(config, merged(part, chosen_on), test, folder, "test")
 
 
-def _moments(config: Config, images: np.ndarray, labels: np.ndarray, classes: int, groups: int = 1) -> ma.Moments:
+def _moments(
+    config: Config,
+    images: np.ndarray,
+    labels: np.ndarray,
+    classes: int,
+    groups: int = 1,
+    like: ma.Moments | ma.Samples | None = None,
+) -> ma.Moments | ma.Samples:
     made = "stored pixels"
     if config.jitter > 0:
         made = f"training images with jitter of {config.jitter:g} std, seed {config.seed}"
-    return ma.Moments.from_arrays(images, labels, num_classes=classes, groups=groups, preprocessing=made)
+    return ma.summarize(images, labels, num_classes=classes, groups=groups, preprocessing=made, like=like)
 
 
 def _masking_sweep(
-    config: Config, moments: ma.Moments, held_out: ma.Moments | None, folder: RunFolder, name: str
+    config: Config,
+    moments: ma.Moments | ma.Samples,
+    held_out: ma.Moments | ma.Samples | None,
+    folder: RunFolder,
+    name: str,
 ) -> xr.Dataset:
     return ma.masking_sweep(
         moments,

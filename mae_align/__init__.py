@@ -7,6 +7,7 @@ from mae_align.corruption import FixedCountPatchMasking, GaussianNoise, PatchMas
 from mae_align.data import ImageDataset, load_dataset
 from mae_align.errors import InputError
 from mae_align.moments import Moments
+from mae_align.samples import Samples, summarize
 from mae_align.sweep import RunOptions, gaussian_sweep, lambda_sweep, masking_sweep, sweep
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "PatchMasking",
     "RandomRatioMasking",
     "RunOptions",
+    "Samples",
     "__version__",
     "denoising_autoencoder",
     "encoder_curves",
@@ -27,6 +29,7 @@ __all__ = [
     "load_dataset",
     "masking_sweep",
     "paired_se",
+    "summarize",
     "supervised_autoencoder",
     "sweep",
 ]

@@ -12,11 +12,12 @@ import numpy as np
 import xarray as xr
 
 from mae_align._version import __version__
-from mae_align.alignment import HeldOut, curves_from_targets, held_out_curves
-from mae_align.factorize import Factorized
+from mae_align.alignment import HeldOut, HeldOutRows, curves_from_targets, held_out_curves
+from mae_align.factorize import Factorized, PrimalProblem
 from mae_align.moments import Moments
 from mae_align.patches import PatchSize, patch_grid, patch_hw
 from mae_align.points import GridPoint, GridSpec
+from mae_align.samples import Samples
 
 _AXES = ("patch_size", "noise_level", "mask_ratio", "lam")
 _DESCRIPTIONS = {
@@ -36,11 +37,12 @@ _DESCRIPTIONS = {
     "je_eval_r2_se": ("standard error of je_eval_r2", "1"),
     "je_eval_influence": ("influence of each held-out group on je_eval_r2", "1"),
 }
+_SATURATED = "a patch has as many pixel values as there are samples: it fits them exactly, but for the pixel noise"
 
 
 def assemble(
     problem: Factorized,
-    held: HeldOut | None,
+    held: HeldOut | HeldOutRows | None,
     spec: GridSpec,
     max_k: int,
     found: Mapping[str, Mapping[str, np.ndarray]],
@@ -79,7 +81,11 @@ def assemble(
 
 
 def _put_point(
-    put: Any, point: GridPoint, arrays: Mapping[str, np.ndarray], problem: Factorized, held: HeldOut | None
+    put: Any,
+    point: GridPoint,
+    arrays: Mapping[str, np.ndarray],
+    problem: Factorized,
+    held: HeldOut | HeldOutRows | None,
 ) -> None:
     curves = curves_from_targets(arrays["t"], problem.t0, problem.syy, problem.yty)
     for name, value in curves._asdict().items():
@@ -91,7 +97,7 @@ def _put_point(
     put("eigengap", point, arrays["gap"])
     put("condition", point, arrays["condition"])
     if "explained" in arrays:
-        put("reconstruction_mse", point, problem.s.sum() - np.asarray(arrays["explained"], np.float64))
+        put("reconstruction_mse", point, problem.trace - np.asarray(arrays["explained"], np.float64))
     if held is not None:
         out = held_out_curves(arrays["errors"], arrays["group_errors"], held)
         put("eval_r2", point, out.r2)
@@ -104,7 +110,7 @@ def _put_joint_embedding(
     point: GridPoint,
     arrays: Mapping[str, np.ndarray],
     problem: Factorized,
-    held: HeldOut | None,
+    held: HeldOut | HeldOutRows | None,
     *,
     identified: bool,
 ) -> None:
@@ -134,8 +140,9 @@ def patch_size_labels(patch_sizes: tuple[PatchSize, ...]) -> list[int] | list[st
 def _coordinates(problem: Factorized, spec: GridSpec, max_k: int) -> dict[str, Any]:
     shape = problem.image_shape
     masks = spec.masks
-    relative = [lam * float(problem.s.sum()) / float(np.trace(problem.syy)) for lam in spec.lambdas]
+    relative = [lam * problem.trace / float(np.trace(problem.syy)) for lam in spec.lambdas]
     patches = [math.prod(patch_grid(shape, size)) for size in spec.patch_sizes]
+    pixels = [math.prod(patch_hw(size)) * shape[2] for size in spec.patch_sizes]
     two = ("patch_size", "mask_ratio")
     return {
         "patch_size": patch_size_labels(spec.patch_sizes),
@@ -144,13 +151,16 @@ def _coordinates(problem: Factorized, spec: GridSpec, max_k: int) -> dict[str, A
         "lam": list(spec.lambdas),
         "k": np.arange(1, max_k + 1),
         "num_patches": ("patch_size", patches),
+        "saturated": ("patch_size", [size >= problem.count for size in pixels], {"long_name": _SATURATED}),
         "lam_relative": ("lam", relative, {"long_name": "lam tr Sxx / tr Syy", "units": "1"}),
         "p_eff": (two, [[mask.p_eff(shape) for mask in row] for row in masks]),
         "realized_ratio": (two, [[1.0 - mask.keep_probability(shape) for mask in row] for row in masks]),
     }
 
 
-def provenance(problem: Factorized, moments: Moments, eval_moments: Moments | None) -> dict[str, Any]:
+def provenance(
+    problem: Factorized, moments: Moments | Samples, eval_moments: Moments | Samples | None
+) -> dict[str, Any]:
     """What a result records about how it was made (JSON-able).
 
     Example:
@@ -174,6 +184,7 @@ def provenance(problem: Factorized, moments: Moments, eval_moments: Moments | No
         "centered": str(moments.center),
         "preprocessing": moments.preprocessing,
         "fill": "mean image" if moments.center else "zero",
-        "trace_sxx": float(np.trace(problem.sxx)),
+        "factorisation": "primal" if isinstance(problem, PrimalProblem) else "dual",
+        "trace_sxx": problem.trace,
         "trace_syy": float(np.trace(problem.syy)),
     }

@@ -15,7 +15,7 @@ import numpy as np
 from mae_align.corruption import Corruption, CorruptionMoments
 from mae_align.devices import solve_context
 from mae_align.errors import InputError
-from mae_align.factorize import Factorized, factorize, pca_basis
+from mae_align.factorize import PrimalProblem, factorize, pca_basis
 from mae_align.grid import solve_features
 from mae_align.moments import Moments
 from mae_align.patches import ImageShape
@@ -97,8 +97,9 @@ def supervised_autoencoder(
     minimum is tr Syy + lam tr S - sum of the k largest mu.
 
     Args:
-        moments: of the training data. lam: weight of reconstruction in [0, inf], target^2 / pixel^2. inf is PCA (the
-            loss is then the reconstruction error alone). 0 is ordinary least squares for k >= rank(Sxy) and
+        moments: of the training data; V is [d, k] and needs the [d, d] problem, not its dual.
+        lam: weight of reconstruction in [0, inf], target^2 / pixel^2. inf is PCA (the loss is then the reconstruction
+            error alone). 0 is ordinary least squares for k >= rank(Sxy) and
             reduced-rank regression below; features beyond rank(Sxy) are those of the limit 0+.
         k: number of features, at most the rank. pixel_noise, rtol: see :func:`mae_align.factorize.factorize`.
 
@@ -119,11 +120,11 @@ def supervised_autoencoder(
     return supervised_solution(factorize(moments, pixel_noise=pixel_noise, rtol=rtol), lam, k)
 
 
-def supervised_solution(problem: Factorized, lam: float, k: int) -> LinearAutoencoder:
+def supervised_solution(problem: PrimalProblem, lam: float, k: int) -> LinearAutoencoder:
     """Theorem 1 for a problem that is factorised already; see :func:`supervised_autoencoder`.
 
     Args:
-        problem: float64. lam: weight of reconstruction in [0, inf]. k: number of features.
+        problem: factorised from moments, float64. lam: weight of reconstruction in [0, inf]. k: number of features.
 
     Returns:
         The autoencoder, float64. Cost: eigh of size rank.
@@ -180,7 +181,8 @@ def denoising_autoencoder(
     spectrum.
 
     Args:
-        moments: of the training data. corruption: any object with exact moments. k: number of features.
+        moments: of the training data; its G and A are [d, d], so that there is no dual of it.
+        corruption: any object with exact moments. k: number of features.
         pixel_noise, rtol: see :func:`mae_align.factorize.factorize`.
 
     Returns:
@@ -274,7 +276,7 @@ def _quadratic(
 
 
 def _result(
-    problem: Factorized, encoder: np.ndarray, head: np.ndarray, decoder: np.ndarray, loss: float, note: str
+    problem: PrimalProblem, encoder: np.ndarray, head: np.ndarray, decoder: np.ndarray, loss: float, note: str
 ) -> LinearAutoencoder:
     return LinearAutoencoder(
         encoder,

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from mae_align.alignment import HeldOut, held_out_errors
+from mae_align.alignment import HeldOut, HeldOutRows, held_out_errors
 from mae_align.factorize import Factorized, PatchBasis
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -171,7 +171,7 @@ def _features_and_errors(
     gram: jax.Array,
     target: jax.Array,
     s: jax.Array,
-    held: HeldOut,
+    held: HeldOut | HeldOutRows,
     w: jax.Array,
     alpha: jax.Array,
     beta: jax.Array,
@@ -226,7 +226,7 @@ class PointProgram(NamedTuple):
     point: Callable[..., Any]
     one: Callable[..., Any]
     many: Callable[..., Any]
-    shared: Callable[[PatchBasis, Factorized, HeldOut | None], tuple[Any, ...]]
+    shared: Callable[[PatchBasis, Factorized, HeldOut | HeldOutRows | None], tuple[Any, ...]]
     named: Callable[[Any], dict[str, Any]]
     diagonal: Callable[..., Any]
 

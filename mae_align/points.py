@@ -64,7 +64,7 @@ class GridPoint:
 
         The loss at k = 0 is tr Syy + lam tr S, and tr S for lam = inf.
         """
-        trace_s, trace_y = float(problem.s.sum()), float(problem.syy.trace())
+        trace_s, trace_y = problem.trace, float(problem.syy.trace())
         if math.isinf(self.lam):
             return 0.0, 1.0 / trace_s, trace_s
         total = trace_y + self.lam * trace_s
