@@ -16,6 +16,7 @@ from mae_align.corruption import Corruption, CorruptionMoments
 from mae_align.devices import solve_context
 from mae_align.errors import InputError
 from mae_align.factorize import Factorized, factorize, pca_basis
+from mae_align.general import corruption_features
 from mae_align.grid import solve_features
 from mae_align.moments import Moments
 from mae_align.patches import ImageShape
@@ -176,19 +177,18 @@ def denoising_autoencoder(
     """Theorem 3: min over V, Z of E|Z^T V^T x' - x|^2 for a corruption x' of x; the head is refitted on clean x.
 
     With G = E[x' x'^T], A = E[x' x^T]: V spans the top-k solutions of A A^T v = mu G v; Z = (V^T G V)^-1 V^T A;
-    the minimum is tr S - sum of the k largest mu. Solved by the singular vectors of G^-1/2 A, which does not square the
-    spectrum.
+    the minimum is tr S - sum of the k largest mu. Solved on the general path, see :mod:`mae_align.general`.
 
     Args:
         moments: of the training data. corruption: any object with exact moments. k: number of features.
         pixel_noise, rtol: see :func:`mae_align.factorize.factorize`.
 
     Returns:
-        The autoencoder, float64. Where everything is masked (p = 1) it is the finite limit p -> 1. Cost: two eigh and
-        one SVD of size d.
+        The autoencoder, float64. Where everything is masked (p = 1) it is the finite limit p -> 1. Cost: one eigh
+        and one SVD of size d.
 
     Raises:
-        InputError: k outside 1..rank.
+        InputError: k outside 1..rank, or more features than survive the corruption.
 
     Example:
         >>> from mae_align.corruption import PatchMasking
@@ -199,17 +199,22 @@ def denoising_autoencoder(
     """
     problem = factorize(moments, pixel_noise=pixel_noise, rtol=rtol)
     problem.check_k(k)
-    gram, cross, keep = corruption.moments(problem.sxx, problem.image_shape)
-    with solve_context("float64"):
-        values, vectors = (np.asarray(a) for a in jnp.linalg.eigh(jnp.asarray(gram)))
-        real = values > problem.rtol * values[-1]
-        half = vectors[:, real] / np.sqrt(values[real])
-        left, size, right = (np.asarray(a) for a in jnp.linalg.svd(jnp.asarray(half.T @ cross), full_matrices=False))
-    encoder = half @ left[:, :k]
-    q, r = np.linalg.qr(problem.root.T @ encoder)
-    head = np.linalg.solve(r, q.T @ problem.t0)
-    loss = float(np.trace(problem.sxx) - keep * (size[:k] ** 2).sum())
-    return _result(problem, encoder, head, size[:k, None] * right[:k], loss, "")
+    found = corruption_features(problem, corruption)
+    if k > len(found.mu):
+        raise InputError(f"k={k}: only {len(found.mu)} features of these images survive the corruption")
+    encoder = found.encoder[:, :k]
+    return _result(
+        problem, encoder, _clean_head(problem, encoder, found.q[:, :k]), found.decoder[:k], found.loss(k), ""
+    )
+
+
+def _clean_head(problem: Factorized, encoder: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """W = (V^T S V)^-1 V^T Sxy from R^T V = Q B; 0 for features that add nothing on clean images."""
+    real = np.flatnonzero(q.any(0))
+    triangle = q[:, real].T @ (problem.root.T @ encoder[:, real])
+    head = np.zeros((encoder.shape[1], problem.t0.shape[1]))
+    head[real] = np.linalg.solve(triangle, q[:, real].T @ problem.t0)
+    return head
 
 
 _solve_features = jax.jit(solve_features, static_argnames="max_k")
