@@ -26,6 +26,7 @@ from mae_align.devices import solve_context
 from mae_align.errors import InputError
 from mae_align.moments import Moments
 from mae_align.patches import ImageShape, PatchSize, patch_grid, patch_labels
+from mae_align.targets import TargetOperator
 
 DType = Literal["float64", "float32"]
 
@@ -45,6 +46,8 @@ class Factorized:
         rtol: eigenvalues at or below rtol * s_max count as zero.
         image_shape: (h, w, c).
         dtype: precision of the solves.
+        target: W where W x is reconstructed; None for the image itself.
+        target_gram: [r, r] R^T W^T W R, which takes the place of diag(s); None without W.
     """
 
     s: np.ndarray
@@ -59,6 +62,13 @@ class Factorized:
     rtol: float
     image_shape: ImageShape
     dtype: DType
+    target: TargetOperator | None = None
+    target_gram: np.ndarray | None = None
+
+    @property
+    def target_trace(self) -> float:
+        """Reconstruction error of the zero predictor, tr W S W^T (tr S without W), squared pixel units."""
+        return float(self.s.sum() if self.target_gram is None else self.target_gram.trace())
 
     @property
     def rank(self) -> int:
@@ -89,7 +99,7 @@ class PatchBasis(NamedTuple):
 
     Attributes:
         e: [r, r] eigenvectors of P, by descending pi. pi: [r] eigenvalues, floored at eps * pi_max.
-        gram: [r, r] K = E^T diag(s) E. target: [r, q] T = E^T T0.
+        gram: [r, r] K = E^T diag(s) E (E^T R^T W^T W R E where W x is reconstructed). target: [r, q] T = E^T T0.
     """
 
     e: jax.Array
@@ -99,7 +109,12 @@ class PatchBasis(NamedTuple):
 
 
 def factorize(
-    moments: Moments, *, pixel_noise: float | None = None, rtol: float | None = None, dtype: DType = "float64"
+    moments: Moments,
+    *,
+    pixel_noise: float | None = None,
+    rtol: float | None = None,
+    dtype: DType = "float64",
+    target: TargetOperator | None = None,
 ) -> Factorized:
     """Eigendecomposition of the pixel covariance with its noise floor.
 
@@ -112,12 +127,14 @@ def factorize(
             images (1e-7 for float32). 0 for no floor.
         rtol: relative cutoff of the spectrum; default d * 2.2e-16 in float64, 1e-7 in float32.
         dtype: precision of this and all later solves ("float32" loses rank and accuracy).
+        target: W where W x is reconstructed instead of x.
 
     Returns:
         The factorised problem. Cost: one eigh of size d.
 
     Raises:
-        InputError: fewer than 2 samples, constant images, constant targets, a negative floor.
+        InputError: fewer than 2 samples, constant images, constant targets, a negative floor, a target operator that
+            does not fit the images or leaves nothing of them.
 
     Example:
         >>> x = np.random.default_rng(0).integers(0, 256, (50, 3, 3, 1)).astype(np.uint8)
@@ -125,6 +142,8 @@ def factorize(
         >>> f.rank, round(f.pixel_noise, 4)
         (9, 0.0833)
     """
+    if target is not None:
+        _mapped(target, np.zeros((1, *moments.image_shape)))
     if dtype not in ("float64", "float32"):
         raise InputError(f"dtype={dtype!r}: give 'float64' or 'float32'")
     if moments.count < 2:
@@ -168,7 +187,25 @@ def factorize(
         rtol=rtol,
         image_shape=moments.image_shape,
         dtype=dtype,
+        target=target,
+        target_gram=None if target is None else _target_gram(target, u * np.sqrt(s), moments.image_shape),
     )
+
+
+def _target_gram(target: TargetOperator, root: np.ndarray, image_shape: ImageShape) -> np.ndarray:
+    """R^T W^T W R [r, r]; W is applied to the columns of R as images."""
+    mapped = _mapped(target, root.T.reshape(-1, *image_shape).astype(np.float64))
+    if not (mapped**2).sum() > 1e-20 * (root**2).sum():
+        raise InputError(f"{target.name} leaves nothing of these images: there is nothing to reconstruct")
+    return (mapped @ mapped.T).astype(root.dtype)
+
+
+def _mapped(target: TargetOperator, images: np.ndarray) -> np.ndarray:
+    mapped = np.asarray(target.apply(images), np.float64)
+    if mapped.ndim != 2 or len(mapped) != len(images) or not np.isfinite(mapped).all():
+        shapes = f"{list(images.shape)} into {list(mapped.shape)}"
+        raise InputError(f"{target.name} turns images {shapes}: it must give finite numbers [m, p]")
+    return mapped
 
 
 def patch_basis(problem: Factorized, patch_size: PatchSize, rho: float = 0.0) -> PatchBasis:
@@ -203,7 +240,10 @@ def patch_basis(problem: Factorized, patch_size: PatchSize, rho: float = 0.0) ->
             block = np.ascontiguousarray(problem.sxx[index[:, :, None], index[:, None, :]], dtype)
             p = _add_precision(p, root, index, block, dtype.type(rho), cutoff)
         # Wait inside: the BLAS limit holds only here.
-        return jax.block_until_ready(_basis(p, np.asarray(problem.s, dtype), np.asarray(problem.t0, dtype)))
+        basis = _basis(p, np.asarray(problem.s, dtype), np.asarray(problem.t0, dtype))
+        if problem.target_gram is not None:
+            basis = basis._replace(gram=_congruence(basis.e, np.asarray(problem.target_gram, dtype)))
+        return jax.block_until_ready(basis)
 
 
 def pca_basis(problem: Factorized, noise_variance: float = 0.0) -> PatchBasis:
@@ -223,9 +263,8 @@ def pca_basis(problem: Factorized, noise_variance: float = 0.0) -> PatchBasis:
     with solve_context(problem.dtype):
         s = jnp.asarray(problem.s, problem.dtype)
         pi = s / noise_variance if noise_variance > 0 else jnp.ones_like(s)  # may overflow to inf: no noise
-        return PatchBasis(
-            jnp.eye(problem.rank, dtype=problem.dtype), pi, jnp.diag(s), jnp.asarray(problem.t0, problem.dtype)
-        )
+        gram = jnp.diag(s) if problem.target_gram is None else jnp.asarray(problem.target_gram, problem.dtype)
+        return PatchBasis(jnp.eye(problem.rank, dtype=problem.dtype), pi, gram, jnp.asarray(problem.t0, problem.dtype))
 
 
 def mask_weights(pi: np.ndarray, ratio: float, noise_variance: float = 0.0) -> np.ndarray:
@@ -282,3 +321,10 @@ def _basis(p: jax.Array, s: jax.Array, t0: jax.Array) -> PatchBasis:
     pi = jnp.maximum(pi, jnp.finfo(pi.dtype).eps * pi[0])
     high = jax.lax.Precision.HIGHEST
     return PatchBasis(e, pi, jnp.dot(e.T * s[None, :], e, precision=high), jnp.dot(e.T, t0, precision=high))
+
+
+@jax.jit
+def _congruence(e: jax.Array, gram: jax.Array) -> jax.Array:
+    high = jax.lax.Precision.HIGHEST
+    inside = jnp.dot(e.T, jnp.dot(gram, e, precision=high), precision=high)
+    return (inside + inside.T) / 2

@@ -1,6 +1,6 @@
 """The general path: Theorem 3 for any corruption with second moments, whatever its form.
 
-With G = E[x' x'^T] = L L^T and A = E[x' x^T], the top solutions of A A^T v = mu G v are v = L^-T o, with o the left
+With G = cov(x') = L L^T and A = cov(x', x), the top solutions of A A^T v = mu G v are v = L^-T o, with o the left
 singular vectors of L^-1 A and mu the *squares* of its singular values. Forming A A^T first would square the spread of
 the spectrum. Where G is singular an eigendecomposition on its numerical range takes the place of the Cholesky factor.
 See docs/theory.md, section 3.5.
@@ -28,7 +28,7 @@ class CorruptionFeatures(NamedTuple):
 
     Attributes:
         encoder: [d, m] V, scaled to V^T gram V = I with G = keep * gram.
-        decoder: [m, d] Z = (V^T G V)^-1 V^T A, one row per feature.
+        decoder: [m, d] Z = (V^T G V)^-1 V^T A, one row per feature ([m, p] for a target operator).
         mu: [m] eigenvalues in units of keep, descending, squared pixel units.
         q: [r, m] nested orthonormal sample basis of the features of clean images, in the coordinates of the
             factorised problem; a column is 0 where its feature adds nothing to those before it.
@@ -83,6 +83,8 @@ def corruption_features(
 ) -> CorruptionFeatures:
     """Theorem 3 for any corruption: V spans the top-k solutions of A A^T v = mu G v, for every k at once.
 
+    Where the problem has a target operator W, A is cov(x', W x) = cov(x', x) W^T.
+
     Args:
         problem: the factorised problem. corruption: any object with second moments.
         images, centered: as in :func:`clean_images`.
@@ -127,6 +129,9 @@ def moments_features(problem: Factorized, corrupted: CorruptionMoments) -> Corru
         (4, 4)
     """
     gram, cross = corrupted.gram, corrupted.cross
+    if problem.target is not None:
+        # Row i of A is cov(x'_i, x), an image: W maps it to cov(x'_i, W x).
+        cross = np.asarray(problem.target.apply(cross.reshape(-1, *problem.image_shape)), np.float64)
     with solve_context("float64"):
         lower = _cholesky_factor(gram, problem.rtol)
         if lower is not None:
@@ -136,13 +141,13 @@ def moments_features(problem: Factorized, corrupted: CorruptionMoments) -> Corru
             real = values > problem.rtol * values[-1]
             half = vectors[:, real] / np.sqrt(values[real])
             encoder, size, right = (np.asarray(a) for a in _from_root(half, cross))
-    # Directions that the corruption wipes out, or that clean images never take, reconstruct nothing.
-    m = min(int((size > problem.rtol * size[0]).sum()), problem.rank)
-    if m == 0:
-        raise InputError("the corruption leaves nothing of these images: there is nothing to reconstruct from")
-    encoder, size = encoder[:, :m], size[:m]
-    q = nested_basis(problem.root.T @ encoder, problem.rtol)
-    return CorruptionFeatures(encoder, size[:, None] * right[:m], size**2, q, corrupted, float(np.trace(problem.sxx)))
+        # Directions that the corruption wipes out, or that clean images never take, reconstruct nothing.
+        m = min(int((size > problem.rtol * size[0]).sum()), problem.rank)
+        if m == 0:
+            raise InputError("the corruption leaves nothing of these images: there is nothing to reconstruct from")
+        encoder, size = encoder[:, :m], size[:m]
+        q = nested_basis(problem.root.T @ encoder, problem.rtol)
+        return CorruptionFeatures(encoder, size[:, None] * right[:m], size**2, q, corrupted, problem.target_trace)
 
 
 def nested_basis(features: np.ndarray, rtol: float) -> np.ndarray:

@@ -30,6 +30,7 @@ from mae_align.patches import PatchSize
 from mae_align.points import BasisKey, GridPoint, GridSpec
 from mae_align.runner import Arrays, Task, TaskGroup, run_groups
 from mae_align.store import PointStore, fingerprint
+from mae_align.targets import TargetOperator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,7 @@ def masking_sweep(
     pixel_noise: float | None = None,
     rtol: float | None = None,
     dtype: DType = "float64",
+    target: TargetOperator | None = None,
     run: RunOptions | None = None,
 ) -> xr.Dataset:
     """Curves of the masked autoencoder's features for every patch size, mask ratio and k (the paper's Fig. 7).
@@ -79,6 +81,7 @@ def masking_sweep(
         eval_moments: of held-out data, with groups for standard errors.
         max_k: number of features; default the rank.
         pixel_noise, rtol, dtype: as in :func:`mae_align.factorize.factorize`.
+        target: W where W x is reconstructed instead of x (:mod:`mae_align.targets`).
         run: workers, batches, progress, resume.
 
     Returns:
@@ -100,7 +103,7 @@ def masking_sweep(
     """
     spec = GridSpec.checked(moments.image_shape, patch_sizes, [0.0], mask_ratios, [math.inf], masking)
     program = grid.CURVES if eval_moments is None else grid.HELD_OUT
-    how = Solve(program, max_k, pixel_noise, rtol, dtype, run or RunOptions())
+    how = Solve(program, max_k, pixel_noise, rtol, dtype, target, run or RunOptions())
     result = _run(moments, eval_moments, spec, how)
     result = result.isel(noise_level=0, lam=0, drop=True)
     for name in [name for name in result if str(name).startswith("je_")]:
@@ -122,6 +125,7 @@ def sweep(
     pixel_noise: float | None = None,
     rtol: float | None = None,
     dtype: DType = "float64",
+    target: TargetOperator | None = None,
     run: RunOptions | None = None,
 ) -> xr.Dataset:
     """The joint grid patch size x pixel noise x mask ratio x supervision, every k.
@@ -134,7 +138,7 @@ def sweep(
         noise_levels: sigma of isotropic Gaussian noise added before the mask, units of the stored pixels.
         lambdas: weight of reconstruction against supervision of weight 1, in [0, inf]; 0 is the limit 0+, inf is
             reconstruction alone. It has the units target^2 / pixel^2: see the coordinate ``lam_relative``.
-        eval_moments, max_k, pixel_noise, rtol, dtype, run: as in :func:`masking_sweep`.
+        eval_moments, max_k, pixel_noise, rtol, dtype, target, run: as in :func:`masking_sweep`.
 
     Returns:
         Dataset over patch_size, noise_level, mask_ratio, lam, k with the variables of :func:`masking_sweep` and
@@ -153,7 +157,7 @@ def sweep(
     """
     spec = GridSpec.checked(moments.image_shape, patch_sizes, noise_levels, mask_ratios, lambdas, masking)
     program = grid.FEATURES if eval_moments is None else grid.HELD_OUT
-    how = Solve(program, max_k, pixel_noise, rtol, dtype, run or RunOptions())
+    how = Solve(program, max_k, pixel_noise, rtol, dtype, target, run or RunOptions())
     return _run(moments, eval_moments, spec, how)
 
 
@@ -162,7 +166,7 @@ def lambda_sweep(moments: Moments, lambdas: Sequence[float], **options: Any) -> 
 
     Args:
         moments: of the training data. lambdas: in [0, inf], see :func:`sweep`.
-        **options: eval_moments, max_k, pixel_noise, rtol, dtype, run of :func:`sweep`.
+        **options: eval_moments, max_k, pixel_noise, rtol, dtype, target, run of :func:`sweep`.
 
     Returns:
         Dataset over lam, k.
@@ -185,7 +189,7 @@ def gaussian_sweep(moments: Moments, sigmas: Sequence[float], **options: Any) ->
 
     Args:
         moments: of the training data. sigmas: units of the stored pixels.
-        **options: lambdas, eval_moments, max_k, pixel_noise, rtol, dtype, run of :func:`sweep`.
+        **options: lambdas, eval_moments, max_k, pixel_noise, rtol, dtype, target, run of :func:`sweep`.
 
     Returns:
         Dataset over noise_level, k (and lam, if ``lambdas`` is given).
@@ -209,7 +213,7 @@ class Solve(NamedTuple):
 
     Attributes:
         program: compiled program of a point. max_k: number of features; None for the rank.
-        pixel_noise, rtol, dtype: see :func:`mae_align.factorize.factorize`. run: see :class:`RunOptions`.
+        pixel_noise, rtol, dtype, target: see :func:`mae_align.factorize.factorize`. run: see :class:`RunOptions`.
     """
 
     program: PointProgram
@@ -217,6 +221,7 @@ class Solve(NamedTuple):
     pixel_noise: float | None
     rtol: float | None
     dtype: DType
+    target: TargetOperator | None
     run: RunOptions
 
 
@@ -234,7 +239,7 @@ def _run(moments: Moments, eval_moments: Moments | None, spec: GridSpec, how: So
             )
     if eval_moments is not None:
         check_held_out(eval_moments, moments)
-    problem = factorize(moments, pixel_noise=how.pixel_noise, rtol=how.rtol, dtype=how.dtype)
+    problem = factorize(moments, pixel_noise=how.pixel_noise, rtol=how.rtol, dtype=how.dtype, target=how.target)
     max_k = problem.rank if how.max_k is None else problem.check_k(how.max_k)
     settings = provenance(problem, moments, eval_moments)
     store = None

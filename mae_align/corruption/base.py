@@ -78,6 +78,21 @@ class Corruption(abc.ABC):
         """
         return short_name(self)
 
+    def check(self, image_shape: ImageShape) -> None:
+        """Refuse images that the corruption does not fit, before any work.
+
+        Args:
+            image_shape: (h, w, c).
+
+        Raises:
+            InputError: see the class.
+        """
+        image = jax.ShapeDtypeStruct(image_shape, jnp.float32)
+        batch = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        out = jax.eval_shape(lambda batch, fill: self.sample(jax.random.key(0), batch, fill), batch, image)
+        if out.shape != batch.shape:
+            raise InputError(f"{self.name} turns an image {list(image_shape)} into {list(out.shape[1:])}")
+
     @abc.abstractmethod
     def moments(self, clean: CleanImages) -> CorruptionMoments:
         """Second moments of the corrupted image.

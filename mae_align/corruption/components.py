@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from typing import Self
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 from mae_align.corruption.base import CleanImages, CorruptionMoments, ExactCorruption, push_mask
 from mae_align.errors import InputError
 from mae_align.moments import Moments
+from mae_align.patches import ImageShape
 
 
 def principal_components(moments: Moments) -> tuple[np.ndarray, np.ndarray]:
@@ -61,6 +63,16 @@ class BasisMask(ExactCorruption):
     def sample_kept(self, key: jax.Array, batch: int) -> jax.Array:
         """[batch, d] bool: which components are kept."""
 
+    def check(self, image_shape: ImageShape) -> None:
+        """Refuse images of another size than the components'.
+
+        Raises:
+            InputError: see above.
+        """
+        d = math.prod(image_shape)
+        if len(self.components) != d:
+            raise InputError(f"components of {len(self.components)} pixel values, images of {d}: make them from these")
+
     def push(self, before: CorruptionMoments, clean: CleanImages) -> CorruptionMoments:
         """G = E [M * (E^T gram E) + cov(b) * a a^T] E^T, A = E diag(m) E^T cross, a = E^T (E[x] - E[x']).
 
@@ -84,8 +96,7 @@ class BasisMask(ExactCorruption):
     def _inside(self, before: CorruptionMoments, clean: CleanImages) -> tuple[CorruptionMoments, np.ndarray | None]:
         """The moments in the coordinates of the components, and the offset of their fill."""
         e = self.components
-        if len(e) != len(clean.sxx):
-            raise InputError(f"components of {len(e)} pixel values, images of {len(clean.sxx)}: make them from these")
+        self.check(clean.image_shape)
         moved = e.T @ np.broadcast_to(before.offset, len(e))
         inside = before._replace(gram=e.T @ before.gram @ e, cross=e.T @ before.cross, offset=moved)
         return inside, -moved if moved.any() else None

@@ -258,6 +258,15 @@ class Compose(Corruption):
         """The parts' names in order."""
         return " + ".join(part.name for part in self.parts)
 
+    def check(self, image_shape: ImageShape) -> None:
+        """Refuse images that a part does not fit.
+
+        Raises:
+            InputError: see above.
+        """
+        for part in self.parts:
+            part.check(image_shape)
+
     def moments(self, clean: CleanImages) -> CorruptionMoments:
         """Each part's change of the moments in order; estimated from the images where a part has no exact moments.
 

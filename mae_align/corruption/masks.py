@@ -134,6 +134,14 @@ class PixelMasking(ProbabilityMask):
         pixel = np.repeat(np.arange(keep.size), image_shape[2])
         return keep.reshape(-1)[pixel], pair[pixel[:, None], pixel]
 
+    def check(self, image_shape: ImageShape) -> None:
+        """Refuse images of another shape than the probabilities'.
+
+        Raises:
+            InputError: see above.
+        """
+        self.probabilities(image_shape)
+
     def sample_mask(self, key: jax.Array, batch: int, image_shape: ImageShape) -> jax.Array:
         """There is none.
 
@@ -310,6 +318,14 @@ class BlockMasking(ProbabilityMask):
             raise InputError("the blocks always cover the whole image: lower scale or num_blocks")
         label = patch_labels(image_shape, self.patch_size)
         return keep[label], pair[label[:, None], label]
+
+    def check(self, image_shape: ImageShape) -> None:
+        """Refuse blocks that always cover these images.
+
+        Raises:
+            InputError: see above, and a patch larger than the image.
+        """
+        self.probabilities(image_shape)
 
     def sample_mask(self, key: jax.Array, batch: int, image_shape: ImageShape) -> jax.Array:
         """Blocks of random size and place, [batch, h, w, 1] bool."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from mae_align.corruption.base import CleanImages, CorruptionMoments, ExactCorruption, need_signal
 from mae_align.errors import InputError
+from mae_align.patches import ImageShape
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,6 +37,16 @@ class GaussianNoise(ExactCorruption):
         if not np.isfinite(sigma).all() or (sigma < 0).any():
             raise InputError("sigma must be finite and not negative (in the units of the stored pixels)")
 
+    def check(self, image_shape: ImageShape) -> None:
+        """Refuse images of another shape than sigma's.
+
+        Raises:
+            InputError: see above.
+        """
+        shape = np.shape(self.sigma)
+        if shape and shape != tuple(image_shape):
+            raise InputError(f"sigma has shape {list(shape)}: give a number or the image's {list(image_shape)}")
+
     def push(self, before: CorruptionMoments, clean: CleanImages) -> CorruptionMoments:
         """G gains diag(sigma^2); A and the mean stay.
 
@@ -48,12 +59,11 @@ class GaussianNoise(ExactCorruption):
         Raises:
             InputError: sigma of another shape; noise after a mask that drops everything.
         """
-        sigma, shape = np.asarray(self.sigma, np.float64), clean.image_shape
-        if sigma.ndim and sigma.shape != tuple(shape):
-            raise InputError(f"sigma has shape {list(sigma.shape)}: give a number or the image's {list(shape)}")
+        self.check(clean.image_shape)
+        sigma = np.asarray(self.sigma, np.float64)
         if sigma.any():
             need_signal(before)
-        variance = np.broadcast_to(sigma**2, shape).reshape(-1)
+        variance = np.broadcast_to(sigma**2, clean.image_shape).reshape(-1)
         return before._replace(gram=before.gram + np.diag(variance) / (before.keep or 1.0))
 
     def sample(self, key: jax.Array, images: jax.Array, fill: jax.Array) -> jax.Array:
