@@ -150,13 +150,10 @@ def test_composed_exactly_equals_pushed_by_hand_and_nesting_changes_nothing():
     assert made.name == " + ".join(part.name for part in (first, second, third))
 
 
-@pytest.mark.parametrize("after", [GaussianNoise(1.0), PatchMasking(2, 0.5, fill=9.0), MaskMixture(FLAT_MASKS, fill=9.0)])
+AFTER = [GaussianNoise(1.0), PatchMasking(2, 0.5, fill=9.0), MaskMixture(FLAT_MASKS, fill=9.0)]
+
+
+@pytest.mark.parametrize("after", AFTER)
 def test_randomness_after_a_mask_that_drops_everything_is_refused(after):
     with pytest.raises(InputError, match="drops everything"):
         Compose(PatchMasking(2, 1.0), after).moments(CLEAN)
-
-
-def InputError -> type[Exception]:
-    from mae_align.errors import InputError
-
-    return InputError
