@@ -52,6 +52,7 @@ from experiments.theorem_report import Arrays, Case, Part, as_dataset, excess_fi
 from mae_align.corruption import Corruption
 from mae_align.devices import solve_context
 from mae_align.factorize import PrimalProblem, factorize
+from mae_align.general import clean_images
 from mae_align.patches import patch_grid
 from mae_align.store import PointStore, fingerprint
 
@@ -182,7 +183,7 @@ def check_sampled(setup: Setup, corruption: Corruption, k: int) -> Arrays:
 
 
 def _denoising_objective(setup: Setup, corruption: Corruption) -> Objective:
-    moments = corruption.moments(setup.problem.sxx, setup.problem.image_shape)
+    moments = corruption.moments(clean_images(setup.problem))
     return Objective.denoising(setup.problem, setup.moments.sxy, moments)
 
 

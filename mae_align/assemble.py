@@ -14,19 +14,23 @@ import xarray as xr
 from mae_align._version import __version__
 from mae_align.alignment import HeldOut, HeldOutRows, curves_from_targets, held_out_curves
 from mae_align.factorize import Factorized, PrimalProblem
+from mae_align.identity import identity
 from mae_align.moments import Moments
 from mae_align.patches import PatchSize, patch_grid, patch_hw
 from mae_align.points import GridPoint, GridSpec
 from mae_align.samples import Samples
 
 _AXES = ("patch_size", "noise_level", "mask_ratio", "lam")
-_DESCRIPTIONS = {
+DESCRIPTIONS = {
     "r2": ("share of the label variance a linear probe explains, in-sample", "1"),
     "alignment": ("the paper's alignment ratio (uncentred Y^T Y, relative to full rank), in-sample", "1"),
     "alignment_percent": ("100 sqrt(alignment), the score of the published figures, in-sample", "%"),
     "probe_mse": ("mean squared error of the linear probe, in-sample", "target^2"),
     "loss": ("attained training loss", "pixel^2 (lam = inf), else target^2"),
-    "reconstruction_mse": ("error of a linear decoder of the clean features", "pixel^2"),
+    "reconstruction_mse": (
+        "error of a linear decoder of the clean features, of W x where that is the target",
+        "pixel^2",
+    ),
     "eigengap": ("(mu_k - mu_{k+1}) / mu_k; at 0 the k features are not identified", "1"),
     "eval_r2": ("share of the held-out label variance explained", "1"),
     "eval_r2_se": ("standard error of eval_r2 (held-out sampling)", "1"),
@@ -75,7 +79,7 @@ def assemble(
     for name, value in values.items():
         axes = _AXES[:3] if name.startswith("je_") else _AXES
         extra = {1: ("k",), 2: ("group", "k")}.get(value.ndim - len(axes), ())
-        long_name, units = _DESCRIPTIONS.get(name, (name, "1"))
+        long_name, units = DESCRIPTIONS.get(name, (name, "1"))
         data[name] = xr.Variable(axes + extra, value, {"long_name": long_name, "units": units})
     return xr.Dataset(data, _coordinates(problem, spec, max_k), dict(attributes)).set_coords("condition")
 
@@ -97,7 +101,7 @@ def _put_point(
     put("eigengap", point, arrays["gap"])
     put("condition", point, arrays["condition"])
     if "explained" in arrays:
-        put("reconstruction_mse", point, problem.trace - np.asarray(arrays["explained"], np.float64))
+        put("reconstruction_mse", point, problem.target_trace - np.asarray(arrays["explained"], np.float64))
     if held is not None:
         out = held_out_curves(arrays["errors"], arrays["group_errors"], held)
         put("eval_r2", point, out.r2)
@@ -140,7 +144,7 @@ def patch_size_labels(patch_sizes: tuple[PatchSize, ...]) -> list[int] | list[st
 def _coordinates(problem: Factorized, spec: GridSpec, max_k: int) -> dict[str, Any]:
     shape = problem.image_shape
     masks = spec.masks
-    relative = [lam * problem.trace / float(np.trace(problem.syy)) for lam in spec.lambdas]
+    relative = [lam * problem.target_trace / float(np.trace(problem.syy)) for lam in spec.lambdas]
     patches = [math.prod(patch_grid(shape, size)) for size in spec.patch_sizes]
     pixels = [math.prod(patch_hw(size)) * shape[2] for size in spec.patch_sizes]
     two = ("patch_size", "mask_ratio")
@@ -152,7 +156,7 @@ def _coordinates(problem: Factorized, spec: GridSpec, max_k: int) -> dict[str, A
         "k": np.arange(1, max_k + 1),
         "num_patches": ("patch_size", patches),
         "saturated": ("patch_size", [size >= problem.count for size in pixels], {"long_name": _SATURATED}),
-        "lam_relative": ("lam", relative, {"long_name": "lam tr Sxx / tr Syy", "units": "1"}),
+        "lam_relative": ("lam", relative, {"long_name": "lam tr W Sxx W^T / tr Syy (W = 1: the image)", "units": "1"}),
         "p_eff": (two, [[mask.p_eff(shape) for mask in row] for row in masks]),
         "realized_ratio": (two, [[1.0 - mask.keep_probability(shape) for mask in row] for row in masks]),
     }
@@ -185,6 +189,8 @@ def provenance(
         "preprocessing": moments.preprocessing,
         "fill": "mean image" if moments.center else "zero",
         "factorisation": "primal" if isinstance(problem, PrimalProblem) else "dual",
+        "target": "image" if problem.target is None else problem.target.name,
+        "target_identity": "" if problem.target is None else identity(problem.target),
         "trace_sxx": problem.trace,
         "trace_syy": float(np.trace(problem.syy)),
     }

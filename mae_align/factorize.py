@@ -30,11 +30,12 @@ from mae_align.memory import check_memory, primal_bytes
 from mae_align.moments import Moments
 from mae_align.patches import ImageShape, PatchSize, patch_grid, patch_labels
 from mae_align.products import gram
+from mae_align.targets import TargetOperator, mapped, target_gram
 
 DType = Literal["float64", "float32"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Factorized(abc.ABC):
     """The factorised problem, all that sweeps need: the spectrum of S and the targets in its whitened coordinates.
 
@@ -48,6 +49,8 @@ class Factorized(abc.ABC):
         rtol: eigenvalues at or below rtol * s_max count as zero.
         image_shape: (h, w, c).
         dtype: precision of the solves.
+        target: W where W x is reconstructed; None for the image itself.
+        target_gram: [r, r] R^T W^T W R, which takes the place of diag(s); None without W.
     """
 
     s: np.ndarray
@@ -62,6 +65,13 @@ class Factorized(abc.ABC):
     rtol: float
     image_shape: ImageShape
     dtype: DType
+    target: TargetOperator | None = None
+    target_gram: np.ndarray | None = None
+
+    @property
+    def target_trace(self) -> float:
+        """Reconstruction error of the zero predictor, tr W S W^T (tr S without W), squared pixel units."""
+        return self.trace if self.target_gram is None else float(self.target_gram.trace())
 
     @abc.abstractmethod
     def precision(self, patch_size: PatchSize, rho: float) -> jax.Array:
@@ -91,7 +101,7 @@ class Factorized(abc.ABC):
         return int(k)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class PrimalProblem(Factorized):
     """The problem factorised from second moments: S = U diag(s) U^T with U at hand.
 
@@ -123,7 +133,7 @@ class PatchBasis(NamedTuple):
 
     Attributes:
         e: [r, r] eigenvectors of P, by descending pi. pi: [r] eigenvalues, floored at eps * pi_max.
-        gram: [r, r] K = E^T diag(s) E. target: [r, q] T = E^T T0.
+        gram: [r, r] K = E^T diag(s) E (E^T R^T W^T W R E where W x is reconstructed). target: [r, q] T = E^T T0.
     """
 
     e: jax.Array
@@ -133,7 +143,12 @@ class PatchBasis(NamedTuple):
 
 
 def factorize(
-    moments: Moments, *, pixel_noise: float | None = None, rtol: float | None = None, dtype: DType = "float64"
+    moments: Moments,
+    *,
+    pixel_noise: float | None = None,
+    rtol: float | None = None,
+    dtype: DType = "float64",
+    target: TargetOperator | None = None,
 ) -> PrimalProblem:
     """Eigendecomposition of the pixel covariance with its noise floor.
 
@@ -146,13 +161,15 @@ def factorize(
             images (1e-7 for float32). 0 for no floor.
         rtol: relative cutoff of the spectrum; default d * 2.2e-16 in float64, 1e-7 in float32.
         dtype: precision of this and all later solves ("float32" loses rank and accuracy).
+        target: W where W x is reconstructed instead of x.
 
     Returns:
         The factorised problem. Cost: one eigh of size d; memory about 56 d^2 bytes.
 
     Raises:
-        InputError: fewer than 2 samples, constant images, constant targets, a negative floor, not enough memory, or
-            samples in place of moments (see :func:`mae_align.dual.factorize_samples`).
+        InputError: fewer than 2 samples, constant images, constant targets, a negative floor, not enough memory, a
+            target operator that does not fit the images or leaves nothing of them, or samples in place of moments
+            (see :func:`mae_align.dual.factorize_samples`).
 
     Example:
         >>> x = np.random.default_rng(0).integers(0, 256, (50, 3, 3, 1)).astype(np.uint8)
@@ -164,6 +181,8 @@ def factorize(
         raise InputError(
             f"this needs second moments [d, d], not {type(moments).__name__}: make them with Moments.from_arrays"
         )
+    if target is not None:
+        mapped(target, np.zeros((1, *moments.image_shape)))
     check_options(moments.count, pixel_noise, rtol, dtype)
     d = moments.num_pixels
     check_memory(primal_bytes(d), f"factorising second moments of {d} pixel values ({d} x {d})", "shrink the images")
@@ -195,6 +214,8 @@ def factorize(
         rtol=rtol,
         image_shape=moments.image_shape,
         dtype=dtype,
+        target=target,
+        target_gram=None if target is None else target_gram(target, u * np.sqrt(s), moments.image_shape),
     )
 
 
@@ -296,7 +317,10 @@ def patch_basis(problem: Factorized, patch_size: PatchSize, rho: float = 0.0) ->
 
 def basis_of(problem: Factorized, precision: jax.Array) -> PatchBasis:
     """Eigenbasis of a precision matrix P [r, r], inside :func:`mae_align.devices.solve_context`."""
-    return _basis(precision, np.asarray(problem.s, problem.dtype), np.asarray(problem.t0, problem.dtype))
+    basis = _basis(precision, np.asarray(problem.s, problem.dtype), np.asarray(problem.t0, problem.dtype))
+    if problem.target_gram is not None:
+        basis = basis._replace(gram=_congruence(basis.e, np.asarray(problem.target_gram, problem.dtype)))
+    return basis
 
 
 def pca_basis(problem: Factorized, noise_variance: float = 0.0) -> PatchBasis:
@@ -316,9 +340,8 @@ def pca_basis(problem: Factorized, noise_variance: float = 0.0) -> PatchBasis:
     with solve_context(problem.dtype):
         s = jnp.asarray(problem.s, problem.dtype)
         pi = s / noise_variance if noise_variance > 0 else jnp.ones_like(s)  # may overflow to inf: no noise
-        return PatchBasis(
-            jnp.eye(problem.rank, dtype=problem.dtype), pi, jnp.diag(s), jnp.asarray(problem.t0, problem.dtype)
-        )
+        gram = jnp.diag(s) if problem.target_gram is None else jnp.asarray(problem.target_gram, problem.dtype)
+        return PatchBasis(jnp.eye(problem.rank, dtype=problem.dtype), pi, gram, jnp.asarray(problem.t0, problem.dtype))
 
 
 def mask_weights(pi: np.ndarray, ratio: float, noise_variance: float = 0.0) -> np.ndarray:
@@ -380,3 +403,10 @@ def _basis(p: jax.Array, s: jax.Array, t0: jax.Array) -> PatchBasis:
     e, pi = vectors[:, ::-1], values[::-1]
     pi = jnp.maximum(pi, jnp.finfo(pi.dtype).eps * pi[0])
     return PatchBasis(e, pi, gram(jnp.sqrt(s)[:, None] * e), jnp.dot(e.T, t0, precision=jax.lax.Precision.HIGHEST))
+
+
+@jax.jit
+def _congruence(e: jax.Array, gram: jax.Array) -> jax.Array:
+    high = jax.lax.Precision.HIGHEST
+    inside = jnp.dot(e.T, jnp.dot(gram, e, precision=high), precision=high)
+    return (inside + inside.T) / 2

@@ -42,6 +42,7 @@ from mae_align.points import BasisKey, GridPoint, GridSpec
 from mae_align.runner import Arrays, Task, TaskGroup, run_groups
 from mae_align.samples import Samples
 from mae_align.store import PointStore, fingerprint
+from mae_align.targets import TargetOperator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,7 @@ def masking_sweep(
     pixel_noise: float | None = None,
     rtol: float | None = None,
     dtype: DType = "float64",
+    target: TargetOperator | None = None,
     run: RunOptions | None = None,
 ) -> xr.Dataset:
     """Curves of the masked autoencoder's features for every patch size, mask ratio and k (the paper's Fig. 7).
@@ -92,6 +94,7 @@ def masking_sweep(
         eval_moments: of held-out data, with groups for standard errors; samples where ``moments`` are samples.
         max_k: number of features; default the rank.
         pixel_noise, rtol, dtype: as in :func:`mae_align.factorize.factorize`.
+        target: W where W x is reconstructed instead of x (:mod:`mae_align.targets`).
         run: workers, batches, progress, resume.
 
     Returns:
@@ -115,7 +118,7 @@ def masking_sweep(
     """
     spec = GridSpec.checked(moments.image_shape, patch_sizes, [0.0], mask_ratios, [math.inf], masking)
     program = grid.CURVES if eval_moments is None else grid.HELD_OUT
-    how = Solve(program, max_k, pixel_noise, rtol, dtype, run or RunOptions())
+    how = Solve(program, max_k, pixel_noise, rtol, dtype, target, run or RunOptions())
     result = _run(moments, eval_moments, spec, how)
     result = result.isel(noise_level=0, lam=0, drop=True)
     for name in [name for name in result if str(name).startswith("je_")]:
@@ -137,6 +140,7 @@ def sweep(
     pixel_noise: float | None = None,
     rtol: float | None = None,
     dtype: DType = "float64",
+    target: TargetOperator | None = None,
     run: RunOptions | None = None,
 ) -> xr.Dataset:
     """The joint grid patch size x pixel noise x mask ratio x supervision, every k.
@@ -149,7 +153,7 @@ def sweep(
         noise_levels: sigma of isotropic Gaussian noise added before the mask, units of the stored pixels.
         lambdas: weight of reconstruction against supervision of weight 1, in [0, inf]; 0 is the limit 0+, inf is
             reconstruction alone. It has the units target^2 / pixel^2: see the coordinate ``lam_relative``.
-        eval_moments, max_k, pixel_noise, rtol, dtype, run: as in :func:`masking_sweep`.
+        eval_moments, max_k, pixel_noise, rtol, dtype, target, run: as in :func:`masking_sweep`.
 
     Returns:
         Dataset over patch_size, noise_level, mask_ratio, lam, k with the variables of :func:`masking_sweep` and
@@ -168,7 +172,7 @@ def sweep(
     """
     spec = GridSpec.checked(moments.image_shape, patch_sizes, noise_levels, mask_ratios, lambdas, masking)
     program = grid.FEATURES if eval_moments is None else grid.HELD_OUT
-    how = Solve(program, max_k, pixel_noise, rtol, dtype, run or RunOptions())
+    how = Solve(program, max_k, pixel_noise, rtol, dtype, target, run or RunOptions())
     return _run(moments, eval_moments, spec, how)
 
 
@@ -177,7 +181,7 @@ def lambda_sweep(moments: Moments | Samples, lambdas: Sequence[float], **options
 
     Args:
         moments: of the training data. lambdas: in [0, inf], see :func:`sweep`.
-        **options: eval_moments, max_k, pixel_noise, rtol, dtype, run of :func:`sweep`.
+        **options: eval_moments, max_k, pixel_noise, rtol, dtype, target, run of :func:`sweep`.
 
     Returns:
         Dataset over lam, k.
@@ -200,7 +204,7 @@ def gaussian_sweep(moments: Moments | Samples, sigmas: Sequence[float], **option
 
     Args:
         moments: of the training data. sigmas: units of the stored pixels.
-        **options: lambdas, eval_moments, max_k, pixel_noise, rtol, dtype, run of :func:`sweep`.
+        **options: lambdas, eval_moments, max_k, pixel_noise, rtol, dtype, target, run of :func:`sweep`.
 
     Returns:
         Dataset over noise_level, k (and lam, if ``lambdas`` is given).
@@ -224,7 +228,7 @@ class Solve(NamedTuple):
 
     Attributes:
         program: compiled program of a point. max_k: number of features; None for the rank.
-        pixel_noise, rtol, dtype: see :func:`mae_align.factorize.factorize`. run: see :class:`RunOptions`.
+        pixel_noise, rtol, dtype, target: see :func:`mae_align.factorize.factorize`. run: see :class:`RunOptions`.
     """
 
     program: PointProgram
@@ -232,6 +236,7 @@ class Solve(NamedTuple):
     pixel_noise: float | None
     rtol: float | None
     dtype: DType
+    target: TargetOperator | None
     run: RunOptions
 
 
@@ -273,7 +278,7 @@ def _run(moments: Moments | Samples, eval_moments: Moments | Samples | None, spe
     for basis, members in by_basis.items():
         tasks = [Task((f"je-{basis.name}",), partial(_joint_embedding, problem, max_k))]
         # Without mask or supervision the principal components are the answer, and they are there.
-        known = [p for p in members.values() if basis.patch_size is None and math.isinf(p.lam)]
+        known = [p for p in members.values() if _is_diagonal(problem, p)]
         tasks += [Task((p.key,), partial(_solve_diagonal, p, problem, how.program, max_k)) for p in known]
         points = [p for p in members.values() if p not in known]
         for chunk in (points[i : i + batch] for i in range(0, len(points), batch)):
@@ -362,6 +367,11 @@ def _solve_batch(
     condition = w.max(1) / w.min(1)
     named = program.named(out)
     return [{name: a[i] for name, a in named.items()} | {"condition": condition[i]} for i in range(len(points))]
+
+
+def _is_diagonal(problem: Factorized, point: GridPoint) -> bool:
+    """Whether the eigenvectors of a point are the axes: the image itself, without mask or supervision."""
+    return point.basis.patch_size is None and math.isinf(point.lam) and problem.target_gram is None
 
 
 def _solve_diagonal(
