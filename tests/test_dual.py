@@ -200,7 +200,7 @@ def both() -> dict[str, dict[str, xr.Dataset]]:
         options: dict[str, Any] = {"eval_moments": unseen, "pixel_noise": 1e-7, "max_k": 299}
         out[kind.__name__] = {
             "masks": ma.masking_sweep(train, [1, 2, 4], [0.0, 0.5, 1.0], **options),
-            "bare": ma.masking_sweep(train, [4, (3, 7)], [0.0, 0.5], **(options | {"pixel_noise": 0.0})),
+            "bare": ma.masking_sweep(train, [4, (3, 7)], [0.0, 0.5], **{**options, "pixel_noise": 0.0}),
             "joint": ma.sweep(
                 train, patch_sizes=[2], mask_ratios=[0.6], noise_levels=[0.0, 9.0], lambdas=[1e-4, 1e-2], **options
             ),
