@@ -22,9 +22,9 @@ import numpy as np
 
 from mae_align.devices import solve_context
 from mae_align.errors import InputError
-from mae_align.factorize import PrimalProblem, factorize
+from mae_align.factorize import PatchBasis, PrimalProblem, factorize
 from mae_align.moments import Moments
-from mae_align.patches import ImageShape
+from mae_align.patches import ImageShape, PatchSize
 from mae_align.samples import Samples
 from mae_align.subspace import feature_basis
 
@@ -212,8 +212,44 @@ def hold_out(problem: PrimalProblem, eval_moments: Moments) -> HeldOut:
         >>> hold_out(factorize(train), test).group_gram.shape
         (2, 4, 4)
     """
+    return _project(problem, problem.u / np.sqrt(problem.s), eval_moments)
+
+
+def hold_out_masked(
+    problem: PrimalProblem, basis: PatchBasis, patch_size: PatchSize, rho: float, eval_moments: Moments
+) -> HeldOut:
+    """Held-out moments in the coordinates of masked encoders, where S is singular (rank under d).
+
+    A masked encoder V = (D + rho I)^-1 R E diag(w / pi) B then leaves the range of S, since masked images do: x has the
+    coordinates E diag(1/pi) E^T R^T (D + rho I)^-1 x. At full rank these are those of :func:`hold_out`.
+
+    Args:
+        problem: of the training data. basis: of this patch size and rho. patch_size, rho: as in
+            :func:`mae_align.factorize.patch_basis`. eval_moments: of the held-out data.
+
+    Returns:
+        The projected moments. Cost: g d^2 r.
+
+    Raises:
+        InputError: as :func:`hold_out`.
+
+    Example:
+        >>> from mae_align.factorize import patch_basis
+        >>> x = np.random.default_rng(0).normal(size=(60, 2, 2, 1))
+        >>> m = Moments.from_arrays(x, np.arange(60) % 2)
+        >>> problem = factorize(m)
+        >>> held = hold_out_masked(problem, patch_basis(problem, 1), 1, 0.0, m)
+        >>> bool(np.allclose(held.gram, hold_out(problem, m).gram))
+        True
+    """
+    with solve_context(problem.dtype):
+        e, pi = np.asarray(basis.e), np.asarray(basis.pi)
+        whiten = ((problem.solved_root(patch_size, rho) @ e) / pi) @ e.T
+    return _project(problem, whiten, eval_moments)
+
+
+def _project(problem: PrimalProblem, whiten: np.ndarray, eval_moments: Moments) -> HeldOut:
     check_projection(eval_moments, problem.image_shape, len(problem.syy))
-    whiten = problem.u / np.sqrt(problem.s)
     n, r, g = eval_moments.count, problem.rank, len(eval_moments.counts)
     gram, cross = np.zeros((r, r), whiten.dtype), np.zeros((r, problem.syy.shape[0]), whiten.dtype)
     group_gram, group_cross = np.zeros((g, r, r), np.float32), np.zeros((g, *cross.shape), whiten.dtype)

@@ -127,6 +127,15 @@ class PrimalProblem(Factorized):
             p = _add_precision(p, root, index, block, dtype.type(rho), dtype.type(self.cutoff))
         return p
 
+    def solved_root(self, patch_size: PatchSize, rho: float) -> np.ndarray:
+        """[d, r] (D + rho I)^-1 R, inside :func:`mae_align.devices.solve_context`. Cost d c r, c pixels in a patch."""
+        dtype = np.dtype(self.dtype)
+        out, root = np.empty(self.u.shape, dtype), self.root.astype(dtype)
+        for index in patch_blocks(patch_labels(self.image_shape, patch_size)):
+            block = np.ascontiguousarray(self.sxx[index[:, :, None], index[:, None, :]], dtype)
+            out[index] = _solve_blocks(root, index, block, dtype.type(rho), dtype.type(self.cutoff))
+        return out
+
 
 class PatchBasis(NamedTuple):
     """Coordinates in which every mask ratio of one patch size is diagonal.
@@ -384,17 +393,30 @@ def eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     return values, vectors
 
 
+def _half_solve(
+    root: jax.Array, index: jax.Array, block: jax.Array, rho: jax.Array, cutoff: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """W [b, m, m] with W W^T = (D_b + rho I)^-1, on the range of D_b, and W^T R_b [b, m, r]."""
+    values, vectors = jnp.linalg.eigh(block)
+    # Without noise a null direction of a block carries no variance: it is left out, not inverted.
+    inverse = jnp.where(values + rho > cutoff, 1.0 / jnp.where(values + rho > cutoff, values + rho, 1.0), 0.0)
+    scaled = vectors * jnp.sqrt(inverse)[:, None, :]
+    return scaled, jnp.einsum("bij,bir->bjr", scaled, root[index], precision=jax.lax.Precision.HIGHEST)
+
+
 @jax.jit
 def _add_precision(
     p: jax.Array, root: jax.Array, index: jax.Array, block: jax.Array, rho: jax.Array, cutoff: jax.Array
 ) -> jax.Array:
     """P + sum over blocks of R_b^T (D_b + rho I)^-1 R_b, in the blocks' own eigenbases."""
-    values, vectors = jnp.linalg.eigh(block)
-    # Without noise a null direction of a block carries no variance: it is left out, not inverted.
-    inverse = jnp.where(values + rho > cutoff, 1.0 / jnp.where(values + rho > cutoff, values + rho, 1.0), 0.0)
-    half = jnp.einsum("bij,bir->bjr", vectors, root[index], precision=jax.lax.Precision.HIGHEST)
-    half = (jnp.sqrt(inverse)[:, :, None] * half).reshape(-1, root.shape[1])
-    return p + gram(half)
+    return p + gram(_half_solve(root, index, block, rho, cutoff)[1].reshape(-1, root.shape[1]))
+
+
+@jax.jit
+def _solve_blocks(root: jax.Array, index: jax.Array, block: jax.Array, rho: jax.Array, cutoff: jax.Array) -> jax.Array:
+    """[b, m, r] (D_b + rho I)^-1 R_b."""
+    scaled, half = _half_solve(root, index, block, rho, cutoff)
+    return jnp.einsum("bij,bjr->bir", scaled, half, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.jit

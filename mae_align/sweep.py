@@ -18,7 +18,7 @@ import numpy as np
 import xarray as xr
 
 from mae_align import grid
-from mae_align.alignment import HeldOut, HeldOutRows, check_held_out, held_out_errors_jit, hold_out
+from mae_align.alignment import HeldOut, HeldOutRows, check_held_out, held_out_errors_jit, hold_out, hold_out_masked
 from mae_align.assemble import assemble, provenance
 from mae_align.corruption import PatchMask, PatchMasking
 from mae_align.devices import is_cpu, solve_context, solve_device, solve_dtype, worker_count
@@ -338,7 +338,11 @@ def _make_basis(
     if isinstance(problem, DualProblem):
         samples = unseen if isinstance(unseen, Samples) else None
         return Coordinates(*masked_basis(problem, key.patch_size, key.noise, samples))
-    return Coordinates(patch_basis(problem, key.patch_size, key.noise), held)
+    basis = patch_basis(problem, key.patch_size, key.noise)
+    if isinstance(problem, PrimalProblem) and isinstance(unseen, Moments) and problem.rank < unseen.num_pixels:
+        with solve_context(problem.dtype):
+            held = jax.device_put(hold_out_masked(problem, basis, key.patch_size, key.noise, unseen))
+    return Coordinates(basis, held)
 
 
 def _solve_batch(
