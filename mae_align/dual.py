@@ -42,10 +42,13 @@ from mae_align.factorize import (
 from mae_align.memory import PIXELS_AT_ONCE, check_memory, dual_bytes
 from mae_align.patches import PatchSize, patch_grid, patch_labels
 from mae_align.samples import Samples
+from mae_align.targets import TargetOperator, check_something_left, mapped
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # |x - 128| <= 2^7: a sum of 1,024 products stays within the integers that float32 holds exactly.
 _EXACT_PIXELS = 1024
+# Pixel values of the samples that a target operator is applied to at once: 256 MB of float64.
+_TARGET_PIXELS = 2**25
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,7 +117,12 @@ class DualProblem(Factorized):
 
 
 def factorize_samples(
-    samples: Samples, *, pixel_noise: float | None = None, rtol: float | None = None, dtype: DType = "float64"
+    samples: Samples,
+    *,
+    pixel_noise: float | None = None,
+    rtol: float | None = None,
+    dtype: DType = "float64",
+    target: TargetOperator | None = None,
 ) -> DualProblem:
     """Eigendecomposition of the samples' inner products, with the noise floor of the pixels.
 
@@ -126,12 +134,14 @@ def factorize_samples(
         rtol: relative cutoff of the spectrum; default max(n, d) * 2.2e-16 in float64, 1e-7 in float32. Directions below
             it (centring makes one) are rounding and are dropped.
         dtype: precision of later solves; the spectrum itself is always found in float64.
+        target: W where W x is reconstructed instead of x.
 
     Returns:
         The factorised problem, rank at most n - 1. Cost: d n^2 + one eigh of size n; memory 56 n^2 bytes + n block.
 
     Raises:
-        InputError: fewer than 2 samples, constant images, constant targets, a negative floor, not enough memory.
+        InputError: fewer than 2 samples, constant images, constant targets, a negative floor, not enough memory, a
+            target operator that does not fit the images or leaves nothing of them.
 
     Example:
         >>> x = np.random.default_rng(0).integers(0, 256, (5, 3, 3, 1)).astype(np.uint8)
@@ -139,6 +149,8 @@ def factorize_samples(
         >>> problem.rank, round(problem.pixel_noise, 4)
         (4, 0.0833)
     """
+    if target is not None:
+        mapped(target, np.zeros((1, *samples.image_shape)))
     check_options(samples.count, pixel_noise, rtol, dtype)
     n, d = samples.count, samples.num_pixels
     check_memory(dual_bytes(n, d), f"the dual of {n} samples ({n} x {n})", "use fewer samples or smaller images")
@@ -168,6 +180,8 @@ def factorize_samples(
         rtol=rtol,
         image_shape=samples.image_shape,
         dtype=dtype,
+        target=target,
+        target_gram=None if target is None else _target_gram(target, samples, z * np.sqrt(s / raw)).astype(dtype),
         samples=samples,
         z=z,
         raw=raw,
@@ -289,6 +303,28 @@ def _gram(samples: Samples) -> np.ndarray:
         row = gram.sum(1)
         gram = (n * n * gram - n * (row[:, None] + row) + row.sum()) / (n * n)
     return gram
+
+
+def _target_gram(target: TargetOperator, samples: Samples, weights: np.ndarray) -> np.ndarray:
+    """R^T W^T W R [r, r] with R = X^T weights / sqrt n; W is applied to a block of samples at a time."""
+    n, mean = samples.count, samples.mean_x
+
+    def rows(start: int) -> np.ndarray:
+        x = samples.rows[start : start + step] - mean
+        return mapped(target, x.reshape(-1, *samples.image_shape))
+
+    step = max(1, min(n, _TARGET_PIXELS // samples.num_pixels))
+    gram, variance = np.zeros((n, n)), 0.0
+    # Every pair of blocks once: W is applied anew rather than W x of all samples kept.
+    for i in range(0, n, step):
+        first = rows(i)
+        variance += float(((samples.rows[i : i + step] - mean) ** 2).sum())
+        for j in range(i, n, step):
+            second = first if j == i else rows(j)
+            gram[i : i + step, j : j + step] = first @ second.T
+            gram[j : j + step, i : i + step] = gram[i : i + step, j : j + step].T
+    check_something_left(target, float(gram.trace()), variance)
+    return weights.T @ (gram / n) @ weights
 
 
 def _held_out(problem: DualProblem, unseen: Samples, rows: np.ndarray) -> HeldOutRows:

@@ -64,6 +64,27 @@ def check_mesh(mesh: Mesh, dtype: str) -> None:
         )
 
 
+def default_mesh(dtype: str) -> Mesh | None:
+    """All devices where points spread by themselves: of several processes, or several accelerators of one.
+
+    Args:
+        dtype: of the solves.
+
+    Returns:
+        The mesh; None on the CPU of one process, on a single accelerator, and where the devices lack this precision.
+
+    Example:
+        >>> default_mesh("float64") is None  # virtual devices of one CPU are slower than its threads
+        True
+    """
+    devices = jax.devices()
+    platform = devices[0].platform
+    lacks = solve_dtype(dtype) == np.float64 and platform in _WITHOUT_FLOAT64
+    if lacks or len(devices) == 1 or (platform == "cpu" and jax.process_count() == 1):
+        return None
+    return grid_mesh(devices)
+
+
 @functools.cache
 def over_mesh(program: PointProgram, mesh: Mesh, num_shared: int) -> Callable[..., Any]:
     """The program of a point, mapped over points that are spread over a mesh.

@@ -6,64 +6,21 @@ Results are labelled ``xarray.Dataset`` objects that hold NumPy arrays and recor
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import numpy as np
 import xarray as xr
 
 from mae_align import grid
-from mae_align.alignment import HeldOut, HeldOutRows, check_held_out, held_out_errors_jit, hold_out, hold_out_masked
-from mae_align.assemble import assemble, provenance
 from mae_align.corruption import PatchMask, PatchMasking
-from mae_align.devices import is_cpu, solve_context, solve_device, solve_dtype, worker_count
-from mae_align.dual import DualProblem, check_patches, factorize_samples, hold_out_samples, masked_basis
-from mae_align.errors import InputError
-from mae_align.factorize import (
-    DType,
-    Factorized,
-    PatchBasis,
-    PrimalProblem,
-    factorize,
-    mask_weights,
-    patch_basis,
-    pca_basis,
-)
-from mae_align.grid import PointProgram
-from mae_align.memory import check_memory, sweep_bytes
+from mae_align.factorize import DType
 from mae_align.moments import Moments
 from mae_align.patches import PatchSize
-from mae_align.points import BasisKey, GridPoint, GridSpec
-from mae_align.runner import Arrays, Task, TaskGroup, run_groups
+from mae_align.points import GridSpec
 from mae_align.samples import Samples
-from mae_align.store import PointStore, fingerprint
+from mae_align.solver import RunOptions, Solve, solve_grid
 from mae_align.targets import TargetOperator
-
-
-@dataclasses.dataclass(frozen=True)
-class RunOptions:
-    """How a sweep is run; none of it changes the numbers beyond rounding.
-
-    Attributes:
-        workers: threads on a CPU; default one per core.
-        batch_size: grid points per call; default 1 on a CPU, 8 on an accelerator (vmapped).
-        progress: show a progress bar.
-        store: folder for finished points; the same sweep started again goes on from there.
-
-    Example:
-        >>> RunOptions(workers=2).batch_size is None
-        True
-    """
-
-    workers: int | None = None
-    batch_size: int | None = None
-    progress: bool = False
-    store: str | Path | None = None
 
 
 def masking_sweep(
@@ -119,7 +76,7 @@ def masking_sweep(
     spec = GridSpec.checked(moments.image_shape, patch_sizes, [0.0], mask_ratios, [math.inf], masking)
     program = grid.CURVES if eval_moments is None else grid.HELD_OUT
     how = Solve(program, max_k, pixel_noise, rtol, dtype, target, run or RunOptions())
-    result = _run(moments, eval_moments, spec, how)
+    result = solve_grid(moments, eval_moments, spec, how)
     result = result.isel(noise_level=0, lam=0, drop=True)
     for name in [name for name in result if str(name).startswith("je_")]:
         # Joint embedding without pixel noise is one curve per patch size; ratios 0 and 1 have none of their own.
@@ -173,7 +130,7 @@ def sweep(
     spec = GridSpec.checked(moments.image_shape, patch_sizes, noise_levels, mask_ratios, lambdas, masking)
     program = grid.FEATURES if eval_moments is None else grid.HELD_OUT
     how = Solve(program, max_k, pixel_noise, rtol, dtype, target, run or RunOptions())
-    return _run(moments, eval_moments, spec, how)
+    return solve_grid(moments, eval_moments, spec, how)
 
 
 def lambda_sweep(moments: Moments | Samples, lambdas: Sequence[float], **options: Any) -> xr.Dataset:
@@ -221,182 +178,3 @@ def gaussian_sweep(moments: Moments | Samples, sigmas: Sequence[float], **option
     result = sweep(moments, patch_sizes=[moments.image_shape[:2]], mask_ratios=[0.0], noise_levels=sigmas, **options)
     drop: dict[str, int] = {"patch_size": 0, "mask_ratio": 0}
     return result.isel(drop if "lambdas" in options else drop | {"lam": 0}, drop=True)
-
-
-class Solve(NamedTuple):
-    """How a grid is solved.
-
-    Attributes:
-        program: compiled program of a point. max_k: number of features; None for the rank.
-        pixel_noise, rtol, dtype, target: see :func:`mae_align.factorize.factorize`. run: see :class:`RunOptions`.
-    """
-
-    program: PointProgram
-    max_k: int | None
-    pixel_noise: float | None
-    rtol: float | None
-    dtype: DType
-    target: TargetOperator | None
-    run: RunOptions
-
-
-def _run(moments: Moments | Samples, eval_moments: Moments | Samples | None, spec: GridSpec, how: Solve) -> xr.Dataset:
-    # Everything that can be refused without work is refused first.
-    solve_dtype(how.dtype)
-    workers = worker_count(how.run.workers)
-    if how.run.batch_size is not None and how.run.batch_size < 1:
-        raise InputError(f"batch_size={how.run.batch_size}: give at least 1")
-    most = moments.num_pixels if isinstance(moments, Moments) else min(moments.count - 1, moments.num_pixels)
-    if how.max_k is not None:
-        if not isinstance(how.max_k, int | np.integer) or not 1 <= how.max_k <= most:
-            raise InputError(
-                f"k={how.max_k}: {moments.count} images of {moments.num_pixels} pixel values, "
-                f"give a whole number up to their rank (at most {most})"
-            )
-    if eval_moments is not None:
-        check_held_out(eval_moments, moments)
-    if isinstance(moments, Samples) and how.pixel_noise == 0:
-        inert = [p.basis.patch_size for p in spec.points() if p.basis.patch_size is not None and p.basis.noise == 0]
-        check_patches(moments, list(dict.fromkeys(inert)))
-    _check_fits(moments, eval_moments, spec, how, most)
-    problem = _factorize(moments, how)
-    max_k = problem.rank if how.max_k is None else problem.check_k(how.max_k)
-    settings = provenance(problem, moments, eval_moments)
-    store = None
-    if how.run.store is not None:
-        arrays = [a for m in (moments, eval_moments) if m is not None for a in m.state]
-        store = PointStore(how.run.store, fingerprint(arrays, settings | {"k": max_k, "program": how.program.name}))
-    held = None if eval_moments is None else _hold_out(problem, eval_moments)
-    with solve_context(problem.dtype):
-        on_device = None if held is None else jax.device_put(held)
-    by_basis: dict[BasisKey, dict[str, GridPoint]] = {}
-    for point in spec.points():
-        by_basis.setdefault(point.basis, {}).setdefault(point.key, point)
-    on_cpu = is_cpu(solve_device(problem.dtype))
-    batch = (1 if on_cpu else 8) if how.run.batch_size is None else how.run.batch_size
-    groups = []
-    for basis, members in by_basis.items():
-        tasks = [Task((f"je-{basis.name}",), partial(_joint_embedding, problem, max_k))]
-        # Without mask or supervision the principal components are the answer, and they are there.
-        known = [p for p in members.values() if _is_diagonal(problem, p)]
-        tasks += [Task((p.key,), partial(_solve_diagonal, p, problem, how.program, max_k)) for p in known]
-        points = [p for p in members.values() if p not in known]
-        for chunk in (points[i : i + batch] for i in range(0, len(points), batch)):
-            solve = partial(_solve_batch, chunk, problem, how.program, max_k, batch)
-            tasks.append(Task(tuple(p.key for p in chunk), solve))
-        groups.append(TaskGroup(partial(_make_basis, problem, eval_moments, on_device, basis), tasks))
-    found = run_groups(groups, workers=workers if on_cpu else 1, store=store, progress=how.run.progress)
-    where = {"masking": type(spec.masks[0][0]).__name__, "platform": solve_device(problem.dtype).platform}
-    return assemble(problem, held, spec, max_k, found, settings | where)
-
-
-class Coordinates(NamedTuple):
-    """What the points of one basis share: the basis, and the held-out data in its coordinates."""
-
-    basis: PatchBasis
-    held: HeldOut | HeldOutRows | None
-
-
-def _check_fits(
-    moments: Moments | Samples, eval_moments: Moments | Samples | None, spec: GridSpec, how: Solve, rank: int
-) -> None:
-    """Refuse a sweep on the host that cannot fit into its memory (that of an accelerator is not looked at)."""
-    if not is_cpu(solve_device(how.dtype)):
-        return
-    points = spec.points()
-    needed = sweep_bytes(
-        rank,
-        worker_count(how.run.workers),
-        len({p.basis for p in points}),
-        len(points),
-        how.max_k or rank,
-        moments.num_targets,
-        0 if eval_moments is None else len(eval_moments.counts),
-    )
-    check_memory(needed, f"a sweep of rank up to {rank}", "use fewer samples or smaller images, workers=1, or max_k")
-
-
-def _factorize(moments: Moments | Samples, how: Solve) -> Factorized:
-    if isinstance(moments, Samples):
-        return factorize_samples(moments, pixel_noise=how.pixel_noise, rtol=how.rtol, dtype=how.dtype)
-    return factorize(moments, pixel_noise=how.pixel_noise, rtol=how.rtol, dtype=how.dtype)
-
-
-def _hold_out(problem: Factorized, eval_moments: Moments | Samples) -> HeldOut | HeldOutRows:
-    """Held-out data in coordinates without a mask; check_held_out has seen to it that both are of one kind."""
-    if isinstance(problem, DualProblem) and isinstance(eval_moments, Samples):
-        return hold_out_samples(problem, eval_moments)
-    assert isinstance(problem, PrimalProblem) and isinstance(eval_moments, Moments)
-    return hold_out(problem, eval_moments)
-
-
-def _make_basis(
-    problem: Factorized, unseen: Moments | Samples | None, held: HeldOut | HeldOutRows | None, key: BasisKey
-) -> Coordinates:
-    if key.patch_size is None:
-        return Coordinates(pca_basis(problem, key.noise), held)
-    if isinstance(problem, DualProblem):
-        samples = unseen if isinstance(unseen, Samples) else None
-        return Coordinates(*masked_basis(problem, key.patch_size, key.noise, samples))
-    basis = patch_basis(problem, key.patch_size, key.noise)
-    if isinstance(problem, PrimalProblem) and isinstance(unseen, Moments) and problem.rank < unseen.num_pixels:
-        with solve_context(problem.dtype):
-            held = jax.device_put(hold_out_masked(problem, basis, key.patch_size, key.noise, unseen))
-    return Coordinates(basis, held)
-
-
-def _solve_batch(
-    points: Sequence[GridPoint],
-    problem: Factorized,
-    program: PointProgram,
-    max_k: int,
-    batch: int,
-    made: Coordinates,
-) -> list[Arrays]:
-    """Solve some points of one basis in one call of one compiled program."""
-    dtype, (basis, held) = np.dtype(problem.dtype), made
-    with solve_context(dtype):
-        pi = np.asarray(basis.pi, np.float64)
-        w = np.stack([mask_weights(pi, p.p_eff, p.noise_variance) for p in points])
-        alpha, beta = np.array([p.weights(problem)[:2] for p in points]).T
-        shared = program.shared(basis, problem, held)
-        if batch == 1:
-            out = program.one(*shared, *(a[0].astype(dtype) for a in (w, alpha, beta)), max_k=max_k)
-            out = jax.tree.map(lambda a: np.asarray(a)[None], out)
-        else:
-            # The last batch is filled up with its last point: one shape, one compilation.
-            fill = np.minimum(np.arange(batch), len(points) - 1)
-            out = program.many(*shared, *(a[fill].astype(dtype) for a in (w, alpha, beta)), max_k=max_k)
-            out = jax.tree.map(np.asarray, out)
-    condition = w.max(1) / w.min(1)
-    named = program.named(out)
-    return [{name: a[i] for name, a in named.items()} | {"condition": condition[i]} for i in range(len(points))]
-
-
-def _is_diagonal(problem: Factorized, point: GridPoint) -> bool:
-    """Whether the eigenvectors of a point are the axes: the image itself, without mask or supervision."""
-    return point.basis.patch_size is None and math.isinf(point.lam) and problem.target_gram is None
-
-
-def _solve_diagonal(
-    point: GridPoint, problem: Factorized, program: PointProgram, max_k: int, made: Coordinates
-) -> list[Arrays]:
-    """Solve a point whose eigenvectors are the axes of the basis."""
-    dtype, (basis, held) = np.dtype(problem.dtype), made
-    with solve_context(dtype):
-        w = mask_weights(np.asarray(basis.pi, np.float64), point.p_eff, point.noise_variance)
-        arguments = (problem.s, basis.target, w.astype(dtype), dtype.type(point.weights(problem)[1]))
-        before = () if held is None else (held,)
-        named = program.named(jax.tree.map(np.asarray, program.diagonal(*before, *arguments, max_k=max_k)))
-    return [named | {"condition": w.max() / w.min()}]
-
-
-def _joint_embedding(problem: Factorized, max_k: int, made: Coordinates) -> list[Arrays]:
-    """Linear joint embedding's features are the columns of E as they stand, by descending pi."""
-    basis, held = made
-    with solve_context(problem.dtype):
-        out: Arrays = {"t": np.asarray(basis.target[:max_k])}
-        if held is not None:
-            errors, parts = held_out_errors_jit(basis.e[:, :max_k], basis.target[:max_k], held)
-            out |= {"errors": np.asarray(errors), "group_errors": np.asarray(parts)}
-    return [out]

@@ -383,3 +383,32 @@ def test_the_slices_take_samples(few):
     noise = ma.gaussian_sweep(few, [0.0, 2.0], eval_moments=samples_of(NEW, 3), pixel_noise=0.0)
     np.testing.assert_allclose(noise.r2[0], noise.r2[1], atol=1e-9)
     np.testing.assert_allclose(noise.eval_r2[0], noise.eval_r2[1], atol=1e-7)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize(
+    "target",
+    [ma.HighPass(1.0), ma.PatchMeanRemoved(2), ma.MatrixTarget(np.random.default_rng(3).normal(size=(9, 64)))],
+    ids=lambda t: type(t).__name__,
+)
+def test_target_operators_are_those_of_the_primal(target, ratio, monkeypatch):
+    monkeypatch.setattr("mae_align.dual._TARGET_PIXELS", 7 * 64)  # blocks of 7 samples, the last one smaller
+    images = np.random.default_rng(0).normal(size=(40, 8, 8, 1))
+    labels = np.arange(40) % 4
+    options = {"pixel_noise": 1e-9, "max_k": 30, "target": target}
+    dual = ma.masking_sweep(Samples.from_arrays(images, labels), [2], [ratio], **options)
+    primal = ma.masking_sweep(Moments.from_arrays(images, labels), [2], [ratio], **options)
+    # An operator of low rank leaves directions that tie at 0.
+    gap = primal.eigengap.values
+    sure = (gap > 1e-4) & (np.cumprod(1 - gap, axis=-1) / (1 - gap) > 1e-9)
+    assert sure.sum() >= 5
+    np.testing.assert_allclose(dual.r2.values[sure], primal.r2.values[sure], atol=1e-6)
+    np.testing.assert_allclose(dual.loss, primal.loss, rtol=1e-6)
+    assert dual.attrs["target_identity"] == primal.attrs["target_identity"] != ""
+
+
+def test_a_target_operator_that_does_not_fit_the_samples_is_refused(few):
+    with pytest.raises(InputError, match="leaves nothing of these images"):
+        factorize_samples(few, target=ma.MatrixTarget(np.zeros((2, few.num_pixels))))
+    with pytest.raises(InputError):
+        factorize_samples(few, target=ma.MatrixTarget(np.ones((2, few.num_pixels + 1))))

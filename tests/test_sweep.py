@@ -26,7 +26,7 @@ PATCHES = [1, 2, 4, (3, 4), (2, 5)]
 RATIOS = [0.0, 0.3, 0.75, 0.99, 1.0]
 CELLS = [(i, j) for i in range(len(PATCHES)) for j in range(len(RATIOS))]
 ALONE = ma.RunOptions(workers=1)
-sweep_module = importlib.import_module("mae_align.sweep")  # the package's attribute of this name is a function
+sweep_module = importlib.import_module("mae_align.solver")
 
 
 def moments_of(sample: oracles.Sample, **options) -> Moments:
