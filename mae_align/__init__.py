@@ -7,6 +7,7 @@ from mae_align.corruption import FixedCountPatchMasking, GaussianNoise, PatchMas
 from mae_align.data import ImageDataset, load_dataset
 from mae_align.errors import InputError
 from mae_align.moments import Moments
+from mae_align.streaming import stream_moments
 from mae_align.sweep import RunOptions, gaussian_sweep, lambda_sweep, masking_sweep, sweep
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "load_dataset",
     "masking_sweep",
     "paired_se",
+    "stream_moments",
     "supervised_autoencoder",
     "sweep",
 ]

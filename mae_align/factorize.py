@@ -130,7 +130,7 @@ def factorize(
     if moments.count < 2:
         raise InputError(f"moments of {moments.count} samples: at least 2 are needed")
     second = moments.second_moments()
-    if not np.trace(second.syy) > 0:
+    if second.syy.size and not np.trace(second.syy) > 0:
         raise InputError("the targets are constant (one class?): there is nothing to explain")
     d = len(second.sxx)
     if not np.trace(second.sxx) > 0:
@@ -154,7 +154,8 @@ def factorize(
     t0 = (u.T @ second.sxy.astype(u.dtype)) / np.sqrt(s)[:, None]
     # Centred one-hot targets add up to zero; whitening must not blow that rounding up to a target of its own.
     variance, axes = np.linalg.eigh(second.syy)
-    axes = axes[:, variance > len(variance) * np.finfo(np.float64).eps * variance[-1]].astype(u.dtype)
+    largest = variance.max(initial=0.0)  # without targets there is none
+    axes = axes[:, variance > len(variance) * np.finfo(np.float64).eps * largest].astype(u.dtype)
     return Factorized(
         s=s,
         u=u,

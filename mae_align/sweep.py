@@ -20,6 +20,7 @@ import xarray as xr
 from mae_align import grid
 from mae_align.alignment import HeldOut, check_held_out, held_out_errors_jit, hold_out
 from mae_align.assemble import assemble, provenance
+from mae_align.checks import check_task
 from mae_align.corruption import PatchMask, PatchMasking
 from mae_align.devices import is_cpu, solve_context, solve_device, solve_dtype, worker_count
 from mae_align.errors import InputError
@@ -232,6 +233,7 @@ def _run(moments: Moments, eval_moments: Moments | None, spec: GridSpec, how: So
             raise InputError(
                 f"k={how.max_k}: the images have {most} pixel values, give a whole number up to their rank"
             )
+    check_task(moments.num_targets)
     if eval_moments is not None:
         check_held_out(eval_moments, moments)
     problem = factorize(moments, pixel_noise=how.pixel_noise, rtol=how.rtol, dtype=how.dtype)
