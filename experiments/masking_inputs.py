@@ -105,6 +105,4 @@ class DataChoices:
         made = "stored pixels"
         if self.jitter > 0:
             made = f"training images with jitter of {self.jitter:g} std, seed {self.seed}"
-        return ma.Moments.from_arrays(
-            images, labels, num_classes=data.num_classes, groups=groups, preprocessing=made
-        )
+        return ma.Moments.from_arrays(images, labels, num_classes=data.num_classes, groups=groups, preprocessing=made)

@@ -166,12 +166,16 @@ def _open(config: Config) -> tuple[Inputs, RunFolder]:
 
     if config.train_moments is not None:
         if config.image_size is not None or config.jitter != 0:
-            raise ma.InputError("--image-size and --jitter go with --data: the pixels of moment files are what they were")
+            raise ma.InputError(
+                "--image-size and --jitter go with --data: the pixels of moment files are what they were"
+            )
         inputs = MomentFiles(config.train_moments, config.validation_moments, config.test_moments).load()
         _check(config, inputs.train.image_shape)
         return inputs, folder(f"moments:{config.train_moments}")
     if config.validation_moments is not None or config.test_moments is not None:
-        raise ma.InputError("--validation-moments and --test-moments go with --train-moments: give all of them as files")
+        raise ma.InputError(
+            "--validation-moments and --test-moments go with --train-moments: give all of them as files"
+        )
     data = ma.load_dataset(config.data, image_size=config.image_size, seed=config.seed)
     _check(config, data.image_shape)
     choices = DataChoices(config.held_out, config.validation_fraction, config.groups, config.jitter, config.seed)

@@ -338,7 +338,9 @@ class Accumulator:
         Returns:
             Arrays by name; later additions do not change them.
         """
-        leaves = {f"sums/{g}/{i}": np.asarray(leaf) for g, s in enumerate(self._sums) for i, leaf in enumerate(_leaves(s))}
+        leaves = {
+            f"sums/{g}/{i}": np.asarray(leaf) for g, s in enumerate(self._sums) for i, leaf in enumerate(_leaves(s))
+        }
         pending = {}
         for g, rows in enumerate(self._pending):
             for name in ("rows", "labels", "numbers"):

@@ -222,7 +222,9 @@ class Moments:
             2
         """
         arrays = {name: getattr(self, name) for name in ("pivot_x", "pivot_y", *_SUMS)}
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in arrays}
+        fields = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in arrays
+        }
         write_arrays(path, _FILE_KIND, _FILE_VERSION, fields, arrays)
 
     @classmethod

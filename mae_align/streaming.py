@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import hashlib
 import time
 from collections.abc import Iterable, Iterator
@@ -30,7 +29,7 @@ RawBatch = np.ndarray | tuple[np.ndarray, np.ndarray | None]
 class ResumableIterator(Protocol):
     """An iterator that can say where it is, as grain's ``DatasetIterator`` can; the state is bytes or JSON-able."""
 
-    def __next__(self) -> RawBatch: ...  # noqa: D105
+    def __next__(self) -> RawBatch: ...
     def get_state(self) -> Any: ...  # noqa: D102
     def set_state(self, state: Any) -> None: ...  # noqa: D102
 
@@ -109,7 +108,9 @@ def stream_moments(
         "first_index": first_index,
         "index_step": index_step,
         "layout": repr(first.layout),
-        "first batch": hashlib.sha256(first.rows.tobytes() + first.labels.tobytes() + first.numbers.tobytes()).hexdigest(),
+        "first batch": hashlib.sha256(
+            first.rows.tobytes() + first.labels.tobytes() + first.numbers.tobytes()
+        ).hexdigest(),
         "devices": place.devices,
         "processes": place.count,
     }
@@ -196,7 +197,9 @@ def _go_to(iterator: Iterator[RawBatch], fields: dict[str, Any]) -> None:
         return
     for _ in range(fields["batches"] - 1):
         if next(iterator, None) is None:
-            raise InputError("the stream ends before the batch of its checkpoint: it is not the same, delete the checkpoint")
+            raise InputError(
+                "the stream ends before the batch of its checkpoint: it is not the same, delete the checkpoint"
+            )
 
 
 def _source_state(iterator: Iterator[RawBatch]) -> dict[str, Any] | None:

@@ -145,9 +145,7 @@ def _add_bytes(sums: ByteSums, rows: jax.Array, labels: jax.Array) -> tuple[Byte
     return ByteSums(xx, xe), labels[:1]
 
 
-def _add_floats(
-    sums: FloatSums, rows: jax.Array, labels: jax.Array, pivot: jax.Array
-) -> tuple[FloatSums, jax.Array]:
+def _add_floats(sums: FloatSums, rows: jax.Array, labels: jax.Array, pivot: jax.Array) -> tuple[FloatSums, jax.Array]:
     """Chan's update with a step of m rows: M2 += M2_step + n m / (n + m) delta delta^T."""
     d, dtype = rows.shape[1], rows.dtype
     valid = (labels >= 0)[:, None]

@@ -240,7 +240,11 @@ def test_one_program_serves_every_worker_thread():
 
 HALF_GIVEN = {
     "address alone": ({"coordinator": "a:1"}, {}, "MAE_ALIGN_NUM_PROCESSES and MAE_ALIGN_PROCESS_ID .* is missing"),
-    "no address": ({}, {"MAE_ALIGN_NUM_PROCESSES": "2", "MAE_ALIGN_PROCESS_ID": "0"}, "MAE_ALIGN_COORDINATOR .*missing"),
+    "no address": (
+        {},
+        {"MAE_ALIGN_NUM_PROCESSES": "2", "MAE_ALIGN_PROCESS_ID": "0"},
+        "MAE_ALIGN_COORDINATOR .*missing",
+    ),
     "no id": ({"coordinator": "a:1"}, {"MAE_ALIGN_NUM_PROCESSES": "2"}, "MAE_ALIGN_PROCESS_ID .* is missing"),
     "not a number": ({"coordinator": "a:1"}, {"MAE_ALIGN_NUM_PROCESSES": "two"}, "MAE_ALIGN_NUM_PROCESSES='two'"),
     "id over": ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, {}, "process 2 of 2"),
@@ -295,8 +299,7 @@ def test_finding_others_on_a_lone_machine_starts_nothing():
 
 def test_a_process_that_meets_no_other_says_so():
     code = (
-        "from mae_align.devices import start_distributed\n"
-        "start_distributed('127.0.0.1:9', 2, 1, timeout=1, environ={})"
+        "from mae_align.devices import start_distributed\nstart_distributed('127.0.0.1:9', 2, 1, timeout=1, environ={})"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode != 0

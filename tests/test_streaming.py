@@ -61,9 +61,7 @@ def test_8bit_streams_are_bit_identical_for_any_batch_size_and_mesh(number, size
     mesh = None if number is None else data_mesh(jax.devices()[:number])
     stream = cut(images, labels, size)
     ours = stream_moments(stream, num_classes=Q, groups=groups, mesh=mesh, center=False, preprocessing="halved")
-    expected = Moments.from_arrays(
-        images, labels, num_classes=Q, groups=groups, center=False, preprocessing="halved"
-    )
+    expected = Moments.from_arrays(images, labels, num_classes=Q, groups=groups, center=False, preprocessing="halved")
     assert_same_state(ours, expected)
     x = images.reshape(N, D).astype(np.int64) - 128
     np.testing.assert_array_equal(ours.sum_xx.sum(0), x.T @ x)

@@ -48,7 +48,9 @@ def child(folder: Path, started: int) -> None:
 
 def drive(folder: Path) -> None:
     """Fork, so that each attempt costs no import; JAX has not started in this process and does not start in it."""
-    warnings.simplefilter("ignore", RuntimeWarning)  # JAX warns of forks for the sake of its threads, of which it has none
+    warnings.simplefilter(
+        "ignore", RuntimeWarning
+    )  # JAX warns of forks for the sake of its threads, of which it has none
     chance, saved, seen = random.Random(os.getpid()), [], folder / "partial" / "moments-0-of-1.npz"
     kills = 0
     while not (folder / "m.npz").exists():
@@ -74,7 +76,12 @@ def drive(folder: Path) -> None:
 def test_ten_kills_at_random_moments_lose_nothing(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(ma.__file__).parents[1]), "JAX_NUM_CPU_DEVICES": "1"}
     run = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, env=environment, timeout=120, check=False
+        [sys.executable, __file__, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout.splitlines()[-1])

@@ -11,7 +11,7 @@ import numpy as np
 from mae_align.devices import data_mesh, start_distributed
 from mae_align.moments import Moments
 from mae_align.streaming import stream_moments
-from tests.test_streaming import Q, SHAPE, assert_same_state, bytes_and_labels, two_pass
+from tests.test_streaming import SHAPE, Q, assert_same_state, bytes_and_labels, two_pass
 from tests.two_processes import run_processes, started
 
 N = 2600
