@@ -47,7 +47,7 @@ class Config:
     """What to measure."""
 
     data: str = "digits"
-    """Data set: digits, idx:DIR, npz:FILE or folder:DIR; the training images are used."""
+    """Data set: digits, idx:DIR, npz:FILE, folder:DIR, tfds:NAME or prepared:DIR; the training images are used."""
     patch_sizes: tuple[int, ...] = (1, 2, 4)
     """Sides of square patches, in pixels."""
     mask_ratios: tuple[float, ...] = tuple(float(p) for p in np.linspace(0.0, 0.99, 10))

@@ -105,7 +105,7 @@ class Config:
     """Settings of the alignment curves."""
 
     datasets: tuple[str, ...] = ("digits",)
-    """Sets of the first figure: digits, idx:DIR, npz:FILE or folder:DIR."""
+    """Sets of the first figure: digits, idx:DIR, npz:FILE, folder:DIR, tfds:NAME or prepared:DIR."""
     studies: tuple[Study, ...] = tuple(Study)
     """Which figures to make: the sets themselves, and three studies that change one thing of one set."""
     classes: Classes = Classes()

@@ -65,7 +65,7 @@ class Config:
     """Settings of the masking sweep."""
 
     data: str = "digits"
-    """Data set: digits, idx:DIR, npz:FILE or folder:DIR."""
+    """Data set: digits, idx:DIR, npz:FILE, folder:DIR, tfds:NAME or prepared:DIR."""
     train_moments: str | None = None
     """Moment file of the training images, in the place of a data set."""
     validation_moments: str | None = None

@@ -7,6 +7,7 @@ when complete, so that an interrupted run leaves no half-written result.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import csv
 import dataclasses
@@ -15,12 +16,15 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 import xarray as xr
 
@@ -203,6 +207,9 @@ class RunFolder:
     ) -> RunFolder:
         """Makes the folder of a run, or goes on in the one that an earlier run left.
 
+        Of several processes (`jax.distributed`) the first has the folder. The others get one of
+        their own that is removed when they end, so that a run leaves one result.
+
         Args:
             experiment: Name of the experiment's module.
             dataset_label: The data set as given to `load_dataset`, or a word for several.
@@ -225,6 +232,9 @@ class RunFolder:
             path = Path("runs", f"{experiment}-{file_name_part(dataset_label)}-{digest}")
         else:
             path = Path(out).expanduser()
+        if jax.process_index() > 0:
+            path = Path(tempfile.mkdtemp())
+            atexit.register(shutil.rmtree, path, ignore_errors=True)
         config_path = path / "config.json"
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -323,5 +333,6 @@ class RunFolder:
         path = self.path / "summary.txt"
         with atomic_path(path) as unfinished:
             unfinished.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
-        print(text.rstrip("\n"), flush=True)
+        if jax.process_index() == 0:
+            print(text.rstrip("\n"), flush=True)
         return path

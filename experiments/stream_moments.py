@@ -1,17 +1,18 @@
 """Second moments of a data set, read once and saved: what every closed form and sweep starts from.
 
     python -m experiments.stream_moments --out digits.npz                                  # bundled digits: seconds
-    python -m experiments.stream_moments --data npz:FILE --split fit --out fit.npz
-    python -m experiments.stream_moments --data npz:FILE --split test --groups 20 --out test.npz
+    python -m experiments.stream_moments --data tfds:cifar10 --split fit --out fit.npz
+    python -m experiments.stream_moments --data tfds:cifar10 --split test --groups 20 --out test.npz
 
-The rows are split over all devices. Progress is shown with images per second and the time left. Killed at any time, the
-same command goes on after the last batch saved (in OUT.unfinished, every --checkpoint-every seconds). 8-bit images give
-the same file for every batch size, number of devices and of processes, and interruption.
+Images are read as they are needed, not into memory as a whole, and their rows are split over all devices. Progress is
+shown with images per second and the time left. Killed at any time, the same command goes on after the last batch saved
+(in OUT.unfinished, every --checkpoint-every seconds). 8-bit images give the same file for every batch size, number of
+devices and of processes, and interruption.
 
 Several processes: start the same command once for each, with --coordinator HOST:PORT --num-processes M --process-id I,
 the environment variables MAE_ALIGN_COORDINATOR, MAE_ALIGN_NUM_PROCESSES and MAE_ALIGN_PROCESS_ID, or, where JAX finds
-the others itself (TPU pods, Slurm), MAE_ALIGN_DISTRIBUTED=auto. Process i of m reads images i, i + m, ...; --out must be
-on storage that process 0 can write and OUT.unfinished on storage that each can.
+the others itself (TPU pods, Slurm), MAE_ALIGN_DISTRIBUTED=auto. Each reads a part of the images; --out must be on
+storage that process 0 can write, and OUT.unfinished on storage that each can.
 
 `python -m experiments.masking_sweep --train-moments fit.npz --validation-moments ... --test-moments ...` goes on from
 the files. With the same --seed and --validation-fraction, fit and validation are the split that it would make itself.
@@ -23,7 +24,7 @@ import contextlib
 import dataclasses
 import enum
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -31,7 +32,9 @@ import numpy as np
 
 import mae_align as ma
 from experiments.launch import launch
-from mae_align.data import validation_split
+from mae_align.data import open_source, stratified_split
+from mae_align.data.pipeline import ImageBatch, batches, process_range
+from mae_align.data.source import SubsetSource
 from mae_align.devices import data_mesh, start_distributed
 from mae_align.distributed import gathered
 
@@ -54,7 +57,7 @@ class Config:
     """Settings of the data pass."""
 
     data: str = "digits"
-    """Data set: digits, idx:DIR, npz:FILE or folder:DIR."""
+    """Data set: digits, idx:DIR, npz:FILE, folder:DIR, tfds:NAME or prepared:DIR."""
     split: Split = Split.train
     """Which images: train, test, or the two parts of train, fit and validation."""
     out: str = "moments.npz"
@@ -85,34 +88,34 @@ PRESETS = {"laptop": Config()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class Share:
     """The images of one process.
 
     Attributes:
-        batches: (images, labels). count: images in them. num_classes: of the whole data set.
+        batches: (images, labels, indices in the split). count: images in them. num_classes: of the whole data set.
     """
 
-    batches: Iterator[tuple[np.ndarray, np.ndarray]]
+    batches: Iterable[ImageBatch]
     count: int
     num_classes: int
 
 
-def make_source(config: Config, process: int, processes: int) -> Source:
-    """Every ``processes``-th image of the chosen split, from number ``process`` on, in batches.
+def make_share(config: Config, process: int, processes: int) -> Share:
+    """One process's part of the chosen split, in batches.
 
     Raises:
         InputError: data that cannot be read, fewer images than processes.
     """
-    data = ma.load_dataset(config.data, image_size=config.image_size, seed=config.seed)
+    training = config.split is not Split.test
+    source = open_source(config.data, "train" if training else "test", image_size=config.image_size, seed=config.seed)
     if config.split in (Split.fit, Split.validation):
-        data = validation_split(data, config.validation_fraction, config.seed)
-    training = config.split in (Split.train, Split.fit)
-    images, labels = (data.train_images, data.train_labels) if training else (data.test_images, data.test_labels)
-    if len(images) < processes:
-        raise ma.InputError(f"{len(images)} images for {processes} processes: start fewer")
-    images, labels, size = images[process::processes], labels[process::processes], config.batch_size
-    parts = (slice(start, start + size) for start in range(0, len(images), size))
-    return Source(((images[part], labels[part]) for part in parts), len(images), data.num_classes)
+        # By the numbers of the classes, as the masking sweep splits images in memory.
+        parts = stratified_split(source.labels(), config.validation_fraction, config.seed)
+        source = SubsetSource(source, parts[0 if config.split is Split.fit else 1], source.name)
+    if len(source) < processes:
+        raise ma.InputError(f"{len(source)} images for {processes} processes: start fewer")
+    stream = batches(source, batch_size=config.batch_size, process_index=process, process_count=processes)
+    return Share(stream, len(process_range(len(source), process, processes)), source.num_classes)
 
 
 def main(config: Config) -> None:
@@ -130,18 +133,16 @@ def main(config: Config) -> None:
         raise ma.InputError(f"{out} exists already: delete it or choose another --out")
     start_distributed(config.coordinator, config.num_processes, config.process_id)
     mesh, process = data_mesh(), jax.process_index()
-    source = make_source(config, process, jax.process_count())
+    share = make_share(config, process, jax.process_count())
     unfinished = out.with_name(f"{out.name}.unfinished")
     moments = ma.stream_moments(
-        source.batches,
-        num_classes=source.num_classes,
+        share.batches,
+        num_classes=share.num_classes,
         center=config.center,
         groups=config.groups,
         preprocessing="stored pixels" if config.image_size is None else f"resized to {config.image_size} pixels",
         mesh=mesh,
-        first_index=process,
-        index_step=jax.process_count(),
-        total=source.count,
+        total=share.count,
         progress=True,
         checkpoint=unfinished,
         checkpoint_every=config.checkpoint_every,

@@ -64,7 +64,7 @@ class Config:
     """Settings of the theorem check."""
 
     data: str = "digits"
-    """Data set: digits, idx:DIR, npz:FILE or folder:DIR."""
+    """Data set: digits, idx:DIR, npz:FILE, folder:DIR, tfds:NAME or prepared:DIR."""
     image_size: int | None = None
     """Resize images to squares of this side, in pixels; none keeps them."""
     ks: tuple[int, ...] = (3, 16)

@@ -126,7 +126,8 @@ def read_arrays(path: str | Path, kind: str, version: int) -> ArrayFile:
             with path.open("rb") as file:
                 # The first bytes of a zip file without its end: cut off.
                 raise InputError(damaged if file.read(4) == b"PK\x03\x04" else foreign)
-        with np.load(path, allow_pickle=False) as members:
+        # Opened here: NumPy leaves a file open where its directory is damaged.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as members:
             if _HEADER not in members.files:
                 raise InputError(foreign)
             header = _parsed(members[_HEADER])

@@ -26,6 +26,7 @@ from mae_align.devices import solve_context
 from mae_align.errors import InputError
 from mae_align.moments import Moments
 from mae_align.patches import ImageShape, PatchSize, patch_grid, patch_labels
+from mae_align.products import gram
 
 DType = Literal["float64", "float32"]
 
@@ -141,7 +142,7 @@ def factorize(
         raise InputError(f"rtol={rtol}: give a relative cutoff from 0 up to, not including, 1")
     if pixel_noise is not None and not (np.isfinite(pixel_noise) and pixel_noise >= 0):
         raise InputError(f"pixel_noise={pixel_noise}: give a variance of at least 0")
-    with solve_context(dtype):
+    with solve_context(dtype, alone=True):
         s, u = (np.asarray(a) for a in _eigh(np.asarray(second.sxx, dtype)))
     if pixel_noise is None:
         # Moments of float32 images are themselves rounded at about 1e-7 of the largest eigenvalue.
@@ -273,7 +274,7 @@ def _add_precision(
     inverse = jnp.where(values + rho > cutoff, 1.0 / jnp.where(values + rho > cutoff, values + rho, 1.0), 0.0)
     half = jnp.einsum("bij,bir->bjr", vectors, root[index], precision=jax.lax.Precision.HIGHEST)
     half = (jnp.sqrt(inverse)[:, :, None] * half).reshape(-1, root.shape[1])
-    return p + jnp.dot(half.T, half, precision=jax.lax.Precision.HIGHEST)
+    return p + gram(half)
 
 
 @jax.jit
@@ -281,5 +282,4 @@ def _basis(p: jax.Array, s: jax.Array, t0: jax.Array) -> PatchBasis:
     values, vectors = jnp.linalg.eigh(p)
     e, pi = vectors[:, ::-1], values[::-1]
     pi = jnp.maximum(pi, jnp.finfo(pi.dtype).eps * pi[0])
-    high = jax.lax.Precision.HIGHEST
-    return PatchBasis(e, pi, jnp.dot(e.T * s[None, :], e, precision=high), jnp.dot(e.T, t0, precision=high))
+    return PatchBasis(e, pi, gram(jnp.sqrt(s)[:, None] * e), jnp.dot(e.T, t0, precision=jax.lax.Precision.HIGHEST))

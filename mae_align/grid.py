@@ -91,9 +91,7 @@ def _directions(
         return supervised + beta * (b * jnp.dot(reconstruct, b, precision=_HIGHEST)).sum(0)
 
     mu = jax.lax.cond(drowned, rayleigh, lambda: values)
-    spectrum = jnp.where(beta > 0, mu, values)
-    following = jnp.concatenate([spectrum[1:], jnp.zeros_like(spectrum[:1])])
-    gap = (spectrum - following) / jnp.maximum(spectrum, jnp.finfo(spectrum.dtype).tiny)
+    gap = _gap(jnp.where(beta > 0, mu, values))
     return b[:, :max_k], mu[:max_k], gap[:max_k]
 
 
@@ -141,6 +139,33 @@ def solve_features(
     return FeatureSolution(mu, gap, t, jnp.cumsum((s[:, None] * f**2).sum(0))), f
 
 
+def diagonal_solution(s: jax.Array, target: jax.Array, w: jax.Array, beta: jax.Array, *, max_k: int) -> FeatureSolution:
+    """The solution where K = diag(s) and nothing is supervised: the eigenvectors are the axes as they stand.
+
+    Without a mask, with or without isotropic noise, w^2 s falls with s, so the features are the principal components.
+
+    Args:
+        s: [r] descending. target: [r, q] T. w: [r] weights, non-increasing. beta: weight of reconstruction.
+        max_k: number of features.
+
+    Returns:
+        The solution; its features f are the first max_k columns of the identity. Cost r.
+
+    Example:
+        >>> one = jnp.ones(2)
+        >>> diagonal_solution(jnp.array([3.0, 1.0]), one[:, None], one, jnp.asarray(0.25), max_k=1).mu.tolist()
+        [0.75]
+    """
+    values = beta * w**2 * s
+    return FeatureSolution(values[:max_k], _gap(values)[:max_k], target[:max_k], jnp.cumsum(s)[:max_k])
+
+
+def _gap(values: jax.Array) -> jax.Array:
+    """[r] (mu_k - mu_{k+1}) / mu_k of descending values."""
+    following = jnp.concatenate([values[1:], jnp.zeros_like(values[:1])])
+    return (values - following) / jnp.maximum(values, jnp.finfo(values.dtype).tiny)
+
+
 def _features_and_errors(
     e: jax.Array,
     gram: jax.Array,
@@ -155,6 +180,17 @@ def _features_and_errors(
 ) -> tuple[FeatureSolution, jax.Array, jax.Array]:
     solution, f = solve_features(e, gram, target, s, w, alpha, beta, max_k=max_k)
     return solution, *held_out_errors(f, solution.t, held)
+
+
+def _diagonal_curves(*args: jax.Array, max_k: int) -> PointSolution:
+    return PointSolution(*diagonal_solution(*args, max_k=max_k)[:3])
+
+
+def _diagonal_errors(
+    held: HeldOut, s: jax.Array, target: jax.Array, w: jax.Array, beta: jax.Array, *, max_k: int
+) -> tuple[FeatureSolution, jax.Array, jax.Array]:
+    solution = diagonal_solution(s, target, w, beta, max_k=max_k)
+    return solution, *held_out_errors(jnp.eye(len(s), max_k, dtype=s.dtype), solution.t, held)
 
 
 def _only_solution(*args: jax.Array, max_k: int) -> FeatureSolution:
@@ -179,15 +215,20 @@ class PointProgram(NamedTuple):
     """One compiled program of a grid: for a single point (CPU workers) and for a batch of points (accelerators).
 
     Attributes:
-        name: part of a sweep's identity. one: jitted function of a point. many: the same, vmapped over the last
-            three arguments w, alpha, beta. shared: the arguments before those. named: the solution's arrays by name.
+        name: part of a sweep's identity. point: pure function of a point. one: the same, jitted. many: jitted and
+            vmapped over the last three arguments w, alpha, beta. shared: the arguments before those.
+        named: the solution's arrays by name.
+        diagonal: jitted function of (problem's s, T, w, beta), after ``held`` where there is one: the same solution
+        where it needs no eigenvectors.
     """
 
     name: str
+    point: Callable[..., Any]
     one: Callable[..., Any]
     many: Callable[..., Any]
     shared: Callable[[PatchBasis, Factorized, HeldOut | None], tuple[Any, ...]]
     named: Callable[[Any], dict[str, Any]]
+    diagonal: Callable[..., Any]
 
 
 def _spectrum(problem: Factorized) -> jax.Array:
@@ -196,22 +237,28 @@ def _spectrum(problem: Factorized) -> jax.Array:
 
 CURVES = PointProgram(
     "curves",
+    solve_point,
     _one(solve_point),
     _many(solve_point, 2),
     lambda basis, problem, held: (basis.gram, basis.target),
     lambda out: out._asdict(),
+    _one(_diagonal_curves),
 )
 FEATURES = PointProgram(
     "features",
+    _only_solution,
     _one(_only_solution),
     _many(_only_solution, 4),
     lambda basis, problem, held: (basis.e, basis.gram, basis.target, _spectrum(problem)),
     lambda out: out._asdict(),
+    _one(diagonal_solution),
 )
 HELD_OUT = PointProgram(
     "held out",
+    _features_and_errors,
     _one(_features_and_errors),
     _many(_features_and_errors, 5),
     lambda basis, problem, held: (basis.e, basis.gram, basis.target, _spectrum(problem), held),
     lambda out: out[0]._asdict() | {"errors": out[1], "group_errors": out[2]},
+    _one(_diagonal_errors),
 )

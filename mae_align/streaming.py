@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,10 +18,11 @@ from mae_align.array_file import ArrayFile, read_arrays, remove_unfinished, writ
 from mae_align.distributed import gathered, local_mesh, processes
 from mae_align.errors import InputError
 from mae_align.moments import Moments, assemble
+from mae_align.store import fingerprint
 
 _FILE_KIND, _FILE_VERSION = "unfinished moments", 1
 
-RawBatch = np.ndarray | tuple[np.ndarray, np.ndarray | None]
+RawBatch = np.ndarray | tuple[np.ndarray, np.ndarray | None] | tuple[np.ndarray, np.ndarray | None, np.ndarray]
 
 
 @runtime_checkable
@@ -57,8 +57,9 @@ def stream_moments(
 
     **Several processes** (see :func:`mae_align.devices.start_distributed`). Give each a stream of its own samples and
     one mesh over all devices; all get the same moments. The group of a sample depends on its index in the whole data
-    set: sample j of a process's stream has index first_index + j index_step. So process p of m that reads every m-th
-    sample gives ``first_index=p, index_step=m``, and one that reads a contiguous part gives where the part starts.
+    set. Batches of :func:`mae_align.data.pipeline.batches` bring their indices. Without, sample j of a process's stream has index
+    first_index + j index_step: process p of m that reads every m-th sample gives ``first_index=p, index_step=m``, and
+    one that reads a contiguous part gives where the part starts.
 
     **Resume.** With ``checkpoint`` the partial sums are saved every ``checkpoint_every`` seconds and at the end of the
     stream; called again with the same arguments the stream goes on after the last saved batch. An iterator with
@@ -67,8 +68,8 @@ def stream_moments(
     moments are saved.
 
     Args:
-        batches: (images [b, h, w, c], targets) or images alone; b may vary. Targets: [b] class labels, or numbers [b]
-            or [b, q]. Images: as in :meth:`Moments.from_arrays`.
+        batches: images [b, h, w, c], (images, targets) or (images, targets, indices [b]); b may vary. Targets: [b] class
+            labels, numbers [b] or [b, q], or None. Images: as in :meth:`Moments.from_arrays`.
         num_classes: q, for class labels (a stream does not know its largest label beforehand).
         center, groups, preprocessing: as in :meth:`Moments.from_arrays`.
         mesh: devices over which rows are split (:func:`mae_align.devices.data_mesh`); None for one device of this
@@ -98,7 +99,7 @@ def stream_moments(
         raise InputError(f"first_index={first_index}, index_step={index_step}: give at least 0 and at least 1")
     place = _Place(mesh)
     iterator = iter(batches)
-    first = _next(iterator, num_classes)
+    first, index = _next(iterator, num_classes)
     if first is None:
         raise InputError("the stream has no batches: there is nothing to sum")
     settings = {
@@ -108,9 +109,7 @@ def stream_moments(
         "first_index": first_index,
         "index_step": index_step,
         "layout": repr(first.layout),
-        "first batch": hashlib.sha256(
-            first.rows.tobytes() + first.labels.tobytes() + first.numbers.tobytes()
-        ).hexdigest(),
+        "first batch": fingerprint([first.rows, first.labels, first.numbers], {}),
         "devices": place.devices,
         "processes": place.count,
     }
@@ -127,7 +126,7 @@ def stream_moments(
         accumulator.restore(saved.arrays)
         images, number = saved.fields["images"], saved.fields["batches"]
         _go_to(iterator, saved.fields)
-        batch = _next(iterator, num_classes)
+        batch, index = _next(iterator, num_classes)
     bar = tqdm(
         total=total,
         initial=images,
@@ -143,14 +142,15 @@ def stream_moments(
         while batch is not None:
             if batch.layout != first.layout:
                 raise InputError(f"batch {number} has {batch.layout}, the ones before {first.layout}: make them alike")
-            index = first_index + index_step * np.arange(images, images + len(batch.rows))
+            if index is None:
+                index = first_index + index_step * np.arange(images, images + len(batch.rows))
             accumulator.add(batch, index)
             images, number, unsaved = images + len(batch.rows), number + 1, True
             bar.update(len(batch.rows))
             if file is not None and time.monotonic() - last >= checkpoint_every:
                 _write_checkpoint(file, settings, accumulator, iterator, images, number)
                 last, unsaved = time.monotonic(), False
-            batch = _next(iterator, num_classes)
+            batch, index = _next(iterator, num_classes)
     if file is not None and unsaved:
         # In the last step processes wait for each other: what was read is not to be lost with one of them.
         _write_checkpoint(file, settings, accumulator, iterator, images, number)
@@ -167,16 +167,22 @@ class _Place:
         self.index = jax.process_index() if self.count > 1 else 0
 
 
-def _next(iterator: Iterator[RawBatch], num_classes: int | None) -> Batch | None:
-    """The next batch, checked; None at the end."""
+def _next(iterator: Iterator[RawBatch], num_classes: int | None) -> tuple[Batch | None, np.ndarray | None]:
+    """The next batch, checked, and its indices if it brings them; None at the end."""
     raw = next(iterator, None)
     if raw is None:
-        return None
-    images, targets = raw if isinstance(raw, tuple | list) else (raw, None)
+        return None, None
+    images, targets, index = (*raw, None, None)[:3] if isinstance(raw, tuple | list) else (raw, None, None)
     batch = check_batch(images, targets, num_classes if targets is not None else None)
     if batch.layout.kind is TargetKind.classes and num_classes is None:
         raise InputError("a stream does not know its largest class label beforehand: give num_classes")
-    return batch
+    if index is not None:
+        index = np.asarray(index)
+        if index.shape != (len(batch.rows),) or index.dtype.kind not in "iu":
+            raise InputError(
+                f"{len(batch.rows)} images with indices {list(index.shape)} of type {index.dtype}: give one number each"
+            )
+    return batch, index
 
 
 def _agreed_pivots(first: Batch, saved: ArrayFile | None, place: _Place) -> tuple[np.ndarray, np.ndarray]:
@@ -197,9 +203,7 @@ def _go_to(iterator: Iterator[RawBatch], fields: dict[str, Any]) -> None:
         return
     for _ in range(fields["batches"] - 1):
         if next(iterator, None) is None:
-            raise InputError(
-                "the stream ends before the batch of its checkpoint: it is not the same, delete the checkpoint"
-            )
+            raise InputError("the stream ends before the batch of its checkpoint: it is another stream")
 
 
 def _source_state(iterator: Iterator[RawBatch]) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from mae_align.products import gram
+from mae_align.products import add_upper, mirror_upper, upper_blocks
 
 BYTE_PIVOT = 128
 # |x - 128| <= 2^7, so 1,024 products of at most 2^14 stay within the 2^24 integers that float32 holds exactly.
@@ -36,16 +36,18 @@ _AXIS = "data"
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 Pair = tuple[jax.Array, jax.Array]
+# One pair for each row of blocks of a symmetric matrix, from the diagonal to the right edge, as upper_blocks gives them.
+Blocks = tuple[Pair, ...]
 
 
 class ByteSums(NamedTuple):
     """Integer sums of each device, D devices; each is low + 2^16 high.
 
     Attributes:
-        xx: two int32 [D, d, d]. xe: two int32 [D, d, e].
+        xx: for each row of blocks two int32 [D, b, d - i b]. xe: two int32 [D, d, e].
     """
 
-    xx: Pair
+    xx: Blocks
     xe: Pair
 
 
@@ -54,12 +56,12 @@ class FloatSums(NamedTuple):
 
     Attributes:
         count: [D] int32 rows so far. row: two [D, d + e], sum of z = x - pivot and of the indicators.
-        xx: two [D, d, d] about the mean of these rows. xe: two [D, d, e] likewise.
+        xx: for each row of blocks two [D, b, d - i b], about the mean of these rows. xe: two [D, d, e] likewise.
     """
 
     count: jax.Array
     row: Pair
-    xx: Pair
+    xx: Blocks
     xe: Pair
 
 
@@ -86,12 +88,12 @@ def empty(mesh: Mesh, d: int, e: int, dtype: np.dtype) -> Sums:
         dtype: of the rows: uint8, float32 or float64 (float64 inside ``jax.enable_x64``).
 
     Returns:
-        Zeros on every device. Memory: 8 d^2 bytes each (16 d^2 for float64).
+        Zeros on every device. Memory: 5 d^2 bytes each (10 d^2 for float64).
 
     Example:
         >>> from mae_align.devices import data_mesh
-        >>> empty(data_mesh(jax.devices()[:1]), 4, 2, np.dtype(np.uint8)).xx[0].shape
-        (1, 4, 4)
+        >>> empty(data_mesh(jax.devices()[:1]), 4, 2, np.dtype(np.uint8)).xe[0].shape
+        (1, 4, 2)
     """
     devices = mesh.devices.size
     put = functools.partial(jax.device_put, device=sharding(mesh))
@@ -101,9 +103,11 @@ def empty(mesh: Mesh, d: int, e: int, dtype: np.dtype) -> Sums:
         # Two arrays of their own: both are donated.
         return put(zeros), put(zeros.copy())
 
+    blocks = jax.eval_shape(upper_blocks, jax.ShapeDtypeStruct((1, d), np.float32))
+    xx = tuple(pair(*block.shape) for block in blocks)
     if dtype == np.uint8:
-        return ByteSums(pair(d, d), pair(d, e))
-    return FloatSums(put(np.zeros(devices, np.int32)), pair(d + e), pair(d, d), pair(d, e))
+        return ByteSums(xx, pair(d, e))
+    return FloatSums(put(np.zeros(devices, np.int32)), pair(d + e), xx, pair(d, e))
 
 
 def add_rows(mesh: Mesh, dtype: np.dtype) -> Callable[..., tuple[Any, jax.Array]]:
@@ -122,7 +126,7 @@ def add_rows(mesh: Mesh, dtype: np.dtype) -> Callable[..., tuple[Any, jax.Array]
         >>> sums = empty(mesh, 1, 1, np.dtype(np.uint8))
         >>> rows, labels = np.array([[130], [0]], np.uint8), np.array([0, -1], np.int32)
         >>> sums, _ = add_rows(mesh, np.dtype(np.uint8))(sums, rows, labels)
-        >>> sums.xx[0].tolist()
+        >>> sums.xx[0][0].tolist()
         [[[4]]]
     """
     return _add_rows(mesh, dtype == np.uint8)
@@ -138,10 +142,12 @@ def _add_rows(mesh: Mesh, integer: bool) -> Callable[..., tuple[Any, jax.Array]]
 def _add_bytes(sums: ByteSums, rows: jax.Array, labels: jax.Array) -> tuple[ByteSums, jax.Array]:
     valid = (labels >= 0)[:, None]
     z = jnp.where(valid, rows.astype(jnp.float32) - BYTE_PIVOT, 0.0)
-    added = gram(z), _product(z, _indicators(labels, sums.xe[0].shape[-1], z.dtype))
-    xx, xe = (
-        (low + new.astype(jnp.int32)[None], high) for (low, high), new in zip((sums.xx, sums.xe), added, strict=True)
-    )
+
+    def more(pair: Pair, new: jax.Array) -> Pair:
+        return pair[0] + new.astype(jnp.int32)[None], pair[1]
+
+    xx = tuple(more(pair, block) for pair, block in zip(sums.xx, upper_blocks(z), strict=True))
+    xe = more(sums.xe, _product(z, _indicators(labels, sums.xe[0].shape[-1], z.dtype)))
     return ByteSums(xx, xe), labels[:1]
 
 
@@ -162,11 +168,16 @@ def _add_floats(sums: FloatSums, rows: jax.Array, labels: jax.Array, pivot: jax.
     # Nothing to merge with before the first rows, and nothing to merge where a step has none.
     weight = before.astype(dtype) * new.astype(dtype) / (before + new + (before + new == 0)).astype(dtype)
     weighted = weight * delta[:d]
+    xx, start = [], 0
+    for pair, block in zip(old.xx, upper_blocks(z), strict=True):
+        end = start + len(block)
+        xx.append(_plus(pair, block + weighted[start:end, None] * delta[None, start:d]))
+        start = end
     added = FloatSums(
         before + new,
         # m is a power of two in every full step: m * mean is exact.
         _plus(_plus(old.row, m * mean), rest),
-        _plus(old.xx, gram(z) + weighted[:, None] * delta[None, :d]),
+        tuple(xx),
         _plus(old.xe, _product(z, e) + weighted[:, None] * delta[None, d:]),
     )
     return jax.tree.map(lambda part: part[None], added), labels[:1]
@@ -197,8 +208,8 @@ def carried(sums: ByteSums) -> ByteSums:
     Example:
         >>> from mae_align.devices import data_mesh
         >>> sums = empty(data_mesh(jax.devices()[:1]), 1, 1, np.dtype(np.uint8))
-        >>> sums = carried(sums._replace(xx=(sums.xx[0] - 1, sums.xx[1])))
-        >>> [limb.item() for limb in sums.xx]
+        >>> sums = carried(sums._replace(xe=(sums.xe[0] - 1, sums.xe[1])))
+        >>> [limb.item() for limb in sums.xe]
         [65535, -1]
     """
     return _carried(sums)
@@ -210,7 +221,7 @@ def _carried(sums: ByteSums) -> ByteSums:
         low, high = pair
         return low & ((1 << _LIMB_BITS) - 1), high + (low >> _LIMB_BITS)
 
-    return ByteSums(carry(sums.xx), carry(sums.xe))
+    return ByteSums(tuple(carry(pair) for pair in sums.xx), carry(sums.xe))
 
 
 def total(groups: Sequence[Sums], mesh: Mesh) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -222,7 +233,7 @@ def total(groups: Sequence[Sums], mesh: Mesh) -> list[tuple[np.ndarray, np.ndarr
 
     Returns:
         For each group xx [d, d] and xe [d, e]: exact for 8-bit rows; for floats about each device's own mean.
-        Cost: one all-reduce of 8 g d (d + e) bytes, none for a single device.
+        Cost: one all-reduce of about 5 g d^2 bytes, none for a single device.
 
     Example:
         >>> from mae_align.devices import data_mesh
@@ -231,16 +242,26 @@ def total(groups: Sequence[Sums], mesh: Mesh) -> list[tuple[np.ndarray, np.ndarr
         >>> xx.dtype.name, xe.shape
         ('float64', (2, 3))
     """
-    shapes = [pair[0].shape[1:] for pair in (groups[0].xx, groups[0].xe)]
-    parts = [limb for sums in groups for pair in (sums.xx, sums.xe) for limb in pair]
+    parts = [limb for sums in groups for pair in (*sums.xx, sums.xe) for limb in pair]
     if mesh.devices.size > 1:
         flat = np.asarray(reduce_program(mesh)([_spanning(part, mesh) for part in parts]))
         limbs = np.split(flat, np.cumsum([part[0].size for part in parts])[:-1])
     else:
         limbs = [np.asarray(part)[0] for part in parts]
     unit = 2.0**_LIMB_BITS if isinstance(groups[0], ByteSums) else 1.0
-    sums = iter(first + unit * second.astype(np.float64) for first, second in zip(*[iter(limbs)] * 2, strict=True))
-    return [(next(sums).reshape(shapes[0]), next(sums).reshape(shapes[1])) for _ in groups]
+    whole = [
+        (limbs[i] + unit * limbs[i + 1].astype(np.float64)).reshape(parts[i].shape[1:]) for i in range(0, len(limbs), 2)
+    ]
+    each = len(groups[0].xx) + 1
+    d = groups[0].xe[0].shape[1]
+    totals = []
+    for g in range(len(groups)):
+        *blocks, xe = whole[g * each : (g + 1) * each]
+        xx = np.zeros((d, d))
+        add_upper(xx, blocks)
+        mirror_upper(xx)
+        totals.append((xx, xe))
+    return totals
 
 
 def _spanning(part: jax.Array, mesh: Mesh) -> jax.Array:

@@ -254,7 +254,10 @@ def _run(moments: Moments, eval_moments: Moments | None, spec: GridSpec, how: So
     groups = []
     for basis, members in by_basis.items():
         tasks = [Task((f"je-{basis.name}",), partial(_joint_embedding, problem, on_device, max_k))]
-        points = list(members.values())
+        # Without mask or supervision the principal components are the answer, and they are there.
+        known = [p for p in members.values() if basis.patch_size is None and math.isinf(p.lam)]
+        tasks += [Task((p.key,), partial(_solve_diagonal, p, problem, on_device, how.program, max_k)) for p in known]
+        points = [p for p in members.values() if p not in known]
         for chunk in (points[i : i + batch] for i in range(0, len(points), batch)):
             solve = partial(_solve_batch, chunk, problem, on_device, how.program, max_k, batch)
             tasks.append(Task(tuple(p.key for p in chunk), solve))
@@ -297,6 +300,19 @@ def _solve_batch(
     condition = w.max(1) / w.min(1)
     named = program.named(out)
     return [{name: a[i] for name, a in named.items()} | {"condition": condition[i]} for i in range(len(points))]
+
+
+def _solve_diagonal(
+    point: GridPoint, problem: Factorized, held: HeldOut | None, program: PointProgram, max_k: int, basis: PatchBasis
+) -> list[Arrays]:
+    """Solve a point whose eigenvectors are the axes of the basis."""
+    dtype = np.dtype(problem.dtype)
+    with solve_context(dtype):
+        w = mask_weights(np.asarray(basis.pi, np.float64), point.p_eff, point.noise_variance)
+        arguments = (problem.s, basis.target, w.astype(dtype), dtype.type(point.weights(problem)[1]))
+        before = () if held is None else (held,)
+        named = program.named(jax.tree.map(np.asarray, program.diagonal(*before, *arguments, max_k=max_k)))
+    return [named | {"condition": w.max() / w.min()}]
 
 
 def _joint_embedding(problem: Factorized, held: HeldOut | None, max_k: int, basis: PatchBasis) -> list[Arrays]:

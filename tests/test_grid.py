@@ -7,6 +7,7 @@ import oracles
 import pytest
 
 from mae_align import grid
+from mae_align.alignment import HeldOut
 from mae_align.devices import solve_context
 
 R, Q, K = 9, 3, 6
@@ -161,3 +162,31 @@ def test_a_batch_of_points_is_the_loop_over_them(solve):
             np.testing.assert_allclose(batch.mu[i], one.mu, atol=1e-12)
             np.testing.assert_allclose(batch.gap[i], one.gap, atol=1e-10)
             np.testing.assert_allclose(up_to_sign(batch.t[i], one.t), one.t, atol=1e-11)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.7, 50.0])
+@pytest.mark.parametrize("program", [grid.CURVES, grid.FEATURES, grid.HELD_OUT], ids=lambda p: p.name)
+def test_where_nothing_is_masked_or_supervised_the_axes_are_the_solution(program, noise):
+    _, _, target, s, _ = random_problem(11)
+    w = np.ones(R) if noise == 0 else np.sqrt(s / (s + noise))
+    rng = np.random.default_rng(5)
+    root = rng.normal(size=(R, R))
+    held = HeldOut(root @ root.T, rng.normal(size=(R, Q)), np.float64(9.0), *held_groups(root, rng))
+    before = (held,) if program is grid.HELD_OUT else ()
+    shared = {
+        "curves": (np.diag(s), target),
+        "features": (np.eye(R), np.diag(s), target, s),
+        "held out": (np.eye(R), np.diag(s), target, s, held),
+    }[program.name]
+    with solve_context("float64"):
+        known = program.named(jax.tree.map(np.asarray, program.diagonal(*before, s, target, w, 0.25, max_k=K)))
+        solved = program.named(jax.tree.map(np.asarray, program.one(*shared, w, 0.0, 0.25, max_k=K)))
+    assert known.keys() == solved.keys()
+    for name, value in solved.items():
+        found = up_to_sign(known[name], value) if name == "t" else known[name]
+        np.testing.assert_allclose(found, value, rtol=1e-5 if name == "group_errors" else 1e-9, atol=1e-12)
+
+
+def held_groups(root: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    parts = np.stack([0.3 * root @ root.T, 0.7 * root @ root.T]).astype(np.float32)
+    return parts, rng.normal(size=(2, R, Q)), np.array([4.0, 5.0])

@@ -8,7 +8,7 @@ import sys
 import mae_align as ma
 
 # What `import mae_align` need not pay for: figures, other loaders, training.
-HEAVY = ["matplotlib", "sklearn", "PIL", "optax", "flax", "orbax", "grain", "tensorflow"]
+HEAVY = ["matplotlib", "sklearn", "PIL", "optax", "flax", "orbax", "grain", "tensorflow", "tensorflow_datasets"]
 
 PROBE = """
 import json, sys

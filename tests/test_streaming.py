@@ -13,6 +13,8 @@ import pytest
 
 import mae_align as ma
 from mae_align import devices
+from mae_align.data import ArraySource
+from mae_align.data.pipeline import batches
 from mae_align.devices import compile_counter, data_mesh
 from mae_align.errors import InputError
 from mae_align.factorize import factorize
@@ -87,15 +89,18 @@ def test_float_streams_agree_in_the_frobenius_norm(dtype, offset, targets):
     sxx, sxy = two_pass(images, np.eye(Q)[y] if targets == "classes" else y)
     tolerance = 1e-6 if dtype == np.float32 else 1e-12
     assert np.linalg.norm(ours.sxx - sxx) <= tolerance * np.linalg.norm(sxx)
-    assert np.linalg.norm(ours.sxy - sxy) <= tolerance * np.linalg.norm(sxy)
-    np.testing.assert_allclose(ours.mean_x, images.reshape(-1, D).mean(0, dtype=np.longdouble), rtol=1e-9)
+    # Of unrelated labels the cross moments are next to nothing: their scale is that of x times that of y.
+    scale = np.sqrt(np.linalg.norm(sxx) * np.linalg.norm(ours.syy))
+    assert np.linalg.norm(ours.sxy - sxy) <= tolerance * scale
+    error = ours.mean_x - images.reshape(-1, D).mean(0, dtype=np.longdouble)
+    assert (np.abs(error) <= 0.1 * tolerance * x.std(0)).all()
     whole = Moments.from_arrays(images, y, groups=2)
     np.testing.assert_array_equal(ours.counts, whole.counts)
     for mine, theirs in zip(
         ours.groups_about(whole.mean_x, whole.mean_y), whole.groups_about(whole.mean_x, whole.mean_y), strict=True
     ):
         assert np.linalg.norm(mine.sxx - theirs.sxx) <= tolerance * np.linalg.norm(theirs.sxx)
-        assert np.linalg.norm(mine.sxy - theirs.sxy) <= tolerance * np.linalg.norm(theirs.sxy)
+        assert np.linalg.norm(mine.sxy - theirs.sxy) <= tolerance * scale
 
 
 @pytest.mark.parametrize(("processes", "interleaved"), [(2, True), (3, True), (2, False)])
@@ -135,6 +140,21 @@ def test_other_batch_sizes_compile_nothing_new():
         for size in (1000, 77, N):
             stream_moments(cut(images, labels, size), num_classes=Q, mesh=mesh)
     assert compiled.names == []
+
+
+def test_batches_of_a_pipeline_bring_their_indices():
+    """Shuffled, in two shares: the groups are those of the data in order."""
+    images, labels = bytes_and_labels(300)
+    whole = Moments.from_arrays(images, labels, groups=4)
+    source = ArraySource(images, labels, tuple("abcd"), "bytes")
+    shares = [
+        stream_moments(
+            batches(source, batch_size=32, process_index=p, process_count=2, seed=5), num_classes=Q, groups=4
+        )
+        for p in (0, 1)
+    ]
+    assert_same_state(shares[0].merge(shares[1]), whole)
+    assert_same_state(stream_moments([(images, labels, np.arange(300))], num_classes=Q, groups=4, first_index=9), whole)
 
 
 # Targets
@@ -307,6 +327,7 @@ def bad_streams(x: np.ndarray, y: np.ndarray) -> dict[str, tuple[Iterator[Any], 
         "NaN": (cut(nan, None, 10), {}, "NaN"),
         "rank": (iter([x[0]]), {}, "images have shape"),
         "lengths": (iter([(x, y[:-1])]), {"num_classes": Q}, "40 images but 39 targets"),
+        "indices": (iter([(x, y, np.arange(39))]), {"num_classes": Q}, r"40 images with indices \[39\]"),
         "groups": (cut(x, None, 10), {"groups": 0}, "groups=0"),
         "step": (cut(x, None, 10), {"index_step": 0}, "index_step=0"),
         "seconds": (cut(x, None, 10), {"checkpoint_every": -1.0}, "checkpoint_every=-1.0"),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mae_align.data.dataset import ImageDataset
+from mae_align.data import source
+from mae_align.data.dataset import ImageDataset, ImageShape
+from mae_align.data.pictures import is_deep, with_channels
 from mae_align.data.resize import resize_picture
+from mae_align.data.source import ImageSource, Splits, in_memory
 from mae_align.data.split import stratified_split
 from mae_align.errors import InputError
 
@@ -19,12 +23,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = tuple(".bmp .gif .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split())
-PROGRESS_FROM = 2000  # files; fewer are read in a second or two
 
 _GREY_MODES = frozenset({"1", "L"})
-_DEEP_MODES = ("I", "F")  # 16- and 32-bit pixels; Pillow would clip them at 255
 _HELD_OUT_NAMES = ("test", "val", "validation")
-_BATCH = 256  # files handed to the pool at once, so that an interrupt waits for no more than these
 
 
 class _Files(NamedTuple):
@@ -34,8 +35,8 @@ class _Files(NamedTuple):
     labels: np.ndarray
 
 
-def load_folder(root: Path, image_size: int | None, seed: int, test_fraction: float) -> ImageDataset:
-    """The data set of a folder with one sub-folder per class.
+def open_folder(root: Path, image_size: int | None, seed: int, test_fraction: float) -> Splits:
+    """The images of a folder with one sub-folder per class, decoded when they are read.
 
     Either ``root/CLASS/...`` (split at random within each class), or ``root/train/CLASS/...`` with
     ``root/test/CLASS/...`` (``val`` or ``validation`` where there is no ``test``). Classes are the
@@ -53,7 +54,7 @@ def load_folder(root: Path, image_size: int | None, seed: int, test_fraction: fl
         test_fraction: share of the test images, where there is no test folder.
 
     Returns:
-        The data set, images [n, h, w, c] uint8, c = 1 or 3. All images are held in memory.
+        Sources of images [h, w, c] uint8, c = 1 or 3. Every file's header has been read.
 
     Raises:
         InputError: missing or empty folders, fewer than two classes, classes that differ between
@@ -67,8 +68,9 @@ def load_folder(root: Path, image_size: int | None, seed: int, test_fraction: fl
         ...         path = Path(folder) / "pets" / file
         ...         path.parent.mkdir(parents=True, exist_ok=True)
         ...         Image.new("RGB", (6, 4)).save(path)
-        ...     load_folder(Path(folder) / "pets", None, seed=0, test_fraction=0.5)
-        ImageDataset('pets', train 2, test 2, image 4x6x3 uint8, 2 classes)
+        ...     splits = open_folder(Path(folder) / "pets", None, seed=0, test_fraction=0.5)
+        ...     len(splits.train), splits.train.image_shape
+        (2, (4, 6, 3))
     """
     if not root.is_dir():
         raise InputError(f"no folder {root}: give a folder with one sub-folder per class, folder:DIR")
@@ -83,9 +85,76 @@ def load_folder(root: Path, image_size: int | None, seed: int, test_fraction: fl
     else:
         _check_same_classes(classes, train_root, test_root)
         test = _list_files(test_root, classes)
-    images = _read_images([*train.paths, *test.paths], image_size, name)
-    n = len(train.paths)
-    return ImageDataset(images[:n], train.labels, images[n:], test.labels, tuple(classes), name)
+    shape = _common_shape([*train.paths, *test.paths], image_size, name)
+    pixels = np.dtype(np.uint8)
+    return Splits(*(FolderSource(files, shape, image_size, tuple(classes), name, pixels) for files in (train, test)))
+
+
+def load_folder(root: Path, image_size: int | None, seed: int, test_fraction: float) -> ImageDataset:
+    """The data set of :func:`open_folder` in memory.
+
+    Args:
+        root: the folder.
+        image_size: side in pixels, or None to keep the images as they are.
+        seed: of the split, where there is no test folder.
+        test_fraction: share of the test images, where there is no test folder.
+
+    Returns:
+        The data set, images [n, h, w, c] uint8, c = 1 or 3.
+
+    Raises:
+        InputError: as :func:`open_folder`, or an image that cannot be decoded.
+
+    Example:
+        >>> load_folder(Path("nowhere"), None, seed=0, test_fraction=0.2)
+        Traceback (most recent call last):
+        ...
+        mae_align.errors.InputError: no folder nowhere: give a folder with one sub-folder per class, folder:DIR
+    """
+    return in_memory(open_folder(root, image_size, seed, test_fraction))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FolderSource(ImageSource):
+    """Image files as a source; made by :func:`open_folder`.
+
+    Attributes:
+        files: their paths and labels.
+        image_shape: height, width and channels that the pictures are brought to.
+        image_size: side to resize to, or None where all have this shape already.
+        class_names: one name per class.
+        name: short name.
+        pixel_dtype: uint8.
+    """
+
+    files: _Files
+    image_shape: ImageShape
+    image_size: int | None
+    class_names: tuple[str, ...]
+    name: str
+    pixel_dtype: np.dtype
+
+    def __len__(self) -> int:
+        return len(self.files.paths)
+
+    def read(self, i: int) -> tuple[np.ndarray, int]:
+        """Decode one file."""
+        image = _read_image(self.files.paths[i], self.image_shape[2], self.image_size)
+        if image.shape != self.image_shape:
+            raise InputError(f"{self.files.paths[i]} changed its size while it was in use: start again")
+        return image, int(self.files.labels[i])
+
+    def labels(self) -> np.ndarray:
+        """All labels."""
+        return self.files.labels
+
+    def fingerprint(self) -> str:
+        """SHA-256 of paths, sizes and times of change."""
+        digest = hashlib.sha256()
+        for path in self.files.paths:
+            stat = path.stat()
+            digest.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
 
 
 def _sub_folders(folder: Path) -> list[str]:
@@ -154,13 +223,12 @@ def _list_files(folder: Path, classes: Sequence[str]) -> _Files:
     return _Files(paths, np.array(labels, np.int64))
 
 
-def _read_images(paths: Sequence[Path], image_size: int | None, name: str) -> np.ndarray:
-    """Images [n, h, w, c] uint8; headers first, so that mixed sizes show before long reading."""
+def _common_shape(paths: Sequence[Path], image_size: int | None, name: str) -> ImageShape:
+    """Height, width and channels of all images, from their headers, so that mixed sizes show before long reading."""
     from tqdm.auto import tqdm
 
-    quiet = len(paths) <= PROGRESS_FROM
     grey, first_size = True, None
-    for path in tqdm(paths, desc=f"{name}: headers", unit="file", disable=quiet):
+    for path in tqdm(paths, desc=f"{name}: headers", unit="file", disable=len(paths) <= source.PROGRESS_FROM):
         mode, size = _header(path)
         grey = grey and mode in _GREY_MODES
         first_size = size if first_size is None else first_size
@@ -171,19 +239,7 @@ def _read_images(paths: Sequence[Path], image_size: int | None, name: str) -> np
             )
     assert first_size is not None  # _list_files finds at least one file per class
     width, height = first_size if image_size is None else (image_size, image_size)
-    images = np.empty((len(paths), height, width, 1 if grey else 3), np.uint8)
-
-    def read(i: int) -> None:
-        images[i] = _read_image(paths[i], grey, image_size)
-
-    bar = tqdm(total=len(paths), desc=f"{name}: images", unit="file", disable=quiet)
-    # Decoding releases the interpreter lock, so threads use all cores.
-    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(paths), _BATCH):
-            batch = range(start, min(start + _BATCH, len(paths)))
-            for _ in pool.map(read, batch):
-                bar.update()
-    return images
+    return height, width, 1 if grey else 3
 
 
 def _open(path: Path) -> Image.Image:
@@ -199,7 +255,7 @@ def _open(path: Path) -> Image.Image:
 def _header(path: Path) -> tuple[str, tuple[int, int]]:
     """Mode and (width, height) of an image file."""
     with _open(path) as picture:
-        if picture.mode.startswith(_DEEP_MODES):
+        if is_deep(picture):
             raise InputError(
                 f"{path} has more than 8 bits per channel (mode {picture.mode}): convert it to 8 "
                 "bits, or load the arrays as npz:FILE"
@@ -207,20 +263,17 @@ def _header(path: Path) -> tuple[str, tuple[int, int]]:
         return picture.mode, picture.size
 
 
-def _read_image(path: Path, grey: bool, image_size: int | None) -> np.ndarray:
+def _read_image(path: Path, channels: int, image_size: int | None) -> np.ndarray:
     """One image, uint8 [h, w, 1] or [h, w, 3]."""
     with _open(path) as picture:
         try:
-            # By way of RGBA, for a palette with transparency warns when it goes to RGB directly.
-            has_palette = picture.mode == "P"
-            pixels = picture.convert("RGBA") if has_palette else picture
-            pixels = pixels.convert("L" if grey else "RGB")
+            pixels = with_channels(picture, channels)
         except Exception as error:
             raise _unreadable(path, error) from None
     if image_size is not None:
         pixels = resize_picture(pixels, image_size)
     array = np.asarray(pixels)
-    return array[..., None] if grey else array
+    return array[..., None] if channels == 1 else array
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:

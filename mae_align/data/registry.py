@@ -11,10 +11,12 @@ from types import MappingProxyType
 
 from mae_align.data.dataset import ImageDataset
 from mae_align.data.digits import load_digits
-from mae_align.data.folder import load_folder
+from mae_align.data.folder import load_folder, open_folder
 from mae_align.data.idx import load_idx
 from mae_align.data.npz import load_npz
 from mae_align.data.resize import check_image_size, resize_dataset
+from mae_align.data.source import ImageSource, Splits, dataset_splits, in_memory
+from mae_align.data.tfds_source import METADATA, open_prepared, open_tfds
 from mae_align.errors import InputError
 
 
@@ -39,11 +41,13 @@ class Source:
 
     Attributes:
         usage: how the name is written: ``scheme`` or ``scheme:ARGUMENT``.
-        load: from the argument ("" without one) and the options to the data set.
+        load: from the argument ("" without one) and the options to the data set in memory.
+        open: the same to sources that read each image when it is asked for; None: the arrays of ``load``.
     """
 
     usage: str
     load: Callable[[str, LoadOptions], ImageDataset]
+    open: Callable[[str, LoadOptions], Splits] | None = None
 
 
 def _path(argument: str) -> Path:
@@ -66,13 +70,35 @@ def _folder(argument: str, options: LoadOptions) -> ImageDataset:
     return load_folder(_path(argument), options.image_size, options.seed, options.test_fraction)
 
 
+def _open_folder(argument: str, options: LoadOptions) -> Splits:
+    return open_folder(_path(argument), options.image_size, options.seed, options.test_fraction)
+
+
+def _open_tfds(argument: str, options: LoadOptions) -> Splits:
+    return open_tfds(argument, options.image_size, options.seed, options.test_fraction)
+
+
+def _open_prepared(argument: str, options: LoadOptions) -> Splits:
+    return open_prepared(_path(argument), options.image_size, options.seed, options.test_fraction)
+
+
+def _tfds(argument: str, options: LoadOptions) -> ImageDataset:
+    return in_memory(_open_tfds(argument, options))
+
+
+def _prepared(argument: str, options: LoadOptions) -> ImageDataset:
+    return in_memory(_open_prepared(argument, options))
+
+
 # A new source is one loader and one line here.
 SOURCES: Mapping[str, Source] = MappingProxyType(
     {
         "digits": Source("digits", _digits),
         "idx": Source("idx:DIR", _idx),
         "npz": Source("npz:FILE", _npz),
-        "folder": Source("folder:DIR", _folder),
+        "folder": Source("folder:DIR", _folder, _open_folder),
+        "tfds": Source("tfds:NAME[/CONFIG]", _tfds, _open_tfds),
+        "prepared": Source("prepared:DIR", _prepared, _open_prepared),
     }
 )
 
@@ -82,12 +108,14 @@ def load_dataset(
 ) -> ImageDataset:
     """Load a labelled image set by name.
 
-    ============== ===========================================================================
-    ``digits``      the 1,797 digits of 8 x 8 pixels that scikit-learn bundles
-    ``idx:DIR``     MNIST-style IDX files, plain or gzipped
-    ``npz:FILE``    arrays x_train, y_train, x_test, y_test, and class_names if there are any
-    ``folder:DIR``  one sub-folder of image files per class, with train/ and test/ if there are any
-    ============== ===========================================================================
+    ====================== ===========================================================================
+    ``digits``             the 1,797 digits of 8 x 8 pixels that scikit-learn bundles
+    ``idx:DIR``            MNIST-style IDX files, plain or gzipped
+    ``npz:FILE``           arrays x_train, y_train, x_test, y_test, and class_names if there are any
+    ``folder:DIR``         one sub-folder of image files per class, with train/ and test/ if there are any
+    ``tfds:NAME[/CONFIG]`` a set that TensorFlow Datasets has prepared as ArrayRecord; no TensorFlow needed
+    ``prepared:DIR``       the folder of such a set, as ``experiments.prepare_data`` writes it
+    ====================== ===========================================================================
 
     Args:
         name: one of the above; ``~`` stands for the home folder.
@@ -106,19 +134,83 @@ def load_dataset(
         >>> load_dataset("digits")
         ImageDataset('digits', train 1438, test 359, image 8x8x1 uint8, 10 classes)
     """
+    source, argument = _find(name, image_size)
+    dataset = source.load(argument, LoadOptions(image_size, seed, test_fraction))
+    return dataset if image_size is None else resize_dataset(dataset, image_size)
+
+
+def open_splits(name: str, *, image_size: int | None = None, seed: int = 0, test_fraction: float = 0.2) -> Splits:
+    """Open a labelled image set for reading by position, without loading it into memory.
+
+    ``folder:``, ``tfds:`` and ``prepared:`` decode each image when it is asked for; the other kinds are in memory
+    anyway. The images and their order are those of :func:`load_dataset` with the same arguments.
+
+    Args:
+        name: as of :func:`load_dataset`.
+        image_size: side in pixels to resize to, or None.
+        seed: of the split, for sources without a test set of their own.
+        test_fraction: share of the test images in that split, inside (0, 1).
+
+    Returns:
+        Training and test images, both :class:`mae_align.data.ImageSource`.
+
+    Raises:
+        InputError: as :func:`load_dataset`; images that cannot be decoded show when they are read.
+
+    Example:
+        >>> splits = open_splits("digits")
+        >>> len(splits.train), len(splits.test)
+        (1438, 359)
+    """
+    source, argument = _find(name, image_size)
+    if source.open is not None:
+        return source.open(argument, LoadOptions(image_size, seed, test_fraction))
+    return dataset_splits(load_dataset(name, image_size=image_size, seed=seed, test_fraction=test_fraction))
+
+
+def open_source(
+    name: str, split: str, *, image_size: int | None = None, seed: int = 0, test_fraction: float = 0.2
+) -> ImageSource:
+    """One part of :func:`open_splits`.
+
+    Args:
+        name: as of :func:`load_dataset`.
+        split: "train" or "test".
+        image_size: side in pixels to resize to, or None.
+        seed: of the split, for sources without a test set of their own.
+        test_fraction: share of the test images in that split, inside (0, 1).
+
+    Returns:
+        ``len(source)`` images: ``source[i]`` is (image [h, w, c], label), ``source.take(index)`` many at once;
+        ``image_shape``, ``pixel_dtype``, ``num_classes``, ``class_names``, ``name``, ``labels()``.
+
+    Raises:
+        InputError: another split, or as :func:`open_splits`.
+
+    Example:
+        >>> image, label = open_source("digits", "test", image_size=4)[0]
+        >>> image.shape
+        (4, 4, 1)
+    """
+    if split not in Splits._fields:
+        raise InputError(f"split {split!r}: give {' or '.join(Splits._fields)}")
+    return getattr(open_splits(name, image_size=image_size, seed=seed, test_fraction=test_fraction), split)
+
+
+def _find(name: str, image_size: int | None) -> tuple[Source, str]:
+    """The kind of data set and the argument that a name asks for."""
     scheme, colon, argument = name.partition(":")
     source = SOURCES.get(scheme)
     if source is None:
         known = ", ".join(entry.usage for entry in SOURCES.values())
         raise InputError(f"unknown data set {name!r}{_hint(name)}; give one of: {known}")
     if ":" in source.usage and not argument:
-        raise InputError(f"data set {name!r} lacks its path: write {source.usage}")
+        raise InputError(f"data set {name!r} lacks its {'name' if scheme == 'tfds' else 'path'}: write {source.usage}")
     if ":" not in source.usage and colon:
         raise InputError(f"data set {name!r}: {scheme} takes no argument, write {source.usage}")
     if image_size is not None:
         check_image_size(image_size)
-    dataset = source.load(argument, LoadOptions(image_size, seed, test_fraction))
-    return dataset if image_size is None else resize_dataset(dataset, image_size)
+    return source, argument
 
 
 def _hint(name: str) -> str:
@@ -131,8 +223,11 @@ def _hint(name: str) -> str:
     elif name.endswith(".npz"):
         meant = f"npz:{name}"
     elif name and _path(name).is_dir():
-        is_idx = any(_path(name).glob("*train-images*idx3*"))
-        meant = f"{'idx' if is_idx else 'folder'}:{name}"
+        if (_path(name) / METADATA).is_file():
+            kind = "prepared"
+        else:
+            kind = "idx" if any(_path(name).glob("*train-images*idx3*")) else "folder"
+        meant = f"{kind}:{name}"
     else:
         return ""
     return f", did you mean {meant!r}?"

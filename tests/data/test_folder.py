@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_align.data import folder
+from mae_align.data import source
 from mae_align.data.dataset import ImageDataset
 from mae_align.data.folder import load_folder
 from mae_align.errors import InputError
@@ -218,14 +218,14 @@ def test_progress_bar_for_many_files_alone(tmp_path, monkeypatch, capfd):
     write_classes(tmp_path / "pets", each=5)
     load(tmp_path / "pets")
     assert capfd.readouterr().err == ""
-    monkeypatch.setattr(folder, "PROGRESS_FROM", 9)
+    monkeypatch.setattr(source, "PROGRESS_FROM", 9)
     load(tmp_path / "pets")
     shown = capfd.readouterr().err
     assert "pets: images" in shown and "10/10" in shown
 
 
 def test_many_batches_keep_their_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "_BATCH", 3)
+    monkeypatch.setattr(source, "BATCH", 3)
     write_classes(tmp_path / "train", each=7)
     shutil.copytree(tmp_path / "train", tmp_path / "test")
     expected = [pixels(100 * k + i) for k in range(2) for i in range(7)]

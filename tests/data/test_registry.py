@@ -56,7 +56,10 @@ def test_folder_gets_all_options(tmp_path):
         ("nzp:/a/b.npz", "did you mean 'npz:/a/b.npz'"),
         ("folders:/a", "did you mean 'folder:/a'"),
         ("/a/b.npz", "did you mean 'npz:/a/b.npz'"),
-        ("tfds:mnist", "unknown data set 'tfds:mnist'; give one of"),
+        ("tensorflow:mnist", "unknown data set 'tensorflow:mnist'; give one of"),
+        ("tdfs:mnist", "did you mean 'tfds:mnist'"),
+        ("tfds:", r"'tfds:' lacks its name: write tfds:NAME\[/CONFIG\]"),
+        ("prepared", "'prepared' lacks its path: write prepared:DIR"),
         ("", "unknown data set ''; give one of"),
         ("imagenet", "unknown data set 'imagenet'; give one of"),
         ("npz", "'npz' lacks its path: write npz:FILE"),
@@ -73,7 +76,9 @@ def test_unknown_names_are_helped(name, message):
 
 
 def test_unknown_name_lists_all_schemes():
-    with pytest.raises(InputError, match=r"one of: digits, idx:DIR, npz:FILE, folder:DIR$"):
+    with pytest.raises(
+        InputError, match=r"one of: digits, idx:DIR, npz:FILE, folder:DIR, tfds:NAME\[/CONFIG\], prepared:DIR$"
+    ):
         load_dataset("imagenet")
 
 

@@ -41,7 +41,7 @@ def test_the_files_are_the_moments_of_the_parts(files):
         for a, b in zip(ours.state, ma.Moments.from_arrays(images, labels, groups=groups).state, strict=True):
             np.testing.assert_array_equal(a, b)
     parts = [ma.Moments.load(files[name]) for name in ("fit", "validation")]
-    assert [m.count for m in parts] == [1150, 288]
+    assert [m.count for m in parts] == [1151, 287]
     np.testing.assert_array_equal(parts[0].merge(parts[1]).sxx, train.sxx)
 
 
@@ -126,6 +126,6 @@ def test_a_file_that_exists_is_not_overwritten(files, capsys):
 def test_more_processes_than_images_are_refused():
     config = stream_moments.Config(split=stream_moments.Split.test)
     with pytest.raises(ma.InputError, match="359 images for 400 processes"):
-        stream_moments.make_source(config, 0, 400)
-    sources = [stream_moments.make_source(config, p, 2) for p in (0, 1)]
-    assert [source.count for source in sources] == [180, 179]
+        stream_moments.make_share(config, 0, 400)
+    shares = [stream_moments.make_share(config, p, 2) for p in (0, 1)]
+    assert [share.count for share in shares] == [179, 180]

@@ -1,0 +1,165 @@
+"""A grid's points over all devices of a mesh, in one process or several.
+
+Every device solves its own points, one after another, with a copy of the basis they share: the compiled program has no
+collective (``jit`` of ``lax.map`` over a sharded axis would gather the axis first and solve every point on every
+device). What the devices found is gathered afterwards, and with several processes only the first reads and writes
+files.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from mae_align.devices import solve_dtype
+from mae_align.errors import InputError
+from mae_align.grid import PointProgram
+from mae_align.store import PointStore
+
+# Backends whose arithmetic stops at float32.
+_WITHOUT_FLOAT64 = ("tpu",)
+
+
+def grid_mesh(devices: list[jax.Device] | None = None) -> Mesh:  # pyright: ignore[reportInvalidTypeForm]
+    """A mesh of one axis, ``grid``, for the points of a sweep.
+
+    Args:
+        devices: default all devices of all processes.
+
+    Returns:
+        The mesh, its axis in Auto mode.
+
+    Example:
+        >>> grid_mesh(jax.devices()[:2]).shape["grid"] <= 2
+        True
+    """
+    found = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(found),), ("grid",), devices=found, axis_types=(AxisType.Auto,))
+
+
+def check_mesh(mesh: Mesh, dtype: str) -> None:
+    """Refuse a mesh whose devices cannot solve in this precision.
+
+    Args:
+        mesh: any mesh; its axes are taken together. dtype: of the solves.
+
+    Raises:
+        InputError: float64 solves on devices without float64.
+
+    Example:
+        >>> check_mesh(grid_mesh(), "float64")  # CPUs and GPUs have it
+    """
+    platform = mesh.devices.flat[0].platform
+    if solve_dtype(dtype) == np.float64 and platform in _WITHOUT_FLOAT64:
+        raise InputError(
+            f"a mesh of {platform} devices has no float64: ask for dtype='float32', or leave the mesh out to solve on "
+            "the host"
+        )
+
+
+@functools.cache
+def over_mesh(program: PointProgram, mesh: Mesh, num_shared: int) -> Callable[..., Any]:
+    """The program of a point, mapped over points that are spread over a mesh.
+
+    Args:
+        program: of a point. mesh: its axes are taken together. num_shared: arguments that every point shares.
+
+    Returns:
+        Jitted function of (shared arguments..., w [n, r], alpha [n], beta [n], max_k=...), n a multiple of the number
+        of devices; the results lie where they were computed. No collective.
+    """
+    points = jax.P(mesh.axis_names)
+
+    @functools.partial(jax.jit, static_argnames="max_k")
+    def call(*args: Any, max_k: int) -> Any:
+        def local(shared: Any, mapped: Any) -> Any:
+            return jax.lax.map(lambda point: program.point(*shared, *point, max_k=max_k), mapped)
+
+        spread = jax.shard_map(local, mesh=mesh, in_specs=(jax.P(), points), out_specs=points)
+        return spread(args[:num_shared], args[num_shared:])
+
+    return call
+
+
+def solve_over_mesh(
+    program: PointProgram, mesh: Mesh, shared: tuple[Any, ...], mapped: tuple[np.ndarray, ...], max_k: int
+) -> Any:
+    """Solve points on every device of a mesh and gather the results on every process.
+
+    Args:
+        program: of a point. mesh: of devices, also of several processes that all call this in step.
+        shared: pytrees of arrays, the same on every process. mapped: arrays [n, ...]; filled up to a multiple of the
+            number of devices with the last point.
+        max_k: number of features.
+
+    Returns:
+        Pytree of NumPy arrays [n, ...].
+    """
+    n, size = len(mapped[0]), mesh.devices.size
+    fill = np.minimum(np.arange(-(-n // size) * size), n - 1)
+    out = over_mesh(program, mesh, len(shared))(
+        *replicated(shared, mesh), *(_placed(a[fill], mesh, jax.P(mesh.axis_names)) for a in mapped), max_k=max_k
+    )
+    if jax.process_count() > 1:
+        out = multihost_utils.process_allgather(out, tiled=True)
+    return jax.tree.map(lambda a: np.asarray(a)[:n], out)
+
+
+def replicated(tree: Any, mesh: Mesh) -> Any:
+    """The same arrays on every device of a mesh.
+
+    Args:
+        tree: pytree of arrays, the same on every process. mesh: of devices.
+
+    Returns:
+        Pytree of global arrays; what lies on the mesh already is not copied.
+    """
+    return jax.tree.map(lambda a: _placed(a, mesh, jax.P()), tree)
+
+
+def _placed(array: Any, mesh: Mesh, spec: jax.P) -> jax.Array:
+    sharding = NamedSharding(mesh, spec)
+    if isinstance(array, jax.Array) and array.sharding == sharding:
+        return array
+    host = np.asarray(array)
+    # Not device_put: between processes it would compare the arrays, with a collective.
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+class SharedStore(PointStore):
+    """Finished points that the first of several processes reads and writes for all of them.
+
+    Every process asks for the same points in the same order.
+
+    Args:
+        store: of the first process; the others have none.
+    """
+
+    def __init__(self, store: PointStore | None) -> None:
+        self._store = store
+
+    def load(self, key: str) -> dict[str, np.ndarray] | None:
+        """The arrays of a finished point on every process, or None on every process."""
+        found = self._store.load(key) if self._store is not None else None
+        file = io.BytesIO()
+        if found is not None:
+            np.savez(file, allow_pickle=False, **found)
+        size = int(multihost_utils.broadcast_one_to_all(np.int32(file.tell())))
+        if size == 0:
+            return None
+        sent = np.zeros(size, np.uint8) if found is None else np.frombuffer(file.getvalue(), np.uint8)
+        received = np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8)
+        with np.load(io.BytesIO(received.tobytes()), allow_pickle=False) as data:
+            return {name: data[name] for name in data.files}
+
+    def save(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write the arrays of a finished point, once."""
+        if self._store is not None:
+            self._store.save(key, arrays)
