@@ -52,8 +52,8 @@ class MomentFiles:
         test = None if self.test is None else ma.Moments.load(self.test)
         if test is not None and (len(test.counts) < 2 or not test.counts.all()):
             raise ma.InputError(
-                f"{self.test} has groups of {test.counts.tolist()} images: standard errors need at least 2 groups, none "
-                "empty; make it again with other --groups"
+                f"{self.test} has groups of {test.counts.tolist()} images: standard errors need at least 2 groups, "
+                "none empty; make it again with other --groups"
             )
         name = Path(self.train).name
         if self.validation is None:
@@ -85,7 +85,8 @@ class DataChoices:
             tests = len(data.test_images)
             if not 2 <= self.groups <= tests or len(set(group_of(np.arange(tests), self.groups))) < self.groups:
                 raise ma.InputError(
-                    f"--groups {self.groups}: with {tests} test images give fewer groups (at least 2), none may be empty"
+                    f"--groups {self.groups}: with {tests} test images give fewer groups (at least 2), "
+                    "none may be empty"
                 )
 
     def moments(self, data: ma.ImageDataset) -> Inputs:

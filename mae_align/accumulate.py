@@ -278,8 +278,9 @@ class Accumulator:
             sent = jax.device_put((rows.rows[:size], rows.labels[:size]), self._sharding)
             self._sums[g], ticket = self._step(self._sums[g], *sent, *self._constants)
             self._steps[g] += 1
-            if isinstance(self._sums[g], sums.ByteSums) and self._steps[g] % sums.CARRY_EVERY == 0:
-                self._sums[g] = sums.carried(self._sums[g])
+            state = self._sums[g]
+            if isinstance(state, sums.ByteSums) and self._steps[g] % sums.CARRY_EVERY == 0:
+                self._sums[g] = sums.carried(state)
         self._tickets.append(ticket)
         self._add_on_host(g, rows)
 
@@ -312,7 +313,7 @@ class Accumulator:
             self._sums = []
             totals = sums.total(parts, self._mesh)
         every = gathered([*self._host.values(), count, row], self._mesh)
-        host = {name: sum(found[i] for found in every) for i, name in enumerate(self._host)}
+        host = {name: np.sum([found[i] for found in every], axis=0) for i, name in enumerate(self._host)}
         xx, xe = (np.stack(a) for a in zip(*totals, strict=True))
         if layout.integer:
             sum_x = xe.sum(2)
@@ -328,9 +329,8 @@ class Accumulator:
         if layout.kind is TargetKind.classes:
             host |= {"sum_xy": xe, "sum_y": host["classes"].astype(np.float64)}
             host["sum_yy"] = host["sum_y"][:, :, None] * np.eye(layout.q)
-        names = ("sum_y", "sum_xy", "sum_yy")
-        y, xy, yy = (np.asarray(host[name]) for name in names)
-        return RawSums(self.pivot_x, self.pivot_y, np.asarray(host["counts"]), sum_x, y, xx, xy, yy)
+        y, xy, yy = host["sum_y"], host["sum_xy"], host["sum_yy"]
+        return RawSums(self.pivot_x, self.pivot_y, host["counts"], sum_x, y, xx, xy, yy)
 
     def state(self) -> dict[str, np.ndarray]:
         """All that has been added so far, for :meth:`restore` of an accumulator made with the same arguments.

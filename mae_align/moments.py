@@ -5,9 +5,9 @@ the number of samples. With rows as samples, ``x`` a flattened image (h, w, c or
 
     Sxx = cov(x) [d, d]    Sxy = cov(x, y) [d, q]    Syy = cov(y) [q, q]
 
-Sums are kept about a fixed *pivot*. For 8-bit images the pivot is 128: the products are integers, summed exactly, and the
-moments come out bit-identical for every order, batch size and split of the data (their products with targets that are
-no classes excepted). For float images the pivot is the mean, so that merging is the centred update of Chan, Golub &
+Sums are kept about a fixed *pivot*. For 8-bit images the pivot is 128: the products are integers, summed exactly, and
+the moments come out bit-identical for every order, batch size and split of the data (their products with targets that
+are no classes excepted). For float images the pivot is the mean, so that merging is the centred update of Chan, Golub &
 LeVeque (1983). How the sums are made: :mod:`mae_align.sums`; from a stream: :func:`mae_align.stream_moments`.
 """
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -238,7 +238,9 @@ class Moments:
             InputError: a missing, foreign, damaged or newer file.
         """
         fields, arrays = read_arrays(path, _FILE_KIND, _FILE_VERSION)
-        return cls(**(fields | {"image_shape": tuple(fields["image_shape"])}), **arrays)
+        h, w, c = fields.pop("image_shape")
+        values: dict[str, Any] = fields | arrays
+        return cls(image_shape=(h, w, c), **values)
 
     @property
     def state(self) -> tuple[np.ndarray, ...]:

@@ -57,9 +57,9 @@ def stream_moments(
 
     **Several processes** (see :func:`mae_align.devices.start_distributed`). Give each a stream of its own samples and
     one mesh over all devices; all get the same moments. The group of a sample depends on its index in the whole data
-    set. Batches of :func:`mae_align.data.pipeline.batches` bring their indices. Without, sample j of a process's stream has index
-    first_index + j index_step: process p of m that reads every m-th sample gives ``first_index=p, index_step=m``, and
-    one that reads a contiguous part gives where the part starts.
+    set. Batches of :func:`mae_align.data.pipeline.batches` bring their indices. Without, sample j of a process's stream
+    has index first_index + j index_step: process p of m that reads every m-th sample gives ``first_index=p,
+    index_step=m``, and one that reads a contiguous part gives where the part starts.
 
     **Resume.** With ``checkpoint`` the partial sums are saved every ``checkpoint_every`` seconds and at the end of the
     stream; called again with the same arguments the stream goes on after the last saved batch. An iterator with
@@ -68,8 +68,8 @@ def stream_moments(
     moments are saved.
 
     Args:
-        batches: images [b, h, w, c], (images, targets) or (images, targets, indices [b]); b may vary. Targets: [b] class
-            labels, numbers [b] or [b, q], or None. Images: as in :meth:`Moments.from_arrays`.
+        batches: images [b, h, w, c], (images, targets) or (images, targets, indices [b]); b may vary. Targets: [b]
+            class labels, numbers [b] or [b, q], or None. Images: as in :meth:`Moments.from_arrays`.
         num_classes: q, for class labels (a stream does not know its largest label beforehand).
         center, groups, preprocessing: as in :meth:`Moments.from_arrays`.
         mesh: devices over which rows are split (:func:`mae_align.devices.data_mesh`); None for one device of this
@@ -172,7 +172,8 @@ def _next(iterator: Iterator[RawBatch], num_classes: int | None) -> tuple[Batch 
     raw = next(iterator, None)
     if raw is None:
         return None, None
-    images, targets, index = (*raw, None, None)[:3] if isinstance(raw, tuple | list) else (raw, None, None)
+    images, *rest = raw if isinstance(raw, tuple | list) else (raw,)
+    targets, index = (*rest, None, None)[:2]
     batch = check_batch(images, targets, num_classes if targets is not None else None)
     if batch.layout.kind is TargetKind.classes and num_classes is None:
         raise InputError("a stream does not know its largest class label beforehand: give num_classes")

@@ -15,8 +15,8 @@ rounds like one step. :func:`total` adds the sums of all devices: the one collec
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ _AXIS = "data"
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 Pair = tuple[jax.Array, jax.Array]
-# One pair for each row of blocks of a symmetric matrix, from the diagonal to the right edge, as upper_blocks gives them.
+# A pair for each row of blocks of a symmetric matrix, from the diagonal to the right edge, as upper_blocks gives them.
 Blocks = tuple[Pair, ...]
 
 
@@ -59,7 +59,8 @@ class FloatSums(NamedTuple):
         xx: for each row of blocks two [D, b, d - i b], about the mean of these rows. xe: two [D, d, e] likewise.
     """
 
-    count: jax.Array
+    # Hides tuple.count, which nobody misses here.
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     row: Pair
     xx: Blocks
     xe: Pair
@@ -110,7 +111,7 @@ def empty(mesh: Mesh, d: int, e: int, dtype: np.dtype) -> Sums:
     return FloatSums(put(np.zeros(devices, np.int32)), pair(d + e), xx, pair(d, e))
 
 
-def add_rows(mesh: Mesh, dtype: np.dtype) -> Callable[..., tuple[Any, jax.Array]]:
+def add_rows(mesh: Mesh, dtype: np.dtype) -> jax.stages.Wrapped:
     """The compiled step ``(sums, rows, labels[, pivot]) -> (sums, ticket)``; the sums given are donated.
 
     rows [D b, d] and labels [D b] int32 are split over the devices, b <= 1,024 for 8-bit rows; a label of -1 marks a
@@ -133,7 +134,7 @@ def add_rows(mesh: Mesh, dtype: np.dtype) -> Callable[..., tuple[Any, jax.Array]
 
 
 @functools.lru_cache(maxsize=32)
-def _add_rows(mesh: Mesh, integer: bool) -> Callable[..., tuple[Any, jax.Array]]:
+def _add_rows(mesh: Mesh, integer: bool) -> jax.stages.Wrapped:
     data, all_of_it = jax.P(_AXIS), jax.P()
     step, specs = (_add_bytes, (data,) * 3) if integer else (_add_floats, (data, data, data, all_of_it))
     return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=data), donate_argnums=0)
@@ -272,7 +273,7 @@ def _spanning(part: jax.Array, mesh: Mesh) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=32)
-def reduce_program(mesh: Mesh) -> Callable[..., jax.Array]:
+def reduce_program(mesh: Mesh) -> jax.stages.Wrapped:
     """The compiled sum over devices of a list of arrays [D, ...], flat and end to end: one all-reduce."""
 
     def add_up(parts: list[jax.Array]) -> jax.Array:

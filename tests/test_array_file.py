@@ -56,6 +56,15 @@ def test_the_file_is_an_npz_without_pickle_that_numpy_reads(tmp_path):
         np.testing.assert_array_equal(file["sum_xx"], moments(groups=3).sum_xx)
 
 
+def load_or_message(path: Path) -> str:
+    """The error of a file, or nothing: it then holds what it should."""
+    try:
+        assert_same(Moments.load(path), moments(groups=3))
+    except InputError as error:
+        return str(error)
+    return ""
+
+
 def test_every_flipped_bit_is_noticed(tmp_path):
     """The parts of the file that zip ignores aside, which change nothing of what is read."""
     path = saved(tmp_path)
@@ -63,10 +72,9 @@ def test_every_flipped_bit_is_noticed(tmp_path):
     noticed = 0
     for at in range(0, len(whole), 41):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
-        try:
-            assert_same(Moments.load(path), moments(groups=3))
-        except InputError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
+        message = load_or_message(path)
+        if message:
+            assert str(path) in message and "\n" not in message
             noticed += 1
     assert noticed > 0.8 * len(range(0, len(whole), 41))
 
@@ -143,7 +151,7 @@ def test_foreign_files_are_refused(tmp_path, case, message):
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write .*choose another place"):
+    with pytest.raises(InputError, match=r"cannot write .*choose another place"):
         moments().save(tmp_path / "file" / "m.npz")
     (tmp_path / "m.npz").mkdir()
     with pytest.raises(InputError, match="cannot write"):
@@ -173,7 +181,9 @@ def test_leftovers_of_one_file_are_removed_and_nothing_else(tmp_path):
 
 
 def test_fields_and_arrays_come_back(tmp_path):
-    write_arrays(tmp_path / "x", "numbers", 3, {"a": [1, None], "b": "ä"}, {"x": np.zeros((2, 0)), "y": np.int32([7])})
+    write_arrays(
+        tmp_path / "x", "numbers", 3, {"a": [1, None], "b": "ä"}, {"x": np.zeros((2, 0)), "y": np.array([7], np.int32)}
+    )
     fields, arrays = read_arrays(tmp_path / "x", "numbers", 3)
     assert fields == {"a": [1, None], "b": "ä"}
     assert arrays["x"].shape == (2, 0) and arrays["y"].dtype == np.int32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mae_align as ma
-from mae_align import devices
+from mae_align import devices, streaming
 from mae_align.data import ArraySource
 from mae_align.data.pipeline import batches
 from mae_align.devices import compile_counter, data_mesh
@@ -78,7 +78,8 @@ def test_float_streams_agree_in_the_frobenius_norm(dtype, offset, targets):
     rng = np.random.default_rng(1)
     x = np.sort(rng.normal(size=(20_000, D)), axis=0) @ rng.normal(size=(D, D))
     images = (x + offset * x.std(0)).astype(dtype).reshape(-1, *SHAPE)
-    y = rng.integers(0, Q, len(x)) if targets == "classes" else x[:, :2] + 50.0
+    labels = rng.integers(0, Q, len(x))
+    y = labels if targets == "classes" else x[:, :2] + 50.0
     sizes = np.split(np.arange(len(x)), [1, 500, 9000, 9001])
     ours = stream_moments(
         ((images[i], y[i]) for i in sizes),
@@ -86,7 +87,7 @@ def test_float_streams_agree_in_the_frobenius_norm(dtype, offset, targets):
         mesh=data_mesh(),
         groups=2,
     )
-    sxx, sxy = two_pass(images, np.eye(Q)[y] if targets == "classes" else y)
+    sxx, sxy = two_pass(images, np.eye(Q)[labels] if targets == "classes" else y)
     tolerance = 1e-6 if dtype == np.float32 else 1e-12
     assert np.linalg.norm(ours.sxx - sxx) <= tolerance * np.linalg.norm(sxx)
     # Of unrelated labels the cross moments are next to nothing: their scale is that of x times that of y.
@@ -111,8 +112,11 @@ def test_shards_with_their_global_indices_have_the_groups_of_the_whole(processes
     shards = []
     for p in range(processes):
         part = slice(p, None, processes) if interleaved else slice(edges[p], edges[p + 1])
-        where = {"first_index": p, "index_step": processes} if interleaved else {"first_index": edges[p]}
-        shards.append(stream_moments(cut(images[part], labels[part], 300), num_classes=Q, groups=5, **where))
+        where: dict[str, Any] = (
+            {"first_index": p, "index_step": processes} if interleaved else {"first_index": edges[p]}
+        )
+        stream = cut(images[part], labels[part], 300)
+        shards.append(stream_moments(stream, num_classes=Q, groups=5, first_index=first, index_step=step))
     merged = shards[0]
     for shard in shards[1:]:
         merged = merged.merge(shard)
@@ -262,8 +266,8 @@ def test_a_stream_is_saved_every_so_many_seconds_and_at_the_end(tmp_path, monkey
     clock = iter(np.arange(0.0, 1000.0, 1.0))
     monkeypatch.setattr("mae_align.streaming.time.monotonic", lambda: next(clock))
     saved = []
-    write = ma.streaming._write_checkpoint
-    monkeypatch.setattr(ma.streaming, "_write_checkpoint", lambda *a: (saved.append(a[-1]), write(*a)))
+    write = streaming._write_checkpoint
+    monkeypatch.setattr(streaming, "_write_checkpoint", lambda *a: (saved.append(a[-1]), write(*a)))
     stream_moments(cut(images, labels, 10), num_classes=Q, checkpoint=tmp_path, checkpoint_every=3.0)
     # The clock is read once before, once after each batch and once after each save.
     assert saved == [3, 6, 9, 10]
@@ -276,15 +280,15 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["moments-0-of-1.npz"]
 
 
-OTHERS: dict[str, Callable[[np.ndarray, np.ndarray, dict[str, Any]], Any]] = {
-    "first batch": lambda x, y, o: stream_moments(cut(x[::-1], y[::-1], 10), **o),
-    "center": lambda x, y, o: stream_moments(cut(x, y, 10), **o | {"center": False}),
-    "groups": lambda x, y, o: stream_moments(cut(x, y, 10), **o | {"groups": 2}),
-    "preprocessing": lambda x, y, o: stream_moments(cut(x, y, 10), **o | {"preprocessing": "halved"}),
-    "first_index": lambda x, y, o: stream_moments(cut(x, y, 10), **o | {"first_index": 7}),
-    "index_step": lambda x, y, o: stream_moments(cut(x, y, 10), **o | {"index_step": 2}),
-    "layout": lambda x, y, o: stream_moments(cut(x, y, 10), **o | {"num_classes": 5}),
-    "devices": lambda x, y, o: stream_moments(cut(x, y, 10), **o | {"mesh": data_mesh()}),
+OTHERS: dict[str, dict[str, Any]] = {
+    "first batch": {},  # other data
+    "center": {"center": False},
+    "groups": {"groups": 2},
+    "preprocessing": {"preprocessing": "halved"},
+    "first_index": {"first_index": 7},
+    "index_step": {"index_step": 2},
+    "layout": {"num_classes": 5},
+    "devices": {},  # another mesh
 }
 
 
@@ -293,8 +297,10 @@ def test_a_checkpoint_of_other_data_or_settings_is_refused(tmp_path, what):
     images, labels = bytes_and_labels(40)
     options: dict[str, Any] = {"num_classes": Q, "checkpoint": tmp_path}
     stream_moments(cut(images, labels, 10), **options)
+    options |= OTHERS[what] | ({"mesh": data_mesh()} if what == "devices" else {})
+    order = slice(None, None, -1 if what == "first batch" else None)
     with pytest.raises(InputError, match=rf"belongs to other data or settings \(.*{what}.* differ\)"):
-        OTHERS[what](images, labels, options)
+        stream_moments(cut(images[order], labels[order], 10), **options)
 
 
 def test_a_damaged_checkpoint_and_a_shorter_stream_are_refused(tmp_path):
@@ -348,19 +354,18 @@ def test_float64_images_on_devices_without_float64_are_refused(monkeypatch):
 
 
 def test_the_bar_shows_images_per_second_and_the_time_left(capsys, monkeypatch, tmp_path):
-    import mae_align.streaming as module
-
     images, labels = bytes_and_labels(40)
     seen: list[dict[str, Any]] = []
-    tqdm = module.tqdm
+    tqdm = streaming.tqdm
 
     def spy(**options: Any) -> Any:
         seen.append(options)
-        bar = tqdm(**options | {"delay": 0.0, "mininterval": 0.0})
+        now: dict[str, Any] = options | {"delay": 0.0, "mininterval": 0.0}
+        bar = tqdm(**now)
         bar.update(0)
         return bar
 
-    monkeypatch.setattr(module, "tqdm", spy)
+    monkeypatch.setattr(streaming, "tqdm", spy)
     options: dict[str, Any] = {"num_classes": Q, "total": 40, "checkpoint": tmp_path, "checkpoint_every": 0.0}
     with pytest.raises(Killed):
         stream_moments(Source(list(cut(images, labels, 10)), 2), **options)

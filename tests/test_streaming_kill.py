@@ -23,7 +23,6 @@ import mae_align as ma
 from mae_align.array_file import read_arrays
 
 KILLS, BATCHES, SIZE = 10, 1500, 3
-OPTIONS = {"num_classes": 3, "groups": 2}
 
 
 def data() -> tuple[np.ndarray, np.ndarray]:
@@ -43,14 +42,15 @@ def batches(started: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def child(folder: Path, started: int) -> None:
     stream = batches(started)
-    ma.stream_moments(stream, checkpoint=folder / "partial", checkpoint_every=0.0, **OPTIONS).save(folder / "m.npz")
+    partial = folder / "partial"
+    moments = ma.stream_moments(stream, checkpoint=partial, checkpoint_every=0.0, num_classes=3, groups=2)
+    moments.save(folder / "m.npz")
 
 
 def drive(folder: Path) -> None:
     """Fork, so that each attempt costs no import; JAX has not started in this process and does not start in it."""
-    warnings.simplefilter(
-        "ignore", RuntimeWarning
-    )  # JAX warns of forks for the sake of its threads, of which it has none
+    # JAX warns of forks for the sake of its threads; here it has none.
+    warnings.simplefilter("ignore", RuntimeWarning)
     chance, saved, seen = random.Random(os.getpid()), [], folder / "partial" / "moments-0-of-1.npz"
     kills = 0
     while not (folder / "m.npz").exists():

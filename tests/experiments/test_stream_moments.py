@@ -10,7 +10,7 @@ import mae_align as ma
 from experiments import masking_sweep, stream_moments
 from experiments.launch import launch
 
-SMALL = ["--patch-sizes", "2", "4", "--mask-ratios", "0.5", "1.0", "--ks", "3", "20", "--groups", "5"]
+SMALL = ["--patch-sizes", "4", "--mask-ratios", "0.5", "--ks", "20", "--groups", "5"]
 
 
 def stream(*arguments: object) -> None:
