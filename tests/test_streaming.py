@@ -112,9 +112,7 @@ def test_shards_with_their_global_indices_have_the_groups_of_the_whole(processes
     shards = []
     for p in range(processes):
         part = slice(p, None, processes) if interleaved else slice(edges[p], edges[p + 1])
-        where: dict[str, Any] = (
-            {"first_index": p, "index_step": processes} if interleaved else {"first_index": edges[p]}
-        )
+        first, step = (p, processes) if interleaved else (edges[p], 1)
         stream = cut(images[part], labels[part], 300)
         shards.append(stream_moments(stream, num_classes=Q, groups=5, first_index=first, index_step=step))
     merged = shards[0]
