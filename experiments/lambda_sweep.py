@@ -40,7 +40,7 @@ from mae_align.closed_form import denoising_loss, supervised_solution
 from mae_align.corruption import CorruptionMoments
 from mae_align.data import validation_split
 from mae_align.devices import solve_context, worker_count
-from mae_align.factorize import Factorized, factorize
+from mae_align.factorize import PrimalProblem, factorize
 from mae_align.store import PointStore, fingerprint
 from mae_align.subspace import feature_basis, principal_angles
 
@@ -137,7 +137,7 @@ def relative_grid(lambdas: tuple[float, ...]) -> list[float]:
 
 
 def _sweep(
-    config: Config, moments: ma.Moments, held_out: ma.Moments, problem: Factorized, folder: RunFolder, name: str
+    config: Config, moments: ma.Moments, held_out: ma.Moments, problem: PrimalProblem, folder: RunFolder, name: str
 ) -> xr.Dataset:
     """Curves over lam_relative (the requested weights) and the chosen k."""
     relative = relative_grid(config.lambdas)
@@ -158,7 +158,7 @@ def _spans(
     config: Config,
     train: ma.Moments,
     test: ma.Moments,
-    problem: Factorized,
+    problem: PrimalProblem,
     lambdas: np.ndarray,
     folder: RunFolder,
 ) -> dict[str, np.ndarray]:
@@ -186,7 +186,7 @@ def _spans(
 
 
 def _at_lambda(
-    closed: ma.LinearAutoencoder, problem: Factorized, pca: np.ndarray, held: np.ndarray, ks: tuple[int, ...]
+    closed: ma.LinearAutoencoder, problem: PrimalProblem, pca: np.ndarray, held: np.ndarray, ks: tuple[int, ...]
 ) -> dict[str, np.ndarray]:
     """One lambda of :func:`_spans`; the spans of all k are nested, so that one solution serves them all."""
     basis = feature_basis(problem, closed.encoder)

@@ -11,11 +11,14 @@ import mae_align as ma
 from mae_align.data import stratified_split, validation_split
 from mae_align.data.transforms import jitter
 from mae_align.moments import group_of
+from mae_align.samples import merged
+
+Summary = ma.Moments | ma.Samples
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Moments for every purpose.
+    """Moments, or samples where they are fewer than the pixels, for every purpose.
 
     Attributes:
         name: of the data, for the summary.
@@ -25,9 +28,9 @@ class Inputs:
     """
 
     name: str
-    train: ma.Moments
-    choice: tuple[ma.Moments, ma.Moments] | None
-    test: ma.Moments | None
+    train: Summary
+    choice: tuple[Summary, Summary] | None
+    test: Summary | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +101,20 @@ class DataChoices:
             return Inputs(data.name, self._part(data, data.train_images, data.train_labels), None, None)
         split = validation_split(data, self.validation_fraction, self.seed)
         fit = self._part(data, split.train_images, split.train_labels)
-        validation = self._part(data, split.test_images, split.test_labels)
-        test = self._part(data, data.test_images, data.test_labels, self.groups)
-        return Inputs(data.name, fit.merge(validation), (fit, validation), test)
+        validation = self._part(data, split.test_images, split.test_labels, like=fit)
+        test = self._part(data, data.test_images, data.test_labels, self.groups, like=fit)
+        return Inputs(data.name, merged(fit, validation), (fit, validation), test)
 
-    def _part(self, data: ma.ImageDataset, images: np.ndarray, labels: np.ndarray, groups: int = 1) -> ma.Moments:
+    def _part(
+        self,
+        data: ma.ImageDataset,
+        images: np.ndarray,
+        labels: np.ndarray,
+        groups: int = 1,
+        like: Summary | None = None,
+    ) -> Summary:
         made = "stored pixels"
         if self.jitter > 0:
             made = f"training images with jitter of {self.jitter:g} std, seed {self.seed}"
-        return ma.Moments.from_arrays(images, labels, num_classes=data.num_classes, groups=groups, preprocessing=made)
+        classes = data.num_classes
+        return ma.summarize(images, labels, num_classes=classes, groups=groups, preprocessing=made, like=like)

@@ -220,6 +220,17 @@ def summarise(rows: Sequence[Row]) -> Iterator[str]:
         yield f"Joint embedding of masked views (whitened, linear): {cells}."
 
 
+def saturation(result: xr.Dataset) -> list[str]:
+    """A line that names the patch sizes with at least as many pixel values as there are training images, if any."""
+    sizes = [_side(size) for size in result.patch_size.values[result.saturated.values]]
+    if not sizes:
+        return []
+    return [
+        f"Patches of {', '.join(sizes)} have at least as many pixel values as there are training images, "
+        f"{result.attrs['num_train']}: each fits them exactly but for the pixel noise, which their curves then show."
+    ]
+
+
 def _verdict(row: Row, prefix: str) -> int:
     """Sign of a change, 0 below two standard errors."""
     change = row[f"{prefix}change"]

@@ -35,6 +35,7 @@ from experiments.masking_inputs import DataChoices, Inputs, MomentFiles
 from experiments.masking_report import (
     change_figure,
     heat_map,
+    saturation,
     summarise,
     table_text,
     verdict_rows,
@@ -43,6 +44,7 @@ from experiments.run_folder import RunFolder, atomic_path, netcdf3_ready
 from mae_align.devices import worker_count
 from mae_align.patches import ImageShape
 from mae_align.points import GridSpec
+from mae_align.samples import Samples
 
 
 class MaskFamily(enum.Enum):
@@ -131,9 +133,11 @@ def main(config: Config) -> None:
         # By group: any two cells can be compared later with the standard error of their difference.
         with atomic_path(folder.path / "influence.nc") as file:
             netcdf3_ready(result[influence]).to_netcdf(file, engine="scipy")
-    ks = [k for k in config.ks if k <= result.sizes["k"]]
+    # Fewer images than pixels: the validation sweep has fewer training images, and so a smaller rank.
+    most = min(part.sizes["k"] for part in (result, validation) if part is not None)
+    ks = [k for k in config.ks if k <= most]
     if not ks:
-        raise ma.InputError(f"every --ks is over the rank {result.attrs['rank']} of these images: give a smaller k")
+        raise ma.InputError(f"every --ks is over the rank {most} of these images: give a smaller k")
     figures = [
         folder.save_figure("relative_change", change_figure(result)),
         folder.save_figure("heat_map", heat_map(result, ks)),
@@ -153,8 +157,9 @@ def main(config: Config) -> None:
     ]
     if inputs.test is not None and validation is None:
         lines.append("(no validation moments: held-out curves are in the figures and in curves.nc, without a choice)")
+    lines += saturation(result)
     if len(ks) < len(config.ks):
-        lines.append(f"(k over the rank {result.attrs['rank']} of these images left out)")
+        lines.append(f"(k over the rank {most} of these images left out)")
     folder.summary("\n".join(lines))
 
 
@@ -208,7 +213,7 @@ def _ratios(config: Config) -> list[float]:
 
 
 def _sweep(
-    config: Config, moments: ma.Moments, held_out: ma.Moments | None, folder: RunFolder, name: str
+    config: Config, moments: ma.Moments | Samples, held_out: ma.Moments | Samples | None, folder: RunFolder, name: str
 ) -> xr.Dataset:
     return ma.masking_sweep(
         moments,

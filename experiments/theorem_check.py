@@ -51,7 +51,8 @@ from experiments.theorem_descent import (
 from experiments.theorem_report import Arrays, Case, Part, as_dataset, excess_figure, summarise, table_text, verdict
 from mae_align.corruption import Corruption
 from mae_align.devices import solve_context
-from mae_align.factorize import Factorized, factorize
+from mae_align.factorize import PrimalProblem, factorize
+from mae_align.general import clean_images
 from mae_align.patches import patch_grid
 from mae_align.store import PointStore, fingerprint
 
@@ -113,7 +114,7 @@ class Setup(NamedTuple):
     config: Config
     data: ma.ImageDataset
     moments: ma.Moments
-    problem: Factorized
+    problem: PrimalProblem
 
     @property
     def exact_plan(self) -> Plan:
@@ -182,7 +183,7 @@ def check_sampled(setup: Setup, corruption: Corruption, k: int) -> Arrays:
 
 
 def _denoising_objective(setup: Setup, corruption: Corruption) -> Objective:
-    moments = corruption.moments(setup.problem.sxx, setup.problem.image_shape)
+    moments = corruption.moments(clean_images(setup.problem))
     return Objective.denoising(setup.problem, setup.moments.sxy, moments)
 
 

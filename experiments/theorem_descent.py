@@ -22,7 +22,7 @@ import mae_align as ma
 from mae_align.closed_form import denoising_loss, supervised_loss
 from mae_align.corruption import Corruption, CorruptionMoments
 from mae_align.devices import solve_context
-from mae_align.factorize import Factorized
+from mae_align.factorize import PrimalProblem
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Steps at which losses are noted, evenly spread on a logarithmic axis.
@@ -68,7 +68,7 @@ class Objective(NamedTuple):
     corruption: CorruptionMoments
 
     @classmethod
-    def supervised(cls, problem: Factorized, sxy: np.ndarray, lam: float) -> Self:
+    def supervised(cls, problem: PrimalProblem, sxy: np.ndarray, lam: float) -> Self:
         """Theorem 1 with weight ``lam`` of reconstruction.
 
         Args:
@@ -78,7 +78,7 @@ class Objective(NamedTuple):
         return made._replace(lam=lam, total=float(np.trace(problem.syy)) + lam * made.total)
 
     @classmethod
-    def denoising(cls, problem: Factorized, sxy: np.ndarray, corruption: CorruptionMoments) -> Self:
+    def denoising(cls, problem: PrimalProblem, sxy: np.ndarray, corruption: CorruptionMoments) -> Self:
         """Theorem 3 with a corruption whose second moments are positive definite.
 
         Args:
@@ -224,7 +224,7 @@ class Pixels(NamedTuple):
     noise_width: np.float32
 
     @classmethod
-    def of(cls, images: np.ndarray, problem: Factorized) -> Self:
+    def of(cls, images: np.ndarray, problem: PrimalProblem) -> Self:
         """The training images, and noise whose variance is the problem's pixel noise floor."""
         mean = jnp.asarray(problem.mean_x.reshape(problem.image_shape), jnp.float32)
         return cls(jnp.asarray(images), mean, np.float32(math.sqrt(12.0 * problem.pixel_noise)))

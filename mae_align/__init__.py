@@ -3,24 +3,59 @@
 from mae_align._version import __version__
 from mae_align.alignment import encoder_curves, paired_se
 from mae_align.closed_form import LinearAutoencoder, denoising_autoencoder, supervised_autoencoder
-from mae_align.corruption import FixedCountPatchMasking, GaussianNoise, PatchMasking, RandomRatioMasking
+from mae_align.corruption import (
+    AveragePool,
+    BlockMasking,
+    ComponentMasking,
+    Compose,
+    FixedCountPatchMasking,
+    GaussianBlur,
+    GaussianNoise,
+    LinearCorruption,
+    MaskMixture,
+    PatchMasking,
+    PixelMasking,
+    RandomRatioMasking,
+    SampledCorruption,
+    VarianceShareMasking,
+)
+from mae_align.corruption_sweep import corruption_sweep
 from mae_align.data import ImageDataset, load_dataset
 from mae_align.errors import InputError
 from mae_align.moments import Moments
+from mae_align.samples import Samples, summarize
 from mae_align.streaming import stream_moments
 from mae_align.sweep import RunOptions, gaussian_sweep, lambda_sweep, masking_sweep, sweep
+from mae_align.targets import Components, HighPass, MatrixTarget, PatchMeanRemoved, TargetOperator
 
 __all__ = [
+    "AveragePool",
+    "BlockMasking",
+    "ComponentMasking",
+    "Components",
+    "Compose",
     "FixedCountPatchMasking",
+    "GaussianBlur",
     "GaussianNoise",
+    "HighPass",
     "ImageDataset",
     "InputError",
     "LinearAutoencoder",
+    "LinearCorruption",
+    "MaskMixture",
+    "MatrixTarget",
     "Moments",
     "PatchMasking",
+    "PatchMeanRemoved",
+    "PixelMasking",
     "RandomRatioMasking",
     "RunOptions",
+    "SampledCorruption",
+    "Samples",
+    "TargetOperator",
+    "VarianceShareMasking",
     "__version__",
+    "corruption_sweep",
     "denoising_autoencoder",
     "encoder_curves",
     "gaussian_sweep",
@@ -29,6 +64,7 @@ __all__ = [
     "masking_sweep",
     "paired_se",
     "stream_moments",
+    "summarize",
     "supervised_autoencoder",
     "sweep",
 ]

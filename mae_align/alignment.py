@@ -8,7 +8,8 @@ The features V_k^T x have an orthonormal sample basis Q_k; with t_i row i of Q^T
 
 Held-out, with moments about the training means, whitened coordinates f_i of the features, M = f^T Sxx_ev f and
 B = f^T Sxy_ev: error(k) = tr Syy_ev - 2 sum_{i<=k} t_i.B_i + sum_{i,j<=k} (t_i.t_j) M_ij, for every k by one 2-d
-cumulative sum.
+cumulative sum. Where the held-out images themselves are at hand (:mod:`mae_align.dual`), the same error is a sum over
+their whitened coordinates.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import numpy as np
 from mae_align.checks import check_task
 from mae_align.devices import solve_context
 from mae_align.errors import InputError
-from mae_align.factorize import Factorized, factorize
+from mae_align.factorize import PatchBasis, PrimalProblem, factorize
 from mae_align.moments import Moments
-from mae_align.patches import ImageShape
+from mae_align.patches import ImageShape, PatchSize
+from mae_align.samples import Samples
 from mae_align.subspace import feature_basis
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -58,6 +60,46 @@ class HeldOut(NamedTuple):
     group_gram: np.ndarray
     group_cross: np.ndarray
     group_variance: np.ndarray
+
+    def errors(self, f: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Errors [k] and [g, k], see :func:`held_out_errors`. Cost 2 (g + 1) r^2 k; groups run in float32."""
+        c = _couple(f, t)
+        linear = jnp.cumsum((t * jnp.dot(f.T, self.cross, precision=_HIGHEST)).sum(1))
+        square = jnp.cumsum((f * jnp.dot(self.gram, c, precision=_HIGHEST)).sum(0))
+        f_low, c_low = f.astype(jnp.float32), c.astype(jnp.float32)
+
+        def one_group(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+            gram, cross, variance = part
+            rows = (f_low * jnp.dot(gram, c_low, precision=_HIGHEST)).sum(0).astype(t.dtype)
+            return variance + jnp.cumsum(rows - 2 * (t * jnp.dot(f.T, cross, precision=_HIGHEST)).sum(1))
+
+        groups = jax.lax.map(one_group, (self.group_gram, self.group_cross, self.group_variance))
+        return jnp.asarray(self.variance) - 2 * linear + square, groups
+
+
+class HeldOutRows(NamedTuple):
+    """Held-out samples in the whitened coordinates of a factorised problem.
+
+    Attributes:
+        rows: [n, r] whitened coordinates. targets: [n, q] about the training mean.
+        share: [g, n] 1 / n where a sample is in a group, else 0.
+        group_variance: [g] parts of tr Syy_ev about the training mean.
+    """
+
+    rows: np.ndarray
+    targets: np.ndarray
+    share: np.ndarray
+    group_variance: np.ndarray
+
+    def errors(self, f: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Errors [k] and [g, k], see :func:`held_out_errors`. Cost 2 n k (r + k)."""
+        features = jnp.dot(self.rows, f, precision=_HIGHEST)
+        # Row by row, the square of the prediction grows with feature i by its product with those before it.
+        square = features * _couple(features, t)
+        linear = features * jnp.dot(self.targets, t.T, precision=_HIGHEST)
+        groups = jnp.cumsum(jnp.dot(self.share, square - 2 * linear, precision=_HIGHEST), axis=1)
+        groups = groups + self.group_variance[:, None]
+        return groups.sum(0), groups
 
 
 class HeldOutCurves(NamedTuple):
@@ -97,20 +139,26 @@ def curves_from_targets(t: np.ndarray, t0: np.ndarray, syy: np.ndarray, yty: np.
     return Curves(r2, alignment, total * (1.0 - r2))
 
 
-def check_held_out(eval_moments: Moments, moments: Moments) -> None:
+def check_held_out(eval_moments: Moments | Samples, moments: Moments | Samples) -> None:
     """Refuse held-out moments that do not fit the training data.
 
     Args:
         eval_moments: of the held-out data. moments: of the training data.
 
     Raises:
-        InputError: another image shape or number of targets, images made differently, or an empty group.
+        InputError: another kind (moments or samples), image shape or number of targets, images made differently, or an
+            empty group.
 
     Example:
         >>> m = Moments.from_arrays(np.eye(4).reshape(4, 2, 2, 1), np.eye(4))
         >>> check_held_out(m, m)
     """
-    _check_projection(eval_moments, moments.image_shape, moments.num_targets)
+    if type(eval_moments) is not type(moments):
+        raise InputError(
+            f"held-out data are {type(eval_moments).__name__} and training data {type(moments).__name__}: "
+            "make both of one kind (summarize(..., like=training))"
+        )
+    check_projection(eval_moments, moments.image_shape, moments.num_targets)
     for name in ("pixel_dtype", "preprocessing", "center"):
         mine, theirs = getattr(moments, name), getattr(eval_moments, name)
         if mine != theirs:
@@ -120,7 +168,15 @@ def check_held_out(eval_moments: Moments, moments: Moments) -> None:
             )
 
 
-def _check_projection(eval_moments: Moments, image_shape: ImageShape, num_targets: int) -> None:
+def check_projection(eval_moments: Moments | Samples, image_shape: ImageShape, num_targets: int) -> None:
+    """Refuse held-out data of another image shape or number of targets, or with an empty group.
+
+    Raises:
+        InputError: see above.
+
+    Example:
+        >>> check_projection(Moments.from_arrays(np.eye(4).reshape(4, 2, 2, 1), np.eye(4)), (2, 2, 1), 4)
+    """
     if eval_moments.image_shape != image_shape:
         raise InputError(
             f"held-out images are {eval_moments.image_shape}, training images {image_shape}: use one shape"
@@ -137,11 +193,12 @@ def _check_projection(eval_moments: Moments, image_shape: ImageShape, num_target
         )
 
 
-def hold_out(problem: Factorized, eval_moments: Moments) -> HeldOut:
+def hold_out(problem: PrimalProblem, eval_moments: Moments) -> HeldOut:
     """Project held-out moments, taken about the training means, on the coordinates of a factorised problem.
 
     Args:
         problem: of the training data. eval_moments: of the held-out data, grouped for standard errors.
+            :func:`mae_align.dual.dual_basis` projects held-out samples.
 
     Returns:
         The projected moments. Cost: g d^2 r; memory 4 g r^2 bytes.
@@ -156,8 +213,44 @@ def hold_out(problem: Factorized, eval_moments: Moments) -> HeldOut:
         >>> hold_out(factorize(train), test).group_gram.shape
         (2, 4, 4)
     """
-    _check_projection(eval_moments, problem.image_shape, len(problem.syy))
-    whiten = problem.u / np.sqrt(problem.s)
+    return _project(problem, problem.u / np.sqrt(problem.s), eval_moments)
+
+
+def hold_out_masked(
+    problem: PrimalProblem, basis: PatchBasis, patch_size: PatchSize, rho: float, eval_moments: Moments
+) -> HeldOut:
+    """Held-out moments in the coordinates of masked encoders, where S is singular (rank under d).
+
+    A masked encoder V = (D + rho I)^-1 R E diag(w / pi) B then leaves the range of S, since masked images do: x has the
+    coordinates E diag(1/pi) E^T R^T (D + rho I)^-1 x. At full rank these are those of :func:`hold_out`.
+
+    Args:
+        problem: of the training data. basis: of this patch size and rho. patch_size, rho: as in
+            :func:`mae_align.factorize.patch_basis`. eval_moments: of the held-out data.
+
+    Returns:
+        The projected moments. Cost: g d^2 r.
+
+    Raises:
+        InputError: as :func:`hold_out`.
+
+    Example:
+        >>> from mae_align.factorize import patch_basis
+        >>> x = np.random.default_rng(0).normal(size=(60, 2, 2, 1))
+        >>> m = Moments.from_arrays(x, np.arange(60) % 2)
+        >>> problem = factorize(m)
+        >>> held = hold_out_masked(problem, patch_basis(problem, 1), 1, 0.0, m)
+        >>> bool(np.allclose(held.gram, hold_out(problem, m).gram))
+        True
+    """
+    with solve_context(problem.dtype):
+        e, pi = np.asarray(basis.e), np.asarray(basis.pi)
+        whiten = ((problem.solved_root(patch_size, rho) @ e) / pi) @ e.T
+    return _project(problem, whiten, eval_moments)
+
+
+def _project(problem: PrimalProblem, whiten: np.ndarray, eval_moments: Moments) -> HeldOut:
+    check_projection(eval_moments, problem.image_shape, len(problem.syy))
     n, r, g = eval_moments.count, problem.rank, len(eval_moments.counts)
     gram, cross = np.zeros((r, r), whiten.dtype), np.zeros((r, problem.syy.shape[0]), whiten.dtype)
     group_gram, group_cross = np.zeros((g, r, r), np.float32), np.zeros((g, *cross.shape), whiten.dtype)
@@ -173,36 +266,29 @@ def hold_out(problem: Factorized, eval_moments: Moments) -> HeldOut:
     return HeldOut(gram, cross, group_variance.sum(), group_gram, group_cross, group_variance)
 
 
-def held_out_errors(f: jax.Array, t: jax.Array, held: HeldOut) -> tuple[jax.Array, jax.Array]:
+def held_out_errors(f: jax.Array, t: jax.Array, held: HeldOut | HeldOutRows) -> tuple[jax.Array, jax.Array]:
     """Mean squared probe error on held-out data for every k, in total and by group (traceable).
 
     error(k) = tr Syy_ev - 2 sum_{i<=k} t_i.B_i + sum_{i,j<=k} (t_i.t_j) M_ij. Row i of the double sum is f_i^T N c_i, N
-    the projected held-out covariance,
-    with c_i = |t_i|^2 f_i + 2 sum_{j<i} (t_i.t_j) f_j: c serves every group, and each group costs one product.
+    the projected held-out covariance, with c_i = |t_i|^2 f_i + 2 sum_{j<i} (t_i.t_j) f_j.
 
     Args:
         f: [r, k] orthonormal features in whitened coordinates. t: [k, q] their training targets. held: projection.
 
     Returns:
-        total [k] and parts by group [g, k] (they sum to the total), squared target units. Cost 2 (g + 1) r^2 k; the
-        groups run in float32, since only standard errors use them.
+        total [k] and parts by group [g, k] (they sum to the total), squared target units. With moments the groups run
+        in float32, since only standard errors use them.
     """
+    return held.errors(f, t)
+
+
+def _couple(f: jax.Array, t: jax.Array) -> jax.Array:
+    """Columns c_i = |t_i|^2 f_i + 2 sum_{j<i} (t_i.t_j) f_j, which serve every group."""
     inner = jnp.dot(t, t.T, precision=_HIGHEST)
-    c = jnp.dot(f, jnp.triu(2 * inner, 1) + jnp.diag(jnp.diag(inner)), precision=_HIGHEST)
-    linear = jnp.cumsum((t * jnp.dot(f.T, held.cross, precision=_HIGHEST)).sum(1))
-    square = jnp.cumsum((f * jnp.dot(held.gram, c, precision=_HIGHEST)).sum(0))
-    f_low, c_low = f.astype(jnp.float32), c.astype(jnp.float32)
-
-    def one_group(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        gram, cross, variance = part
-        rows = (f_low * jnp.dot(gram, c_low, precision=_HIGHEST)).sum(0).astype(t.dtype)
-        return variance + jnp.cumsum(rows - 2 * (t * jnp.dot(f.T, cross, precision=_HIGHEST)).sum(1))
-
-    groups = jax.lax.map(one_group, (held.group_gram, held.group_cross, held.group_variance))
-    return jnp.asarray(held.variance) - 2 * linear + square, groups
+    return jnp.dot(f, jnp.triu(2 * inner, 1) + jnp.diag(jnp.diag(inner)), precision=_HIGHEST)
 
 
-def held_out_curves(errors: np.ndarray, group_errors: np.ndarray, held: HeldOut) -> HeldOutCurves:
+def held_out_curves(errors: np.ndarray, group_errors: np.ndarray, held: HeldOut | HeldOutRows) -> HeldOutCurves:
     """Held-out r2 = 1 - error / tr Syy_ev and its grouped standard error.
 
     Args:

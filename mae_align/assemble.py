@@ -12,20 +12,25 @@ import numpy as np
 import xarray as xr
 
 from mae_align._version import __version__
-from mae_align.alignment import HeldOut, curves_from_targets, held_out_curves
-from mae_align.factorize import Factorized
+from mae_align.alignment import HeldOut, HeldOutRows, curves_from_targets, held_out_curves
+from mae_align.factorize import Factorized, PrimalProblem
+from mae_align.identity import identity
 from mae_align.moments import Moments
 from mae_align.patches import PatchSize, patch_grid, patch_hw
 from mae_align.points import GridPoint, GridSpec
+from mae_align.samples import Samples
 
 _AXES = ("patch_size", "noise_level", "mask_ratio", "lam")
-_DESCRIPTIONS = {
+DESCRIPTIONS = {
     "r2": ("share of the label variance a linear probe explains, in-sample", "1"),
     "alignment": ("the paper's alignment ratio (uncentred Y^T Y, relative to full rank), in-sample", "1"),
     "alignment_percent": ("100 sqrt(alignment), the score of the published figures, in-sample", "%"),
     "probe_mse": ("mean squared error of the linear probe, in-sample", "target^2"),
     "loss": ("attained training loss", "pixel^2 (lam = inf), else target^2"),
-    "reconstruction_mse": ("error of a linear decoder of the clean features", "pixel^2"),
+    "reconstruction_mse": (
+        "error of a linear decoder of the clean features, of W x where that is the target",
+        "pixel^2",
+    ),
     "eigengap": ("(mu_k - mu_{k+1}) / mu_k; at 0 the k features are not identified", "1"),
     "eval_r2": ("share of the held-out label variance explained", "1"),
     "eval_r2_se": ("standard error of eval_r2 (held-out sampling)", "1"),
@@ -36,11 +41,12 @@ _DESCRIPTIONS = {
     "je_eval_r2_se": ("standard error of je_eval_r2", "1"),
     "je_eval_influence": ("influence of each held-out group on je_eval_r2", "1"),
 }
+_SATURATED = "a patch has as many pixel values as there are samples: it fits them exactly, but for the pixel noise"
 
 
 def assemble(
     problem: Factorized,
-    held: HeldOut | None,
+    held: HeldOut | HeldOutRows | None,
     spec: GridSpec,
     max_k: int,
     found: Mapping[str, Mapping[str, np.ndarray]],
@@ -73,13 +79,17 @@ def assemble(
     for name, value in values.items():
         axes = _AXES[:3] if name.startswith("je_") else _AXES
         extra = {1: ("k",), 2: ("group", "k")}.get(value.ndim - len(axes), ())
-        long_name, units = _DESCRIPTIONS.get(name, (name, "1"))
+        long_name, units = DESCRIPTIONS.get(name, (name, "1"))
         data[name] = xr.Variable(axes + extra, value, {"long_name": long_name, "units": units})
     return xr.Dataset(data, _coordinates(problem, spec, max_k), dict(attributes)).set_coords("condition")
 
 
 def _put_point(
-    put: Any, point: GridPoint, arrays: Mapping[str, np.ndarray], problem: Factorized, held: HeldOut | None
+    put: Any,
+    point: GridPoint,
+    arrays: Mapping[str, np.ndarray],
+    problem: Factorized,
+    held: HeldOut | HeldOutRows | None,
 ) -> None:
     curves = curves_from_targets(arrays["t"], problem.t0, problem.syy, problem.yty)
     for name, value in curves._asdict().items():
@@ -91,7 +101,7 @@ def _put_point(
     put("eigengap", point, arrays["gap"])
     put("condition", point, arrays["condition"])
     if "explained" in arrays:
-        put("reconstruction_mse", point, problem.s.sum() - np.asarray(arrays["explained"], np.float64))
+        put("reconstruction_mse", point, problem.target_trace - np.asarray(arrays["explained"], np.float64))
     if held is not None:
         out = held_out_curves(arrays["errors"], arrays["group_errors"], held)
         put("eval_r2", point, out.r2)
@@ -104,7 +114,7 @@ def _put_joint_embedding(
     point: GridPoint,
     arrays: Mapping[str, np.ndarray],
     problem: Factorized,
-    held: HeldOut | None,
+    held: HeldOut | HeldOutRows | None,
     *,
     identified: bool,
 ) -> None:
@@ -134,8 +144,9 @@ def patch_size_labels(patch_sizes: tuple[PatchSize, ...]) -> list[int] | list[st
 def _coordinates(problem: Factorized, spec: GridSpec, max_k: int) -> dict[str, Any]:
     shape = problem.image_shape
     masks = spec.masks
-    relative = [lam * float(problem.s.sum()) / float(np.trace(problem.syy)) for lam in spec.lambdas]
+    relative = [lam * problem.target_trace / float(np.trace(problem.syy)) for lam in spec.lambdas]
     patches = [math.prod(patch_grid(shape, size)) for size in spec.patch_sizes]
+    pixels = [math.prod(patch_hw(size)) * shape[2] for size in spec.patch_sizes]
     two = ("patch_size", "mask_ratio")
     return {
         "patch_size": patch_size_labels(spec.patch_sizes),
@@ -144,13 +155,16 @@ def _coordinates(problem: Factorized, spec: GridSpec, max_k: int) -> dict[str, A
         "lam": list(spec.lambdas),
         "k": np.arange(1, max_k + 1),
         "num_patches": ("patch_size", patches),
-        "lam_relative": ("lam", relative, {"long_name": "lam tr Sxx / tr Syy", "units": "1"}),
+        "saturated": ("patch_size", [size >= problem.count for size in pixels], {"long_name": _SATURATED}),
+        "lam_relative": ("lam", relative, {"long_name": "lam tr W Sxx W^T / tr Syy (W = 1: the image)", "units": "1"}),
         "p_eff": (two, [[mask.p_eff(shape) for mask in row] for row in masks]),
         "realized_ratio": (two, [[1.0 - mask.keep_probability(shape) for mask in row] for row in masks]),
     }
 
 
-def provenance(problem: Factorized, moments: Moments, eval_moments: Moments | None) -> dict[str, Any]:
+def provenance(
+    problem: Factorized, moments: Moments | Samples, eval_moments: Moments | Samples | None
+) -> dict[str, Any]:
     """What a result records about how it was made (JSON-able).
 
     Example:
@@ -174,6 +188,9 @@ def provenance(problem: Factorized, moments: Moments, eval_moments: Moments | No
         "centered": str(moments.center),
         "preprocessing": moments.preprocessing,
         "fill": "mean image" if moments.center else "zero",
-        "trace_sxx": float(np.trace(problem.sxx)),
+        "factorisation": "primal" if isinstance(problem, PrimalProblem) else "dual",
+        "target": "image" if problem.target is None else problem.target.name,
+        "target_identity": "" if problem.target is None else identity(problem.target),
+        "trace_sxx": problem.trace,
         "trace_syy": float(np.trace(problem.syy)),
     }

@@ -14,12 +14,15 @@ import numpy as np
 
 from mae_align.checks import check_task
 from mae_align.corruption import Corruption, CorruptionMoments
+from mae_align.corruption.base import Images
 from mae_align.devices import solve_context
 from mae_align.errors import InputError
-from mae_align.factorize import Factorized, factorize, pca_basis
+from mae_align.factorize import PrimalProblem, factorize, pca_basis
+from mae_align.general import corruption_features
 from mae_align.grid import solve_features
 from mae_align.moments import Moments
 from mae_align.patches import ImageShape
+from mae_align.targets import TargetOperator
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -30,10 +33,13 @@ class LinearAutoencoder:
     """A linear autoencoder with a linear head; a pytree.
 
     Attributes:
-        encoder: [d, k] V. head: [k, q] W. decoder: [k, d] Z. mean_x: [d]. mean_y: [q].
+        encoder: [d, k] V. head: [k, q] W. decoder: [k, d] Z ([k, p] where a target operator is reconstructed).
+        mean_x: [d] of clean images. mean_y: [q].
+        mean_input: [d] of the images that are reconstructed from, E[x']. mean_output: [d] of what is reconstructed.
         loss: minimum of the training objective, in its own units.
         rank: numerical rank of S. pixel_noise: variance on its diagonal. rtol: relative cutoff of its spectrum.
-        image_shape: (h, w, c). note: what a reader of the result must know, "" if nothing.
+        image_shape: (h, w, c). output_shape: the same, or (p,).
+        note: what a reader of the result must know, "" if nothing.
     """
 
     encoder: np.ndarray
@@ -41,11 +47,14 @@ class LinearAutoencoder:
     decoder: np.ndarray
     mean_x: np.ndarray
     mean_y: np.ndarray
+    mean_input: np.ndarray
+    mean_output: np.ndarray
     loss: float
     rank: int = dataclasses.field(metadata={"static": True})
     pixel_noise: float = dataclasses.field(metadata={"static": True})
     rtol: float = dataclasses.field(metadata={"static": True})
     image_shape: ImageShape = dataclasses.field(metadata={"static": True})
+    output_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     note: str = dataclasses.field(default="", metadata={"static": True})
 
     def encode(self, images: np.ndarray) -> np.ndarray:
@@ -60,22 +69,29 @@ class LinearAutoencoder:
         Raises:
             InputError: images of another shape.
         """
-        if tuple(images.shape[1:]) != tuple(self.image_shape):
-            raise InputError(
-                f"images have shape {list(images.shape)}: this encoder takes n of {list(self.image_shape)}"
-            )
-        return (images.reshape(len(images), -1) - self.mean_x[None, :]) @ self.encoder
+        return (self._flat(images) - self.mean_x[None, :]) @ self.encoder
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
-        """Reconstructions mean_x + (x - mean_x) V Z of (corrupted) images.
+        """Reconstructions mean_output + (x' - mean_input) V Z of corrupted images (of x' = x without a corruption).
 
         Args:
             images: [n, h, w, c].
 
         Returns:
-            [n, h, w, c].
+            [n, h, w, c], or [n, p] where a target operator is reconstructed.
+
+        Raises:
+            InputError: images of another shape.
         """
-        return (self.encode(images) @ self.decoder + self.mean_x[None, :]).reshape(images.shape)
+        features = (self._flat(images) - self.mean_input[None, :]) @ self.encoder
+        return (features @ self.decoder + self.mean_output[None, :]).reshape(len(images), *self.output_shape)
+
+    def _flat(self, images: np.ndarray) -> np.ndarray:
+        if tuple(images.shape[1:]) != tuple(self.image_shape):
+            raise InputError(
+                f"images have shape {list(images.shape)}: this encoder takes n of {list(self.image_shape)}"
+            )
+        return images.reshape(len(images), -1)
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """Predicted targets mean_y + (x - mean_x) V W of clean images.
@@ -90,7 +106,13 @@ class LinearAutoencoder:
 
 
 def supervised_autoencoder(
-    moments: Moments, lam: float, k: int, *, pixel_noise: float | None = None, rtol: float | None = None
+    moments: Moments,
+    lam: float,
+    k: int,
+    *,
+    pixel_noise: float | None = None,
+    rtol: float | None = None,
+    target: TargetOperator | None = None,
 ) -> LinearAutoencoder:
     """Theorem 1: min over V, W, Z of E|W^T V^T x - y|^2 + lam E|Z^T V^T x - x|^2.
 
@@ -98,10 +120,12 @@ def supervised_autoencoder(
     minimum is tr Syy + lam tr S - sum of the k largest mu.
 
     Args:
-        moments: of the training data. lam: weight of reconstruction in [0, inf], target^2 / pixel^2. inf is PCA (the
-            loss is then the reconstruction error alone). 0 is ordinary least squares for k >= rank(Sxy) and
+        moments: of the training data; V is [d, k] and needs the [d, d] problem, not its dual.
+        lam: weight of reconstruction in [0, inf], target^2 / pixel^2. inf is PCA (the loss is then the reconstruction
+            error alone). 0 is ordinary least squares for k >= rank(Sxy) and
             reduced-rank regression below; features beyond rank(Sxy) are those of the limit 0+.
-        k: number of features, at most the rank. pixel_noise, rtol: see :func:`mae_align.factorize.factorize`.
+        k: number of features, at most the rank. pixel_noise, rtol, target: see
+            :func:`mae_align.factorize.factorize`; with a target operator its output is reconstructed instead of x.
 
     Returns:
         The autoencoder, float64. Cost: eigh of size d and of size rank.
@@ -118,14 +142,14 @@ def supervised_autoencoder(
     if not lam >= 0:
         raise InputError(f"lambda {lam}: give a weight of at least 0 (inf for reconstruction alone)")
     check_task(moments.num_targets)
-    return supervised_solution(factorize(moments, pixel_noise=pixel_noise, rtol=rtol), lam, k)
+    return supervised_solution(factorize(moments, pixel_noise=pixel_noise, rtol=rtol, target=target), lam, k)
 
 
-def supervised_solution(problem: Factorized, lam: float, k: int) -> LinearAutoencoder:
+def supervised_solution(problem: PrimalProblem, lam: float, k: int) -> LinearAutoencoder:
     """Theorem 1 for a problem that is factorised already; see :func:`supervised_autoencoder`.
 
     Args:
-        problem: float64. lam: weight of reconstruction in [0, inf]. k: number of features.
+        problem: factorised from moments, float64. lam: weight of reconstruction in [0, inf]. k: number of features.
 
     Returns:
         The autoencoder, float64. Cost: eigh of size rank.
@@ -142,7 +166,7 @@ def supervised_solution(problem: Factorized, lam: float, k: int) -> LinearAutoen
     if not lam >= 0:
         raise InputError(f"lambda {lam}: give a weight of at least 0 (inf for reconstruction alone)")
     problem.check_k(k)
-    trace_s, trace_y = float(problem.s.sum()), float(np.trace(problem.syy))
+    trace_s, trace_y = problem.target_trace, float(np.trace(problem.syy))
     total = trace_s if math.isinf(lam) else trace_y + lam * trace_s
     alpha, beta = (0.0, 1.0 / total) if math.isinf(lam) else (1.0 / total, lam / total)
     with solve_context("float64"):
@@ -151,7 +175,7 @@ def supervised_solution(problem: Factorized, lam: float, k: int) -> LinearAutoen
             basis.e,
             basis.gram,
             basis.target,
-            jnp.asarray(problem.s),
+            jnp.asarray(problem.s if problem.target_gram is None else problem.target_gram),
             jnp.ones(problem.rank),
             jnp.asarray(alpha),
             jnp.asarray(beta),
@@ -164,7 +188,8 @@ def supervised_solution(problem: Factorized, lam: float, k: int) -> LinearAutoen
     if lam == 0 and k > tasks:
         note = f"lam = 0 fixes only {tasks} features; the other {k - tasks} are those of the limit lam -> 0+"
     encoder = problem.u / np.sqrt(problem.s) @ f
-    return _result(problem, encoder, f.T @ problem.t0, f.T @ problem.root.T, total * (1.0 - float(mu.sum())), note)
+    decoder = f.T @ _through(problem.target, problem.root.T, problem.image_shape)
+    return _result(problem, encoder, f.T @ problem.t0, decoder, total * (1.0 - float(mu.sum())), note)
 
 
 def denoising_autoencoder(
@@ -174,23 +199,27 @@ def denoising_autoencoder(
     *,
     pixel_noise: float | None = None,
     rtol: float | None = None,
+    target: TargetOperator | None = None,
+    images: Images | None = None,
 ) -> LinearAutoencoder:
     """Theorem 3: min over V, Z of E|Z^T V^T x' - x|^2 for a corruption x' of x; the head is refitted on clean x.
 
     With G = E[x' x'^T], A = E[x' x^T]: V spans the top-k solutions of A A^T v = mu G v; Z = (V^T G V)^-1 V^T A;
-    the minimum is tr S - sum of the k largest mu. Solved by the singular vectors of G^-1/2 A, which does not square the
-    spectrum.
+    the minimum is tr S - sum of the k largest mu. Solved on the general path, see :mod:`mae_align.general`.
 
     Args:
-        moments: of the training data. corruption: any object with exact moments. k: number of features.
-        pixel_noise, rtol: see :func:`mae_align.factorize.factorize`.
+        moments: of the training data; its G and A are [d, d], so that there is no dual of it.
+        corruption: any corruption with moments. k: number of features.
+        pixel_noise, rtol, target: see :func:`mae_align.factorize.factorize`.
+        images: the training images [n, h, w, c], or a function that starts a pass over batches of them; only for
+            corruptions without exact moments.
 
     Returns:
-        The autoencoder, float64. Where everything is masked (p = 1) it is the finite limit p -> 1. Cost: two eigh and
-        one SVD of size d.
+        The autoencoder, float64. Where everything is masked (p = 1) it is the finite limit p -> 1. Cost: one eigh
+        and one SVD of size d.
 
     Raises:
-        InputError: k outside 1..rank.
+        InputError: k outside 1..rank, or more features than survive the corruption.
 
     Example:
         >>> from mae_align.corruption import PatchMasking
@@ -199,19 +228,25 @@ def denoising_autoencoder(
         >>> denoising_autoencoder(m, PatchMasking(2, 0.5), 3).decoder.shape
         (3, 16)
     """
-    problem = factorize(moments, pixel_noise=pixel_noise, rtol=rtol)
+    corruption.check(moments.image_shape)
+    problem = factorize(moments, pixel_noise=pixel_noise, rtol=rtol, target=target)
     problem.check_k(k)
-    gram, cross, keep = corruption.moments(problem.sxx, problem.image_shape)
-    with solve_context("float64"):
-        values, vectors = (np.asarray(a) for a in jnp.linalg.eigh(jnp.asarray(gram)))
-        real = values > problem.rtol * values[-1]
-        half = vectors[:, real] / np.sqrt(values[real])
-        left, size, right = (np.asarray(a) for a in jnp.linalg.svd(jnp.asarray(half.T @ cross), full_matrices=False))
-    encoder = half @ left[:, :k]
-    q, r = np.linalg.qr(problem.root.T @ encoder)
-    head = np.linalg.solve(r, q.T @ problem.t0)
-    loss = float(np.trace(problem.sxx) - keep * (size[:k] ** 2).sum())
-    return _result(problem, encoder, head, size[:k, None] * right[:k], loss, "")
+    found = corruption_features(problem, corruption, images=images, centered=moments.center)
+    if k > len(found.mu):
+        raise InputError(f"k={k}: only {len(found.mu)} features of these images survive the corruption")
+    encoder = found.encoder[:, :k]
+    return _result(
+        problem, encoder, _clean_head(problem, encoder, found.q[:, :k]), found.decoder[:k], found.loss(k), ""
+    )
+
+
+def _clean_head(problem: PrimalProblem, encoder: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """W = (V^T S V)^-1 V^T Sxy from R^T V = Q B; 0 for features that add nothing on clean images."""
+    real = np.flatnonzero(q.any(0))
+    triangle = q[:, real].T @ (problem.root.T @ encoder[:, real])
+    head = np.zeros((encoder.shape[1], problem.t0.shape[1]))
+    head[real] = np.linalg.solve(triangle, q[:, real].T @ problem.t0)
+    return head
 
 
 _solve_features = jax.jit(solve_features, static_argnames="max_k")
@@ -275,19 +310,28 @@ def _quadratic(
     return constant - 2 * linear + jnp.vdot(features, outer, precision=_HIGHEST)
 
 
+def _through(target: TargetOperator | None, rows: np.ndarray, image_shape: ImageShape) -> np.ndarray:
+    """W applied to rows that are flattened images, [m, d] -> [m, p]."""
+    return rows if target is None else np.asarray(target.apply(rows.reshape(-1, *image_shape)), np.float64)
+
+
 def _result(
-    problem: Factorized, encoder: np.ndarray, head: np.ndarray, decoder: np.ndarray, loss: float, note: str
+    problem: PrimalProblem, encoder: np.ndarray, head: np.ndarray, decoder: np.ndarray, loss: float, note: str
 ) -> LinearAutoencoder:
+    output_shape = problem.image_shape if problem.target is None else (decoder.shape[1],)
     return LinearAutoencoder(
         encoder,
         head,
         decoder,
         problem.mean_x,
         problem.mean_y,
+        problem.mean_x,
+        _through(problem.target, problem.mean_x[None, :], problem.image_shape)[0],
         loss,
         rank=problem.rank,
         pixel_noise=problem.pixel_noise,
         rtol=problem.rtol,
         image_shape=problem.image_shape,
+        output_shape=output_shape,
         note=note,
     )

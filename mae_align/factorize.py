@@ -11,10 +11,12 @@ not change the encoder, G = (1 - p) S + p D + sigma^2 I, D the part of S within 
     R^T G^-1 R = E diag(w^2) E^T,  w^2 = pi / (p + (1 - p) pi)
 
 so E is computed once per patch size and a mask ratio only changes the diagonal w. See docs/theory.md, section 4.
+:mod:`mae_align.dual` makes the same coordinates from samples, without any d x d array.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import Literal, NamedTuple
 
@@ -24,42 +26,56 @@ import numpy as np
 
 from mae_align.devices import solve_context
 from mae_align.errors import InputError
+from mae_align.memory import check_memory, primal_bytes
 from mae_align.moments import Moments
 from mae_align.patches import ImageShape, PatchSize, patch_grid, patch_labels
 from mae_align.products import gram
+from mae_align.targets import TargetOperator, mapped, target_gram
 
 DType = Literal["float64", "float32"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Factorized:
-    """The factorised problem: S = U diag(s) U^T and the targets in its whitened coordinates.
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Factorized(abc.ABC):
+    """The factorised problem, all that sweeps need: the spectrum of S and the targets in its whitened coordinates.
 
     Attributes:
         s: [r] eigenvalues of S above the cutoff, descending, squared pixel units.
-        u: [d, r] their eigenvectors.
         t0: [r, q] diag(s)^-1/2 U^T Sxy.
-        sxx: [d, d] S itself, floor included.
+        trace: tr S, floor of every pixel included.
         syy: [q, q] target covariance. yty: [q, q] uncentred target second moment.
-        mean_x: [d]. mean_y: [q].
+        mean_x: [d]. mean_y: [q]. count: number of samples n.
         pixel_noise: variance added to the diagonal of cov(x), squared pixel units.
         rtol: eigenvalues at or below rtol * s_max count as zero.
         image_shape: (h, w, c).
         dtype: precision of the solves.
+        target: W where W x is reconstructed; None for the image itself.
+        target_gram: [r, r] R^T W^T W R, which takes the place of diag(s); None without W.
     """
 
     s: np.ndarray
-    u: np.ndarray
     t0: np.ndarray
-    sxx: np.ndarray
+    trace: float
     syy: np.ndarray
     yty: np.ndarray
     mean_x: np.ndarray
     mean_y: np.ndarray
+    count: int
     pixel_noise: float
     rtol: float
     image_shape: ImageShape
     dtype: DType
+    target: TargetOperator | None = None
+    target_gram: np.ndarray | None = None
+
+    @property
+    def target_trace(self) -> float:
+        """Reconstruction error of the zero predictor, tr W S W^T (tr S without W), squared pixel units."""
+        return self.trace if self.target_gram is None else float(self.target_gram.trace())
+
+    @abc.abstractmethod
+    def precision(self, patch_size: PatchSize, rho: float) -> jax.Array:
+        """[r, r] P = R^T (D + rho I)^-1 R, inside :func:`mae_align.devices.solve_context`."""
 
     @property
     def rank(self) -> int:
@@ -67,9 +83,9 @@ class Factorized:
         return len(self.s)
 
     @property
-    def root(self) -> np.ndarray:
-        """[d, r] R = U diag(sqrt s)."""
-        return self.u * np.sqrt(self.s)
+    def cutoff(self) -> float:
+        """Variance at or below which a direction counts as empty."""
+        return self.rtol * float(self.s[0])
 
     def check_k(self, k: int) -> int:
         """Refuse a number of features outside 1..rank.
@@ -85,12 +101,48 @@ class Factorized:
         return int(k)
 
 
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class PrimalProblem(Factorized):
+    """The problem factorised from second moments: S = U diag(s) U^T with U at hand.
+
+    Attributes:
+        u: [d, r] eigenvectors. sxx: [d, d] S itself, floor included.
+    """
+
+    u: np.ndarray
+    sxx: np.ndarray
+
+    @property
+    def root(self) -> np.ndarray:
+        """[d, r] R = U diag(sqrt s)."""
+        return self.u * np.sqrt(self.s)
+
+    def precision(self, patch_size: PatchSize, rho: float) -> jax.Array:
+        """[r, r] P = R^T (D + rho I)^-1 R. Cost d r^2 + the blocks' eigendecompositions."""
+        dtype = np.dtype(self.dtype)
+        root = jnp.asarray(self.root, dtype)
+        p = jnp.zeros((self.rank, self.rank), dtype)
+        for index in patch_blocks(patch_labels(self.image_shape, patch_size)):
+            block = np.ascontiguousarray(self.sxx[index[:, :, None], index[:, None, :]], dtype)
+            p = _add_precision(p, root, index, block, dtype.type(rho), dtype.type(self.cutoff))
+        return p
+
+    def solved_root(self, patch_size: PatchSize, rho: float) -> np.ndarray:
+        """[d, r] (D + rho I)^-1 R, inside :func:`mae_align.devices.solve_context`. Cost d c r, c pixels in a patch."""
+        dtype = np.dtype(self.dtype)
+        out, root = np.empty(self.u.shape, dtype), self.root.astype(dtype)
+        for index in patch_blocks(patch_labels(self.image_shape, patch_size)):
+            block = np.ascontiguousarray(self.sxx[index[:, :, None], index[:, None, :]], dtype)
+            out[index] = _solve_blocks(root, index, block, dtype.type(rho), dtype.type(self.cutoff))
+        return out
+
+
 class PatchBasis(NamedTuple):
     """Coordinates in which every mask ratio of one patch size is diagonal.
 
     Attributes:
         e: [r, r] eigenvectors of P, by descending pi. pi: [r] eigenvalues, floored at eps * pi_max.
-        gram: [r, r] K = E^T diag(s) E. target: [r, q] T = E^T T0.
+        gram: [r, r] K = E^T diag(s) E (E^T R^T W^T W R E where W x is reconstructed). target: [r, q] T = E^T T0.
     """
 
     e: jax.Array
@@ -100,8 +152,13 @@ class PatchBasis(NamedTuple):
 
 
 def factorize(
-    moments: Moments, *, pixel_noise: float | None = None, rtol: float | None = None, dtype: DType = "float64"
-) -> Factorized:
+    moments: Moments,
+    *,
+    pixel_noise: float | None = None,
+    rtol: float | None = None,
+    dtype: DType = "float64",
+    target: TargetOperator | None = None,
+) -> PrimalProblem:
     """Eigendecomposition of the pixel covariance with its noise floor.
 
     S = cov(x) + pixel_noise I = U diag(s) U^T, s > rtol * s_max.
@@ -113,12 +170,15 @@ def factorize(
             images (1e-7 for float32). 0 for no floor.
         rtol: relative cutoff of the spectrum; default d * 2.2e-16 in float64, 1e-7 in float32.
         dtype: precision of this and all later solves ("float32" loses rank and accuracy).
+        target: W where W x is reconstructed instead of x.
 
     Returns:
-        The factorised problem. Cost: one eigh of size d.
+        The factorised problem. Cost: one eigh of size d; memory about 56 d^2 bytes.
 
     Raises:
-        InputError: fewer than 2 samples, constant images, constant targets, a negative floor.
+        InputError: fewer than 2 samples, constant images, constant targets, a negative floor, not enough memory, a
+            target operator that does not fit the images or leaves nothing of them, or samples in place of moments
+            (see :func:`mae_align.dual.factorize_samples`).
 
     Example:
         >>> x = np.random.default_rng(0).integers(0, 256, (50, 3, 3, 1)).astype(np.uint8)
@@ -126,51 +186,116 @@ def factorize(
         >>> f.rank, round(f.pixel_noise, 4)
         (9, 0.0833)
     """
-    if dtype not in ("float64", "float32"):
-        raise InputError(f"dtype={dtype!r}: give 'float64' or 'float32'")
-    if moments.count < 2:
-        raise InputError(f"moments of {moments.count} samples: at least 2 are needed")
+    if not isinstance(moments, Moments):
+        raise InputError(
+            f"this needs second moments [d, d], not {type(moments).__name__}: make them with Moments.from_arrays"
+        )
+    if target is not None:
+        mapped(target, np.zeros((1, *moments.image_shape)))
+    check_options(moments.count, pixel_noise, rtol, dtype)
+    d = moments.num_pixels
+    check_memory(primal_bytes(d), f"factorising second moments of {d} pixel values ({d} x {d})", "shrink the images")
     second = moments.second_moments()
-    if second.syy.size and not np.trace(second.syy) > 0:
-        raise InputError("the targets are constant (one class?): there is nothing to explain")
-    d = len(second.sxx)
-    if not np.trace(second.sxx) > 0:
-        raise InputError("the images are constant: there is nothing to reconstruct")
+    check_variance(float(np.trace(second.sxx)), float(np.trace(second.syy)) if second.syy.size else None)
     if rtol is None:
-        rtol = d * float(np.finfo(np.float64).eps) if dtype == "float64" else 1e-7
-    if not 0 <= rtol < 1:
-        raise InputError(f"rtol={rtol}: give a relative cutoff from 0 up to, not including, 1")
-    if pixel_noise is not None and not (np.isfinite(pixel_noise) and pixel_noise >= 0):
-        raise InputError(f"pixel_noise={pixel_noise}: give a variance of at least 0")
+        rtol = default_rtol(d, dtype)
     with solve_context(dtype, alone=True):
-        s, u = (np.asarray(a) for a in _eigh(np.asarray(second.sxx, dtype)))
+        s, u = (np.asarray(a) for a in eigh(np.asarray(second.sxx, dtype)))
     if pixel_noise is None:
-        # Moments of float32 images are themselves rounded at about 1e-7 of the largest eigenvalue.
-        relative = 1e-7 if moments.pixel_dtype == "float32" else 1e-9
-        pixel_noise = moments.quantization_step**2 / 12 or relative * float(s[-1])
+        pixel_noise = default_floor(moments.pixel_dtype, moments.quantization_step, float(s[-1]))
     s = s + s.dtype.type(pixel_noise)  # isotropic: the eigenvectors stay
     sxx = second.sxx + pixel_noise * np.eye(d)
     keep = s > rtol * s[-1]
     s, u = s[keep][::-1].copy(), u[:, keep][:, ::-1].copy()
     t0 = (u.T @ second.sxy.astype(u.dtype)) / np.sqrt(s)[:, None]
-    # Centred one-hot targets add up to zero; whitening must not blow that rounding up to a target of its own.
-    variance, axes = np.linalg.eigh(second.syy)
-    largest = variance.max(initial=0.0)  # without targets there is none
-    axes = axes[:, variance > len(variance) * np.finfo(np.float64).eps * largest].astype(u.dtype)
-    return Factorized(
+    return PrimalProblem(
         s=s,
         u=u,
-        t0=t0 @ axes @ axes.T,
+        t0=within_targets(t0, second.syy),
+        trace=float(np.trace(sxx)),
         sxx=sxx,
         syy=second.syy,
         yty=moments.yty,
         mean_x=moments.mean_x,
         mean_y=moments.mean_y,
+        count=moments.count,
         pixel_noise=float(pixel_noise),
         rtol=rtol,
         image_shape=moments.image_shape,
         dtype=dtype,
+        target=target,
+        target_gram=None if target is None else target_gram(target, u * np.sqrt(s), moments.image_shape),
     )
+
+
+def check_options(count: int, pixel_noise: float | None, rtol: float | None, dtype: str) -> None:
+    """Refuse options of a factorisation, or too few samples.
+
+    Raises:
+        InputError: fewer than 2 samples, a negative floor, a cutoff outside [0, 1), another precision.
+
+    Example:
+        >>> check_options(2, None, None, "float64")
+    """
+    if dtype not in ("float64", "float32"):
+        raise InputError(f"dtype={dtype!r}: give 'float64' or 'float32'")
+    if count < 2:
+        raise InputError(f"moments of {count} samples: at least 2 are needed")
+    if rtol is not None and not 0 <= rtol < 1:
+        raise InputError(f"rtol={rtol}: give a relative cutoff from 0 up to, not including, 1")
+    if pixel_noise is not None and not (np.isfinite(pixel_noise) and pixel_noise >= 0):
+        raise InputError(f"pixel_noise={pixel_noise}: give a variance of at least 0")
+
+
+def check_variance(trace_x: float, trace_y: float | None) -> None:
+    """Refuse data with nothing to learn; ``trace_y`` is None where there are no targets.
+
+    Raises:
+        InputError: constant images or constant targets.
+
+    Example:
+        >>> check_variance(1.0, 1.0)
+    """
+    if trace_y is not None and not trace_y > 0:
+        raise InputError("the targets are constant (one class?): there is nothing to explain")
+    if not trace_x > 0:
+        raise InputError("the images are constant: there is nothing to reconstruct")
+
+
+def default_rtol(size: int, dtype: DType) -> float:
+    """Relative cutoff of a spectrum: size * 2.2e-16 in float64, 1e-7 in float32.
+
+    Example:
+        >>> default_rtol(784, "float32")
+        1e-07
+    """
+    return size * float(np.finfo(np.float64).eps) if dtype == "float64" else 1e-7
+
+
+def default_floor(pixel_dtype: str, quantization_step: float, largest: float) -> float:
+    """Variance of the measurement noise of a pixel: step^2 / 12 for 8-bit images, else tied to the largest eigenvalue.
+
+    Example:
+        >>> default_floor("float64", 0.0, 2.0)
+        2e-09
+    """
+    # Products of float32 images are themselves rounded at about 1e-7 of the largest eigenvalue.
+    return quantization_step**2 / 12 or (1e-7 if pixel_dtype == "float32" else 1e-9) * largest
+
+
+def within_targets(t0: np.ndarray, syy: np.ndarray) -> np.ndarray:
+    """Whitened targets [r, q] without what lies outside the range of the target covariance [q, q].
+
+    Centred one-hot targets add up to zero; whitening must not blow that rounding up to a target of its own.
+
+    Example:
+        >>> within_targets(np.array([[1.0, 1e-9]]), np.diag([1.0, 0.0])).tolist()
+        [[1.0, 0.0]]
+    """
+    variance, axes = np.linalg.eigh(syy)
+    largest = variance.max(initial=0.0)  # without targets there is none
+    axes = axes[:, variance > len(variance) * np.finfo(np.float64).eps * largest].astype(t0.dtype)
+    return t0 @ axes @ axes.T
 
 
 def patch_basis(problem: Factorized, patch_size: PatchSize, rho: float = 0.0) -> PatchBasis:
@@ -195,17 +320,17 @@ def patch_basis(problem: Factorized, patch_size: PatchSize, rho: float = 0.0) ->
         True
     """
     patch_grid(problem.image_shape, patch_size)
-    blocks = _patch_blocks(patch_labels(problem.image_shape, patch_size))
     with solve_context(problem.dtype):
-        dtype = np.dtype(problem.dtype)
-        root = jnp.asarray(problem.root, dtype)
-        cutoff = dtype.type(problem.rtol * problem.s[0])
-        p = jnp.zeros((problem.rank, problem.rank), dtype)
-        for index in blocks:
-            block = np.ascontiguousarray(problem.sxx[index[:, :, None], index[:, None, :]], dtype)
-            p = _add_precision(p, root, index, block, dtype.type(rho), cutoff)
         # Wait inside: the BLAS limit holds only here.
-        return jax.block_until_ready(_basis(p, np.asarray(problem.s, dtype), np.asarray(problem.t0, dtype)))
+        return jax.block_until_ready(basis_of(problem, problem.precision(patch_size, rho)))
+
+
+def basis_of(problem: Factorized, precision: jax.Array) -> PatchBasis:
+    """Eigenbasis of a precision matrix P [r, r], inside :func:`mae_align.devices.solve_context`."""
+    basis = _basis(precision, np.asarray(problem.s, problem.dtype), np.asarray(problem.t0, problem.dtype))
+    if problem.target_gram is not None:
+        basis = basis._replace(gram=_congruence(basis.e, np.asarray(problem.target_gram, problem.dtype)))
+    return basis
 
 
 def pca_basis(problem: Factorized, noise_variance: float = 0.0) -> PatchBasis:
@@ -225,9 +350,8 @@ def pca_basis(problem: Factorized, noise_variance: float = 0.0) -> PatchBasis:
     with solve_context(problem.dtype):
         s = jnp.asarray(problem.s, problem.dtype)
         pi = s / noise_variance if noise_variance > 0 else jnp.ones_like(s)  # may overflow to inf: no noise
-        return PatchBasis(
-            jnp.eye(problem.rank, dtype=problem.dtype), pi, jnp.diag(s), jnp.asarray(problem.t0, problem.dtype)
-        )
+        gram = jnp.diag(s) if problem.target_gram is None else jnp.asarray(problem.target_gram, problem.dtype)
+        return PatchBasis(jnp.eye(problem.rank, dtype=problem.dtype), pi, gram, jnp.asarray(problem.t0, problem.dtype))
 
 
 def mask_weights(pi: np.ndarray, ratio: float, noise_variance: float = 0.0) -> np.ndarray:
@@ -250,8 +374,13 @@ def mask_weights(pi: np.ndarray, ratio: float, noise_variance: float = 0.0) -> n
     return 1.0 / np.sqrt(offset / pi + (1.0 - ratio))
 
 
-def _patch_blocks(labels: np.ndarray) -> list[np.ndarray]:
-    """Pixel indices [blocks, pixels] of the patches, one array per patch shape (at most four)."""
+def patch_blocks(labels: np.ndarray) -> list[np.ndarray]:
+    """Pixel indices [blocks, pixels] of the patches, one array for each number of pixels (at most four).
+
+    Example:
+        >>> [index.tolist() for index in patch_blocks(patch_labels((1, 3, 1), (1, 2)))]
+        [[[2]], [[0, 1]]]
+    """
     order = np.argsort(labels, kind="stable")
     members = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
     sizes = sorted({len(m) for m in members})
@@ -259,9 +388,21 @@ def _patch_blocks(labels: np.ndarray) -> list[np.ndarray]:
 
 
 @jax.jit
-def _eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+def eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues [n], ascending, and eigenvectors [n, n] of a symmetric matrix, compiled."""
     values, vectors = jnp.linalg.eigh(a, symmetrize_input=False)
     return values, vectors
+
+
+def _half_solve(
+    root: jax.Array, index: jax.Array, block: jax.Array, rho: jax.Array, cutoff: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """W [b, m, m] with W W^T = (D_b + rho I)^-1, on the range of D_b, and W^T R_b [b, m, r]."""
+    values, vectors = jnp.linalg.eigh(block)
+    # Without noise a null direction of a block carries no variance: it is left out, not inverted.
+    inverse = jnp.where(values + rho > cutoff, 1.0 / jnp.where(values + rho > cutoff, values + rho, 1.0), 0.0)
+    scaled = vectors * jnp.sqrt(inverse)[:, None, :]
+    return scaled, jnp.einsum("bij,bir->bjr", scaled, root[index], precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.jit
@@ -269,12 +410,14 @@ def _add_precision(
     p: jax.Array, root: jax.Array, index: jax.Array, block: jax.Array, rho: jax.Array, cutoff: jax.Array
 ) -> jax.Array:
     """P + sum over blocks of R_b^T (D_b + rho I)^-1 R_b, in the blocks' own eigenbases."""
-    values, vectors = jnp.linalg.eigh(block)
-    # Without noise a null direction of a block carries no variance: it is left out, not inverted.
-    inverse = jnp.where(values + rho > cutoff, 1.0 / jnp.where(values + rho > cutoff, values + rho, 1.0), 0.0)
-    half = jnp.einsum("bij,bir->bjr", vectors, root[index], precision=jax.lax.Precision.HIGHEST)
-    half = (jnp.sqrt(inverse)[:, :, None] * half).reshape(-1, root.shape[1])
-    return p + gram(half)
+    return p + gram(_half_solve(root, index, block, rho, cutoff)[1].reshape(-1, root.shape[1]))
+
+
+@jax.jit
+def _solve_blocks(root: jax.Array, index: jax.Array, block: jax.Array, rho: jax.Array, cutoff: jax.Array) -> jax.Array:
+    """[b, m, r] (D_b + rho I)^-1 R_b."""
+    scaled, half = _half_solve(root, index, block, rho, cutoff)
+    return jnp.einsum("bij,bjr->bir", scaled, half, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.jit
@@ -283,3 +426,10 @@ def _basis(p: jax.Array, s: jax.Array, t0: jax.Array) -> PatchBasis:
     e, pi = vectors[:, ::-1], values[::-1]
     pi = jnp.maximum(pi, jnp.finfo(pi.dtype).eps * pi[0])
     return PatchBasis(e, pi, gram(jnp.sqrt(s)[:, None] * e), jnp.dot(e.T, t0, precision=jax.lax.Precision.HIGHEST))
+
+
+@jax.jit
+def _congruence(e: jax.Array, gram: jax.Array) -> jax.Array:
+    high = jax.lax.Precision.HIGHEST
+    inside = jnp.dot(e.T, jnp.dot(gram, e, precision=high), precision=high)
+    return (inside + inside.T) / 2

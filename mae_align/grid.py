@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from mae_align.alignment import HeldOut, held_out_errors
+from mae_align.alignment import HeldOut, HeldOutRows, held_out_errors
 from mae_align.factorize import Factorized, PatchBasis
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -43,7 +43,8 @@ class FeatureSolution(NamedTuple):
 
     Attributes:
         mu, gap, t: as in :class:`PointSolution`.
-        explained: [k] pixel variance that a linear decoder of clean features 1..k explains, squared pixel units.
+        explained: [k] variance of the reconstructed image (or of W x) that a linear decoder of clean features 1..k
+            explains, squared pixel units.
     """
 
     mu: jax.Array
@@ -127,7 +128,8 @@ def solve_features(
     """The solution and its features in the coordinates of the factorised problem.
 
     Args:
-        e: [r, r] patch basis. s: [r] eigenvalues of S. Others as in :func:`solve_point`.
+        e: [r, r] patch basis. s: [r] eigenvalues of S, or [r, r] R^T W^T W R where W x is reconstructed. Others as in
+            :func:`solve_point`.
 
     Returns:
         The solution, and f [r, k] = E Q with orthonormal columns. Cost: eigh of size r, QR [r, k], r^2 k.
@@ -136,7 +138,8 @@ def solve_features(
     q, _ = jnp.linalg.qr(w[:, None] * b)
     f = jnp.dot(e, q, precision=_HIGHEST)
     t = jnp.dot(q.T, target, precision=_HIGHEST)
-    return FeatureSolution(mu, gap, t, jnp.cumsum((s[:, None] * f**2).sum(0))), f
+    seen = s[:, None] * f if s.ndim == 1 else jnp.dot(s, f, precision=_HIGHEST)
+    return FeatureSolution(mu, gap, t, jnp.cumsum((f * seen).sum(0))), f
 
 
 def diagonal_solution(s: jax.Array, target: jax.Array, w: jax.Array, beta: jax.Array, *, max_k: int) -> FeatureSolution:
@@ -171,7 +174,7 @@ def _features_and_errors(
     gram: jax.Array,
     target: jax.Array,
     s: jax.Array,
-    held: HeldOut,
+    held: HeldOut | HeldOutRows,
     w: jax.Array,
     alpha: jax.Array,
     beta: jax.Array,
@@ -226,13 +229,13 @@ class PointProgram(NamedTuple):
     point: Callable[..., Any]
     one: Callable[..., Any]
     many: Callable[..., Any]
-    shared: Callable[[PatchBasis, Factorized, HeldOut | None], tuple[Any, ...]]
+    shared: Callable[[PatchBasis, Factorized, HeldOut | HeldOutRows | None], tuple[Any, ...]]
     named: Callable[[Any], dict[str, Any]]
     diagonal: Callable[..., Any]
 
 
 def _spectrum(problem: Factorized) -> jax.Array:
-    return jnp.asarray(problem.s, problem.dtype)
+    return jnp.asarray(problem.s if problem.target_gram is None else problem.target_gram, problem.dtype)
 
 
 CURVES = PointProgram(

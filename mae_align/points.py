@@ -62,9 +62,9 @@ class GridPoint:
     def weights(self, problem: Factorized) -> tuple[float, float, float]:
         """Weights (alpha, beta) of supervision and reconstruction, and the loss at k = 0 that scales both to shares.
 
-        The loss at k = 0 is tr Syy + lam tr S, and tr S for lam = inf.
+        The loss at k = 0 is tr Syy + lam tr S, and tr S for lam = inf (tr W S W^T where W x is reconstructed).
         """
-        trace_s, trace_y = float(problem.s.sum()), float(problem.syy.trace())
+        trace_s, trace_y = problem.target_trace, float(problem.syy.trace())
         if math.isinf(self.lam):
             return 0.0, 1.0 / trace_s, trace_s
         total = trace_y + self.lam * trace_s

@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from mae_align.errors import InputError
-from mae_align.factorize import Factorized
+from mae_align.factorize import PrimalProblem
 
 
-def feature_basis(problem: Factorized, encoder: np.ndarray) -> np.ndarray:
+def feature_basis(problem: PrimalProblem, encoder: np.ndarray) -> np.ndarray:
     """Orthonormal sample basis of the features V^T x, in the coordinates of the factorised problem.
 
     Q of R^T V = Q B; two encoders with the same span of Q give every linear probe the same features.
 
     Args:
-        problem: the factorised problem. encoder: [d, k] V.
+        problem: factorised from moments (it needs the pixels' eigenvectors). encoder: [d, k] V.
 
     Returns:
         [r, k] with orthonormal columns, float64. Cost d r k.

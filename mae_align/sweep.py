@@ -18,19 +18,32 @@ import numpy as np
 import xarray as xr
 
 from mae_align import grid
-from mae_align.alignment import HeldOut, check_held_out, held_out_errors_jit, hold_out
+from mae_align.alignment import HeldOut, HeldOutRows, check_held_out, held_out_errors_jit, hold_out, hold_out_masked
 from mae_align.assemble import assemble, provenance
 from mae_align.checks import check_task
 from mae_align.corruption import PatchMask, PatchMasking
 from mae_align.devices import is_cpu, solve_context, solve_device, solve_dtype, worker_count
+from mae_align.dual import DualProblem, check_patches, factorize_samples, hold_out_samples, masked_basis
 from mae_align.errors import InputError
-from mae_align.factorize import DType, Factorized, PatchBasis, factorize, mask_weights, patch_basis, pca_basis
+from mae_align.factorize import (
+    DType,
+    Factorized,
+    PatchBasis,
+    PrimalProblem,
+    factorize,
+    mask_weights,
+    patch_basis,
+    pca_basis,
+)
 from mae_align.grid import PointProgram
+from mae_align.memory import check_memory, sweep_bytes
 from mae_align.moments import Moments
 from mae_align.patches import PatchSize
 from mae_align.points import BasisKey, GridPoint, GridSpec
 from mae_align.runner import Arrays, Task, TaskGroup, run_groups
+from mae_align.samples import Samples
 from mae_align.store import PointStore, fingerprint
+from mae_align.targets import TargetOperator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +68,17 @@ class RunOptions:
 
 
 def masking_sweep(
-    moments: Moments,
+    moments: Moments | Samples,
     patch_sizes: Sequence[PatchSize],
     mask_ratios: Sequence[float],
     *,
     masking: type[PatchMask] = PatchMasking,
-    eval_moments: Moments | None = None,
+    eval_moments: Moments | Samples | None = None,
     max_k: int | None = None,
     pixel_noise: float | None = None,
     rtol: float | None = None,
     dtype: DType = "float64",
+    target: TargetOperator | None = None,
     run: RunOptions | None = None,
 ) -> xr.Dataset:
     """Curves of the masked autoencoder's features for every patch size, mask ratio and k (the paper's Fig. 7).
@@ -73,22 +87,26 @@ def masking_sweep(
     images. ``je_r2`` is linear joint embedding of two masked views: the eigenvectors of P, at any ratio in (0, 1).
 
     Args:
-        moments: of the training data.
+        moments: of the training data, or its samples where they are fewer than the pixels: then no [d, d] array is
+            formed (:func:`mae_align.samples.summarize` makes the cheaper of the two).
         patch_sizes: ints or (h, w) in pixels. mask_ratios: in [0, 1], both ends included.
         masking: family of masks; ``FixedCountPatchMasking`` rounds the ratio to whole patches (see the coordinates
             ``realized_ratio`` and ``num_patches``).
-        eval_moments: of held-out data, with groups for standard errors.
+        eval_moments: of held-out data, with groups for standard errors; samples where ``moments`` are samples.
         max_k: number of features; default the rank.
         pixel_noise, rtol, dtype: as in :func:`mae_align.factorize.factorize`.
+        target: W where W x is reconstructed instead of x (:mod:`mae_align.targets`).
         run: workers, batches, progress, resume.
 
     Returns:
         Dataset over patch_size, mask_ratio, k with r2, alignment, alignment_percent, probe_mse, loss, eigengap, je_r2,
         je_alignment and, with ``eval_moments``, eval_r2, eval_r2_se, eval_influence (over ``group``) and their je_
-        counterparts; p_eff, condition as coordinates. Cost: one eigh and one R-only QR of the rank per point.
+        counterparts; p_eff, condition as coordinates, and ``saturated``: a patch has at least as many pixel values as
+        there are samples. Cost: one eigh and one R-only QR of the rank per point.
 
     Raises:
-        InputError: bad grids, max_k over the rank, held-out data that does not match, a store of another sweep.
+        InputError: bad grids, max_k over the rank, held-out data that does not match, a store of another sweep, not
+            enough memory, samples on which masking is identically inert.
 
     Example:
         >>> x = np.random.default_rng(0).integers(0, 256, (90, 4, 4, 1)).astype(np.uint8)
@@ -101,7 +119,7 @@ def masking_sweep(
     """
     spec = GridSpec.checked(moments.image_shape, patch_sizes, [0.0], mask_ratios, [math.inf], masking)
     program = grid.CURVES if eval_moments is None else grid.HELD_OUT
-    how = Solve(program, max_k, pixel_noise, rtol, dtype, run or RunOptions())
+    how = Solve(program, max_k, pixel_noise, rtol, dtype, target, run or RunOptions())
     result = _run(moments, eval_moments, spec, how)
     result = result.isel(noise_level=0, lam=0, drop=True)
     for name in [name for name in result if str(name).startswith("je_")]:
@@ -111,18 +129,19 @@ def masking_sweep(
 
 
 def sweep(
-    moments: Moments,
+    moments: Moments | Samples,
     *,
     patch_sizes: Sequence[PatchSize],
     mask_ratios: Sequence[float],
     noise_levels: Sequence[float] = (0.0,),
     lambdas: Sequence[float] = (math.inf,),
     masking: type[PatchMask] = PatchMasking,
-    eval_moments: Moments | None = None,
+    eval_moments: Moments | Samples | None = None,
     max_k: int | None = None,
     pixel_noise: float | None = None,
     rtol: float | None = None,
     dtype: DType = "float64",
+    target: TargetOperator | None = None,
     run: RunOptions | None = None,
 ) -> xr.Dataset:
     """The joint grid patch size x pixel noise x mask ratio x supervision, every k.
@@ -135,7 +154,7 @@ def sweep(
         noise_levels: sigma of isotropic Gaussian noise added before the mask, units of the stored pixels.
         lambdas: weight of reconstruction against supervision of weight 1, in [0, inf]; 0 is the limit 0+, inf is
             reconstruction alone. It has the units target^2 / pixel^2: see the coordinate ``lam_relative``.
-        eval_moments, max_k, pixel_noise, rtol, dtype, run: as in :func:`masking_sweep`.
+        eval_moments, max_k, pixel_noise, rtol, dtype, target, run: as in :func:`masking_sweep`.
 
     Returns:
         Dataset over patch_size, noise_level, mask_ratio, lam, k with the variables of :func:`masking_sweep` and
@@ -154,16 +173,16 @@ def sweep(
     """
     spec = GridSpec.checked(moments.image_shape, patch_sizes, noise_levels, mask_ratios, lambdas, masking)
     program = grid.FEATURES if eval_moments is None else grid.HELD_OUT
-    how = Solve(program, max_k, pixel_noise, rtol, dtype, run or RunOptions())
+    how = Solve(program, max_k, pixel_noise, rtol, dtype, target, run or RunOptions())
     return _run(moments, eval_moments, spec, how)
 
 
-def lambda_sweep(moments: Moments, lambdas: Sequence[float], **options: Any) -> xr.Dataset:
+def lambda_sweep(moments: Moments | Samples, lambdas: Sequence[float], **options: Any) -> xr.Dataset:
     """Supervised + reconstruction trade-off of Theorem 1, every k.
 
     Args:
         moments: of the training data. lambdas: in [0, inf], see :func:`sweep`.
-        **options: eval_moments, max_k, pixel_noise, rtol, dtype, run of :func:`sweep`.
+        **options: eval_moments, max_k, pixel_noise, rtol, dtype, target, run of :func:`sweep`.
 
     Returns:
         Dataset over lam, k.
@@ -181,12 +200,12 @@ def lambda_sweep(moments: Moments, lambdas: Sequence[float], **options: Any) -> 
     return result.isel(patch_size=0, noise_level=0, mask_ratio=0, drop=True)
 
 
-def gaussian_sweep(moments: Moments, sigmas: Sequence[float], **options: Any) -> xr.Dataset:
+def gaussian_sweep(moments: Moments | Samples, sigmas: Sequence[float], **options: Any) -> xr.Dataset:
     """Isotropic Gaussian denoising over noise levels, every k: the curves do not move (corollary of Theorem 3).
 
     Args:
         moments: of the training data. sigmas: units of the stored pixels.
-        **options: lambdas, eval_moments, max_k, pixel_noise, rtol, dtype, run of :func:`sweep`.
+        **options: lambdas, eval_moments, max_k, pixel_noise, rtol, dtype, target, run of :func:`sweep`.
 
     Returns:
         Dataset over noise_level, k (and lam, if ``lambdas`` is given).
@@ -210,7 +229,7 @@ class Solve(NamedTuple):
 
     Attributes:
         program: compiled program of a point. max_k: number of features; None for the rank.
-        pixel_noise, rtol, dtype: see :func:`mae_align.factorize.factorize`. run: see :class:`RunOptions`.
+        pixel_noise, rtol, dtype, target: see :func:`mae_align.factorize.factorize`. run: see :class:`RunOptions`.
     """
 
     program: PointProgram
@@ -218,32 +237,38 @@ class Solve(NamedTuple):
     pixel_noise: float | None
     rtol: float | None
     dtype: DType
+    target: TargetOperator | None
     run: RunOptions
 
 
-def _run(moments: Moments, eval_moments: Moments | None, spec: GridSpec, how: Solve) -> xr.Dataset:
+def _run(moments: Moments | Samples, eval_moments: Moments | Samples | None, spec: GridSpec, how: Solve) -> xr.Dataset:
     # Everything that can be refused without work is refused first.
     solve_dtype(how.dtype)
     workers = worker_count(how.run.workers)
     if how.run.batch_size is not None and how.run.batch_size < 1:
         raise InputError(f"batch_size={how.run.batch_size}: give at least 1")
+    most = moments.num_pixels if isinstance(moments, Moments) else min(moments.count - 1, moments.num_pixels)
     if how.max_k is not None:
-        if not isinstance(how.max_k, int | np.integer) or not 1 <= how.max_k <= moments.num_pixels:
-            most = moments.num_pixels
+        if not isinstance(how.max_k, int | np.integer) or not 1 <= how.max_k <= most:
             raise InputError(
-                f"k={how.max_k}: the images have {most} pixel values, give a whole number up to their rank"
+                f"k={how.max_k}: {moments.count} images of {moments.num_pixels} pixel values, "
+                f"give a whole number up to their rank (at most {most})"
             )
     check_task(moments.num_targets)
     if eval_moments is not None:
         check_held_out(eval_moments, moments)
-    problem = factorize(moments, pixel_noise=how.pixel_noise, rtol=how.rtol, dtype=how.dtype)
+    if isinstance(moments, Samples) and how.pixel_noise == 0:
+        inert = [p.basis.patch_size for p in spec.points() if p.basis.patch_size is not None and p.basis.noise == 0]
+        check_patches(moments, list(dict.fromkeys(inert)))
+    _check_fits(moments, eval_moments, spec, how, most)
+    problem = _factorize(moments, how)
     max_k = problem.rank if how.max_k is None else problem.check_k(how.max_k)
     settings = provenance(problem, moments, eval_moments)
     store = None
     if how.run.store is not None:
         arrays = [a for m in (moments, eval_moments) if m is not None for a in m.state]
         store = PointStore(how.run.store, fingerprint(arrays, settings | {"k": max_k, "program": how.program.name}))
-    held = None if eval_moments is None else hold_out(problem, eval_moments)
+    held = None if eval_moments is None else _hold_out(problem, eval_moments)
     with solve_context(problem.dtype):
         on_device = None if held is None else jax.device_put(held)
     by_basis: dict[BasisKey, dict[str, GridPoint]] = {}
@@ -253,37 +278,85 @@ def _run(moments: Moments, eval_moments: Moments | None, spec: GridSpec, how: So
     batch = (1 if on_cpu else 8) if how.run.batch_size is None else how.run.batch_size
     groups = []
     for basis, members in by_basis.items():
-        tasks = [Task((f"je-{basis.name}",), partial(_joint_embedding, problem, on_device, max_k))]
+        tasks = [Task((f"je-{basis.name}",), partial(_joint_embedding, problem, max_k))]
         # Without mask or supervision the principal components are the answer, and they are there.
-        known = [p for p in members.values() if basis.patch_size is None and math.isinf(p.lam)]
-        tasks += [Task((p.key,), partial(_solve_diagonal, p, problem, on_device, how.program, max_k)) for p in known]
+        known = [p for p in members.values() if _is_diagonal(problem, p)]
+        tasks += [Task((p.key,), partial(_solve_diagonal, p, problem, how.program, max_k)) for p in known]
         points = [p for p in members.values() if p not in known]
         for chunk in (points[i : i + batch] for i in range(0, len(points), batch)):
-            solve = partial(_solve_batch, chunk, problem, on_device, how.program, max_k, batch)
+            solve = partial(_solve_batch, chunk, problem, how.program, max_k, batch)
             tasks.append(Task(tuple(p.key for p in chunk), solve))
-        groups.append(TaskGroup(partial(_make_basis, problem, basis), tasks))
+        groups.append(TaskGroup(partial(_make_basis, problem, eval_moments, on_device, basis), tasks))
     found = run_groups(groups, workers=workers if on_cpu else 1, store=store, progress=how.run.progress)
     where = {"masking": type(spec.masks[0][0]).__name__, "platform": solve_device(problem.dtype).platform}
     return assemble(problem, held, spec, max_k, found, settings | where)
 
 
-def _make_basis(problem: Factorized, key: BasisKey) -> PatchBasis:
+class Coordinates(NamedTuple):
+    """What the points of one basis share: the basis, and the held-out data in its coordinates."""
+
+    basis: PatchBasis
+    held: HeldOut | HeldOutRows | None
+
+
+def _check_fits(
+    moments: Moments | Samples, eval_moments: Moments | Samples | None, spec: GridSpec, how: Solve, rank: int
+) -> None:
+    """Refuse a sweep on the host that cannot fit into its memory (that of an accelerator is not looked at)."""
+    if not is_cpu(solve_device(how.dtype)):
+        return
+    points = spec.points()
+    needed = sweep_bytes(
+        rank,
+        worker_count(how.run.workers),
+        len({p.basis for p in points}),
+        len(points),
+        how.max_k or rank,
+        moments.num_targets,
+        0 if eval_moments is None else len(eval_moments.counts),
+    )
+    check_memory(needed, f"a sweep of rank up to {rank}", "use fewer samples or smaller images, workers=1, or max_k")
+
+
+def _factorize(moments: Moments | Samples, how: Solve) -> Factorized:
+    if isinstance(moments, Samples):
+        return factorize_samples(moments, pixel_noise=how.pixel_noise, rtol=how.rtol, dtype=how.dtype)
+    return factorize(moments, pixel_noise=how.pixel_noise, rtol=how.rtol, dtype=how.dtype)
+
+
+def _hold_out(problem: Factorized, eval_moments: Moments | Samples) -> HeldOut | HeldOutRows:
+    """Held-out data in coordinates without a mask; check_held_out has seen to it that both are of one kind."""
+    if isinstance(problem, DualProblem) and isinstance(eval_moments, Samples):
+        return hold_out_samples(problem, eval_moments)
+    assert isinstance(problem, PrimalProblem) and isinstance(eval_moments, Moments)
+    return hold_out(problem, eval_moments)
+
+
+def _make_basis(
+    problem: Factorized, unseen: Moments | Samples | None, held: HeldOut | HeldOutRows | None, key: BasisKey
+) -> Coordinates:
     if key.patch_size is None:
-        return pca_basis(problem, key.noise)
-    return patch_basis(problem, key.patch_size, key.noise)
+        return Coordinates(pca_basis(problem, key.noise), held)
+    if isinstance(problem, DualProblem):
+        samples = unseen if isinstance(unseen, Samples) else None
+        return Coordinates(*masked_basis(problem, key.patch_size, key.noise, samples))
+    basis = patch_basis(problem, key.patch_size, key.noise)
+    if isinstance(problem, PrimalProblem) and isinstance(unseen, Moments) and problem.rank < unseen.num_pixels:
+        with solve_context(problem.dtype):
+            held = jax.device_put(hold_out_masked(problem, basis, key.patch_size, key.noise, unseen))
+    return Coordinates(basis, held)
 
 
 def _solve_batch(
     points: Sequence[GridPoint],
     problem: Factorized,
-    held: HeldOut | None,
     program: PointProgram,
     max_k: int,
     batch: int,
-    basis: PatchBasis,
+    made: Coordinates,
 ) -> list[Arrays]:
     """Solve some points of one basis in one call of one compiled program."""
-    dtype = np.dtype(problem.dtype)
+    dtype, (basis, held) = np.dtype(problem.dtype), made
     with solve_context(dtype):
         pi = np.asarray(basis.pi, np.float64)
         w = np.stack([mask_weights(pi, p.p_eff, p.noise_variance) for p in points])
@@ -302,11 +375,16 @@ def _solve_batch(
     return [{name: a[i] for name, a in named.items()} | {"condition": condition[i]} for i in range(len(points))]
 
 
+def _is_diagonal(problem: Factorized, point: GridPoint) -> bool:
+    """Whether the eigenvectors of a point are the axes: the image itself, without mask or supervision."""
+    return point.basis.patch_size is None and math.isinf(point.lam) and problem.target_gram is None
+
+
 def _solve_diagonal(
-    point: GridPoint, problem: Factorized, held: HeldOut | None, program: PointProgram, max_k: int, basis: PatchBasis
+    point: GridPoint, problem: Factorized, program: PointProgram, max_k: int, made: Coordinates
 ) -> list[Arrays]:
     """Solve a point whose eigenvectors are the axes of the basis."""
-    dtype = np.dtype(problem.dtype)
+    dtype, (basis, held) = np.dtype(problem.dtype), made
     with solve_context(dtype):
         w = mask_weights(np.asarray(basis.pi, np.float64), point.p_eff, point.noise_variance)
         arguments = (problem.s, basis.target, w.astype(dtype), dtype.type(point.weights(problem)[1]))
@@ -315,8 +393,9 @@ def _solve_diagonal(
     return [named | {"condition": w.max() / w.min()}]
 
 
-def _joint_embedding(problem: Factorized, held: HeldOut | None, max_k: int, basis: PatchBasis) -> list[Arrays]:
+def _joint_embedding(problem: Factorized, max_k: int, made: Coordinates) -> list[Arrays]:
     """Linear joint embedding's features are the columns of E as they stand, by descending pi."""
+    basis, held = made
     with solve_context(problem.dtype):
         out: Arrays = {"t": np.asarray(basis.target[:max_k])}
         if held is not None:

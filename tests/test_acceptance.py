@@ -18,7 +18,7 @@ from oracles import SHAPE
 from sklearn.linear_model import LinearRegression
 
 import mae_align as ma
-from mae_align.corruption import Corruption, CorruptionMoments
+from mae_align.corruption import CleanImages, ComponentMasking
 from mae_align.factorize import factorize
 from mae_align.moments import Moments
 from mae_align.subspace import feature_basis, principal_angles
@@ -108,24 +108,6 @@ def test_4_r2_is_the_least_squares_fit_on_the_features(fit, direct):
         assert found[k - 1] == pytest.approx(1 - error / (yc**2).sum(), abs=1e-9)
 
 
-class ComponentMasking(Corruption):
-    """Keeps principal component i with probability m_i, independently."""
-
-    def __init__(self, components: np.ndarray, keep: np.ndarray) -> None:
-        self.components, self.keep = components, keep
-
-    def moments(self, sxx, image_shape):
-        # In the components' own coordinates the second moments are D_ij m_i m_j, and D_ii m_i on the diagonal.
-        inside = self.components.T @ sxx @ self.components
-        both = np.outer(self.keep, self.keep)
-        np.fill_diagonal(both, self.keep)
-        gram = self.components @ (inside * both) @ self.components.T
-        return CorruptionMoments(gram, self.components * self.keep @ (self.components.T @ sxx), 1.0)
-
-    def sample(self, key, images, fill):
-        raise NotImplementedError
-
-
 def test_5_inert_corruptions_have_no_angle_to_pca_and_others_do(fit, direct):
     problem = factorize(fit, pixel_noise=0.0)
     k, rng = 5, np.random.default_rng(1)
@@ -167,13 +149,13 @@ def test_6_moments_of_a_mask_are_those_of_its_sampler(mask):
     dropped = (out == fill).reshape(n, -1)
     assert (kept != dropped).all()
     kept = kept.astype(np.float64)
-    stated = mask.moments(np.ones((84, 84)), shape)
+    stated = mask.moments(CleanImages(np.ones((84, 84)), np.zeros(84), shape))
     np.testing.assert_allclose(kept.T @ kept / n, stated.keep * stated.gram, atol=0.015)
     np.testing.assert_allclose(kept.mean(0), stated.keep, atol=0.015)
     # The same through second moments of the masked images themselves.
     z = (out.astype(np.float64) - fill).reshape(n, -1)
     clean = (batch.astype(np.float64) - fill).reshape(n, -1)
-    stated = mask.moments(clean.T @ clean / n, shape)
+    stated = mask.moments(CleanImages(clean.T @ clean / n, np.zeros(84), shape))
     np.testing.assert_allclose(z.T @ z / n, stated.keep * stated.gram, atol=0.06)
     np.testing.assert_allclose(z.T @ clean / n, stated.keep * stated.cross, atol=0.06)
 

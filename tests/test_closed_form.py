@@ -243,7 +243,8 @@ class Rotated(Corruption):
     def __init__(self, linear: np.ndarray, noise: np.ndarray) -> None:
         self.linear, self.noise = linear, noise
 
-    def moments(self, sxx, image_shape):
+    def moments(self, clean):
+        sxx = clean.sxx
         return CorruptionMoments(self.linear @ sxx @ self.linear.T + self.noise, self.linear @ sxx, 1.0)
 
     def sample(self, key, images, fill):

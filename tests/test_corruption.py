@@ -14,6 +14,7 @@ import pytest
 import scipy.stats
 
 from mae_align.corruption import (
+    CleanImages,
     FixedCountPatchMasking,
     GaussianNoise,
     PatchMask,
@@ -37,6 +38,11 @@ LIMIT = 5.0
 def spd(d: int, seed: int = 0) -> np.ndarray:
     root = np.random.default_rng(seed).normal(size=(d, d))
     return root @ root.T + 0.1 * np.eye(d)
+
+
+def about_zero(sxx: np.ndarray, shape: ImageShape) -> CleanImages:
+    """Clean images of this covariance and mean 0."""
+    return CleanImages(sxx, np.zeros(len(sxx)), shape)
 
 
 def every_mask(mask: PatchMask, patches: int) -> Iterator[tuple[float, np.ndarray]]:
@@ -89,7 +95,7 @@ def test_mask_moments_equal_the_sum_over_every_mask(name, shape, size):
         one += probability * kept[0]
         two += probability * kept[0] * kept[-1]
     assert total == pytest.approx(1.0, abs=1e-12)
-    stated = mask.moments(sxx, shape)
+    stated = mask.moments(about_zero(sxx, shape))
     np.testing.assert_allclose(stated.keep * stated.gram, gram, atol=1e-12 * sxx.max())
     np.testing.assert_allclose(stated.keep * stated.cross, cross, atol=1e-12 * sxx.max())
     assert stated.keep == mask.keep_probability(shape) == pytest.approx(one, abs=1e-12)
@@ -102,7 +108,7 @@ def test_mask_moments_equal_the_sum_over_every_mask(name, shape, size):
 def test_where_no_two_patches_are_kept_the_gram_is_block_diagonal(mask):
     shape = (3, 5, 2)
     sxx, label = spd(30), patch_labels(shape, 2)
-    stated = mask.moments(sxx, shape)
+    stated = mask.moments(about_zero(sxx, shape))
     assert mask.p_eff(shape) == 1.0
     np.testing.assert_array_equal(stated.gram, sxx * (label[:, None] == label))
     np.testing.assert_array_equal(stated.cross, sxx)
@@ -114,14 +120,14 @@ def test_one_patch_and_no_mask_are_the_same_problem_exactly():
     whole = [PatchMasking(4, 0.75), PatchMasking(4, 1.0), FixedCountPatchMasking(4, 1), RandomRatioMasking(4, 0.0, 1.0)]
     for mask in [*whole, PatchMasking(2, 0.0), FixedCountPatchMasking(2, 4), RandomRatioMasking((1, 2), 0.0, 0.0)]:
         assert mask.p_eff(shape) == 0.0
-        np.testing.assert_array_equal(mask.moments(sxx, shape).gram, sxx)
+        np.testing.assert_array_equal(mask.moments(about_zero(sxx, shape)).gram, sxx)
 
 
 def test_the_moments_do_not_change_or_share_the_covariance():
     sxx = spd(16)
     before = sxx.copy()
     for corruption in (PatchMasking(2, 0.5), GaussianNoise(1.0)):
-        gram = corruption.moments(sxx, (4, 4, 1)).gram
+        gram = corruption.moments(about_zero(sxx, (4, 4, 1))).gram
         gram[:] = 0.0
     np.testing.assert_array_equal(sxx, before)
 
@@ -159,11 +165,11 @@ def test_mask_moments_are_those_of_the_sampler(name, shape, size):
     assert all((pixels == pixels[:, :1]).all() for pixels in by_patch)
     if isinstance(mask, FixedCountPatchMasking):
         assert {sum(row) for row in zip(*(pixels[:, 0] for pixels in by_patch), strict=True)} == {mask.num_visible}
-    ones = mask.moments(np.ones((d, d)), shape)
+    ones = mask.moments(about_zero(np.ones((d, d)), shape))
     pair = ones.keep * ones.gram
     assert_within_error(on.T @ on / len(on), pair, np.sqrt(pair * (1 - pair) / len(on)))
 
-    stated = mask.moments(x.T @ x / batch, shape)
+    stated = mask.moments(about_zero(x.T @ x / batch, shape))
     for per_batch, expected in (
         (x_prime.transpose(0, 2, 1) @ x_prime / batch, stated.keep * stated.gram),
         (x_prime.transpose(0, 2, 1) @ x.astype(np.float64) / batch, stated.keep * stated.cross),
@@ -282,7 +288,7 @@ def test_masks_do_not_depend_on_the_float64_switch(mask):
 def test_one_sigma_stands_for_every_pixel():
     sxx, images = spd(40), jnp.arange(240, dtype=jnp.uint8).reshape(6, 4, 5, 2)
     one, each = GaussianNoise(2.5), GaussianNoise(np.full((4, 5, 2), 2.5))
-    for a, b in zip(one.moments(sxx, (4, 5, 2)), each.moments(sxx, (4, 5, 2)), strict=True):
+    for a, b in zip(*(c.moments(about_zero(sxx, (4, 5, 2)))[:2] for c in (one, each)), strict=True):
         np.testing.assert_array_equal(a, b)
     samples = [c.sample(jax.random.key(16), images, images[0]) for c in (one, each)]
     chex.assert_trees_all_equal(*samples)
@@ -296,7 +302,7 @@ def test_noise_moments_are_those_of_the_sampler():
     deviation = np.broadcast_to(sigma, shape).reshape(d)
     noise = GaussianNoise(sigma)
     sxx = spd(d)
-    stated = noise.moments(sxx, shape)
+    stated = noise.moments(about_zero(sxx, shape))
     np.testing.assert_allclose(stated.gram, sxx + np.diag(deviation**2), rtol=1e-15)
     np.testing.assert_array_equal(stated.cross, sxx)
     assert stated.keep == 1.0
@@ -326,7 +332,7 @@ def test_bad_noise_is_refused(sigma):
 @pytest.mark.parametrize("shape", [(2, 2), (4,), (2, 2, 3), (1, 1, 1), (1,)])
 def test_noise_of_another_shape_than_the_image_is_refused(shape):
     with pytest.raises(InputError, match=r"sigma has shape .*: give a number or the image's \[2, 2, 1\]"):
-        GaussianNoise(np.ones(shape)).moments(np.eye(4), (2, 2, 1))
+        GaussianNoise(np.ones(shape)).moments(about_zero(np.eye(4), (2, 2, 1)))
 
 
 # Families by ratio
@@ -371,7 +377,7 @@ def test_fixed_count_over_the_number_of_patches_is_refused_where_the_image_is_kn
     for use in (
         lambda: mask.p_eff((4, 5, 1)),
         lambda: mask.keep_probability((4, 5, 1)),
-        lambda: mask.moments(np.eye(20), (4, 5, 1)),
+        lambda: mask.moments(about_zero(np.eye(20), (4, 5, 1))),
         lambda: mask.sample(jax.random.key(0), jnp.ones((2, 4, 5, 1)), jnp.ones((4, 5, 1))),
     ):
         with pytest.raises(InputError, match="num_visible=7 but the image has 6 patches"):
@@ -414,7 +420,7 @@ def test_bad_patch_sizes_are_refused_when_the_mask_is_made(size):
 def test_patches_larger_than_the_image_are_refused_by_moments_and_sampler():
     mask = PatchMasking((2, 5), 0.5)
     with pytest.raises(InputError, match="patch 2x5 is larger than the image 4x4"):
-        mask.moments(np.eye(16), (4, 4, 1))
+        mask.moments(about_zero(np.eye(16), (4, 4, 1)))
     with pytest.raises(InputError, match="patch 2x5 is larger than the image 4x4"):
         mask.sample(jax.random.key(0), jnp.ones((2, 4, 4, 1)), jnp.ones((4, 4, 1)))
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from mae_align.corruption import FixedCountPatchMasking, PatchMask, PatchMasking, RandomRatioMasking
+from mae_align.corruption import CleanImages, FixedCountPatchMasking, PatchMask, PatchMasking, RandomRatioMasking
 from mae_align.errors import InputError
 from mae_align.factorize import Factorized, factorize
 from mae_align.moments import Moments
@@ -40,7 +40,8 @@ def same_encoder(a: GridPoint, b: GridPoint) -> bool:
 
     def encoder_moments(point: GridPoint) -> np.ndarray:
         # G / keep; the noise sits on the diagonal, which every mask keeps.
-        return point.mask.moments(sxx + point.noise_variance * np.eye(24), SHAPE).gram
+        clean = CleanImages(sxx + point.noise_variance * np.eye(24), np.zeros(24), SHAPE)
+        return point.mask.moments(clean).gram
 
     return a.lam == b.lam and np.allclose(encoder_moments(a), encoder_moments(b), rtol=1e-12)
 

@@ -63,6 +63,19 @@ def test_numbers_are_those_of_real_predictions(tmp_path):
     np.testing.assert_allclose(float(table["best_change"]), 100 * (r2[1] - r2[0]), rtol=2e-2)
 
 
+def test_few_large_images_take_the_dual(tmp_path, capsys):
+    """60 images of 18 x 18: 48 fit the validation sweep (rank 47), 60 the test sweep (rank 59)."""
+    images = np.random.default_rng(0).integers(0, 256, (60, 18, 18, 1)).astype(np.uint8)
+    data, out = write_npz(tmp_path / "few.npz", images=images), tmp_path / "run"
+    run(*SMALL[:1], 2, 9, *SMALL[3:6], "--ks", 3, 50, "--groups", 5, "--data", data, "--out", out)
+    curves = xr.load_dataset(out / "curves.nc", engine="scipy")
+    assert curves.attrs["factorisation"] == "dual" and curves.sizes["k"] == 59
+    assert curves.saturated.values.tolist() == [False, True]
+    text = capsys.readouterr().out
+    assert "Patches of 9x9 have at least as many pixel values as there are training images, 60" in text
+    assert "(k over the rank 47 of these images left out)" in text
+
+
 def test_goes_on_where_it_stopped(tmp_path, capsys):
     out = tmp_path / "run"
     run(*SMALL, "--out", out)

@@ -1,11 +1,4 @@
-"""Corruptions x' of an image x: exact second moments for the closed forms, a sampler for the training of networks.
-
-Theorem 3 of Balestriero & LeCun (2024) needs two matrices of a corruption, with x centred and S = cov(x)::
-
-    G = E[x' x'^T] = keep * gram      A = E[x' x^T] = keep * cross
-
-``keep`` is split off because it scales both and so never changes the encoder: ``gram`` and ``cross`` stay finite where
-everything is masked (keep = 0).
+"""Exchangeable masks of whole patches.
 
 A dropped pixel becomes the fill, by default the mean image (0 once centred). A patch mask drops whole patches, all
 channels together. Where the patch does not divide the side, the border patches are smaller patches of their own. Every
@@ -17,58 +10,42 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import NamedTuple, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mae_align.corruption.base import (
+    CleanImages,
+    CorruptionMoments,
+    ExactCorruption,
+    fill_image,
+    fill_offset,
+    frozen_fill,
+    need_signal,
+)
 from mae_align.errors import InputError
 from mae_align.patches import ImageShape, PatchSize, check_ratio, patch_grid, patch_hw, patch_labels
 
 
-class CorruptionMoments(NamedTuple):
-    """Second moments of a corruption, E[x' x'^T] = keep * gram and E[x' x^T] = keep * cross.
+@dataclasses.dataclass(frozen=True)
+class PatchMask(ExactCorruption):
+    """An exchangeable mask of whole patches; subclasses say how many patches are dropped.
 
     Attributes:
-        gram: [d, d] symmetric positive semidefinite. cross: [d, d]. keep: scalar in [0, 1].
+        patch_size: int or (h, w) in pixels. fill: value of a dropped pixel, a number or an array [h, w, c] in the units
+            of the stored pixels; None for the mean image. With a fill of its own a mask leaves the family that
+            :func:`mae_align.sweep.masking_sweep` solves: :func:`mae_align.corruption_sweep.corruption_sweep` takes it.
     """
 
-    gram: np.ndarray
-    cross: np.ndarray
-    keep: float
-
-
-class Corruption(abc.ABC):
-    """A random map x -> x' with known second moments and a sampler of itself."""
-
-    @abc.abstractmethod
-    def moments(self, sxx: np.ndarray, image_shape: ImageShape) -> CorruptionMoments:
-        """Exact moments of the corrupted centred image.
-
-        Args:
-            sxx: [d, d] covariance of the clean image. image_shape: (h, w, c), d = h w c.
-
-        Returns:
-            gram [d, d], cross [d, d], keep. Cost d^2, float64.
-        """
-
-    @abc.abstractmethod
-    def sample(self, key: jax.Array, images: jax.Array, fill: jax.Array) -> jax.Array:
-        """Corrupt a batch, independently per image.
-
-        Args:
-            key: PRNG key. images: [b, h, w, c]. fill: [h, w, c] value of a dropped pixel (the mean image).
-
-        Returns:
-            [b, h, w, c] float32. Traceable.
-        """
-
-
-class PatchMask(Corruption):
-    """An exchangeable mask of whole patches; subclasses say how many patches are dropped."""
-
     patch_size: PatchSize
+    fill: float | np.ndarray | tuple | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        patch_hw(self.patch_size)
+        # Arrays become tuples, so that masks stay values.
+        object.__setattr__(self, "fill", frozen_fill(self.fill))
 
     @abc.abstractmethod
     def keep_probability(self, image_shape: ImageShape) -> float:
@@ -87,31 +64,51 @@ class PatchMask(Corruption):
     def from_ratio(cls, patch_size: PatchSize, ratio: float, image_shape: ImageShape) -> Self:
         """The member of this family whose expected share of dropped patches is nearest to ``ratio``."""
 
-    def p_eff(self, image_shape: ImageShape) -> float:
-        """Drop probability of the independent mask with the same encoder; 0 (PCA) where there is one patch."""
+    def effective_drop(self, image_shape: ImageShape) -> float:
+        """Drop probability of the independent mask with the same moments up to a factor; 0 where there is one patch."""
         down, across = patch_grid(image_shape, self.patch_size)
         # With one patch the image is kept or lost as a whole: G and A are multiples of S, which is PCA.
         return 0.0 if down * across == 1 else 1.0 - self.pair_share(image_shape)
 
-    def moments(self, sxx: np.ndarray, image_shape: ImageShape) -> CorruptionMoments:
-        """Moments G = keep [(1 - p) S + p D] with D the part of S within patches, A = keep S, p = ``p_eff``.
+    def p_eff(self, image_shape: ImageShape) -> float:
+        """Drop probability of the independent mask with the same encoder; 0 (PCA) where there is one patch.
+
+        Raises:
+            InputError: a mask with a fill of its own, whose encoder no independent mask with the mean image has.
+        """
+        if self.fill is not None:
+            raise InputError(
+                "a mask with a fill of its own is not in the family of masking_sweep: give it to corruption_sweep"
+            )
+        return self.effective_drop(image_shape)
+
+    def push(self, before: CorruptionMoments, clean: CleanImages) -> CorruptionMoments:
+        """G = keep [(1 - p) S + p D] with D the part of S within patches, A = keep S, p = ``effective_drop``.
+
+        With m the keep probability and c = fill - E[x'], the covariance of the mask times c c^T comes on top.
 
         Args:
-            sxx: [d, d]. image_shape: (h, w, c).
+            before: moments of the image it is applied to. clean: the clean images.
 
         Returns:
-            gram [d, d], cross [d, d], keep. Source: Theorem 3 with the second moments of a patch mask.
+            Moments of the masked image. Cost d^2. Source: Theorem 3 with the second moments of a patch mask.
         """
-        label = patch_labels(image_shape, self.patch_size)
-        p = self.p_eff(image_shape)
-        gram = np.where(label[:, None] == label[None, :], sxx, (1.0 - p) * sxx)
-        return CorruptionMoments(gram, sxx, self.keep_probability(image_shape))
+        label = patch_labels(clean.image_shape, self.patch_size)
+        same = label[:, None] == label[None, :]
+        p, keep = self.effective_drop(clean.image_shape), self.keep_probability(clean.image_shape)
+        gram = np.where(same, before.gram, (1.0 - p) * before.gram)
+        c, offset = fill_offset(self.fill, before, clean), before.offset
+        if c is not None:
+            need_signal(before)
+            gram += np.where(same, 1.0 - keep, 1.0 - p - keep) / before.keep * (c[:, None] * c[None, :])
+            offset = offset + (1.0 - keep) * c
+        return before._replace(gram=gram, keep=before.keep * keep, offset=offset)
 
     def sample(self, key: jax.Array, images: jax.Array, fill: jax.Array) -> jax.Array:
         """Replace dropped patches by the fill.
 
         Args:
-            key: PRNG key. images: [b, h, w, c]. fill: [h, w, c].
+            key: PRNG key. images: [b, h, w, c]. fill: [h, w, c] mean image.
 
         Returns:
             [b, h, w, c] float32.
@@ -122,7 +119,8 @@ class PatchMask(Corruption):
         kept = self.sample_kept(key, batch, down * across).reshape(batch, down, across)
         # Whole patches are spread out and the overhang cut off, which makes the border patches smaller.
         mask = jnp.repeat(jnp.repeat(kept, ph, axis=1), pw, axis=2)[:, :height, :width, None]
-        return jnp.where(mask, images.astype(jnp.float32), fill.astype(jnp.float32)[None])
+        value = fill_image(self.fill, fill, (height, width, channels))
+        return jnp.where(mask, images.astype(jnp.float32), value[None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +138,10 @@ class PatchMasking(PatchMask):
         0.75
     """
 
-    patch_size: PatchSize
     ratio: float
 
     def __post_init__(self) -> None:
-        patch_hw(self.patch_size)
+        super().__post_init__()
         check_ratio(self.ratio)
 
     @classmethod
@@ -153,7 +150,7 @@ class PatchMasking(PatchMask):
 
         Example:
             >>> PatchMasking.from_ratio(2, 0.5, (4, 4, 1))
-            PatchMasking(patch_size=2, ratio=0.5)
+            PatchMasking(patch_size=2, fill=None, ratio=0.5)
         """
         del image_shape
         return cls(patch_size, float(ratio))
@@ -168,11 +165,11 @@ class PatchMasking(PatchMask):
         del image_shape
         return 1.0 - self.ratio
 
-    def p_eff(self, image_shape: ImageShape) -> float:
+    def effective_drop(self, image_shape: ImageShape) -> float:
         """The ratio itself (0 where there is one patch).
 
         Example:
-            >>> PatchMasking(4, 0.5).p_eff((4, 4, 1))
+            >>> PatchMasking(4, 0.5).effective_drop((4, 4, 1))
             0.0
         """
         down, across = patch_grid(image_shape, self.patch_size)
@@ -200,11 +197,10 @@ class FixedCountPatchMasking(PatchMask):
         1.0
     """
 
-    patch_size: PatchSize
     num_visible: int
 
     def __post_init__(self) -> None:
-        patch_hw(self.patch_size)
+        super().__post_init__()
         if self.num_visible < 1:
             raise InputError(
                 f"num_visible={self.num_visible}: at least one patch must stay visible; lower the mask ratio"
@@ -219,7 +215,7 @@ class FixedCountPatchMasking(PatchMask):
 
         Example:
             >>> FixedCountPatchMasking.from_ratio(2, 0.7, (4, 4, 1))
-            FixedCountPatchMasking(patch_size=2, num_visible=1)
+            FixedCountPatchMasking(patch_size=2, fill=None, num_visible=1)
         """
         check_ratio(ratio)
         down, across = patch_grid(image_shape, patch_size)
@@ -272,12 +268,11 @@ class RandomRatioMasking(PatchMask):
         0.333333
     """
 
-    patch_size: PatchSize
     low: float
     high: float
 
     def __post_init__(self) -> None:
-        patch_hw(self.patch_size)
+        super().__post_init__()
         check_ratio(self.low)
         check_ratio(self.high)
         if self.low > self.high:
@@ -289,7 +284,7 @@ class RandomRatioMasking(PatchMask):
 
         Example:
             >>> RandomRatioMasking.from_ratio(2, 0.75, (4, 4, 1))
-            RandomRatioMasking(patch_size=2, low=0.5, high=1.0)
+            RandomRatioMasking(patch_size=2, fill=None, low=0.5, high=1.0)
         """
         del image_shape
         check_ratio(ratio)
@@ -312,56 +307,3 @@ class RandomRatioMasking(PatchMask):
         key_ratio, key_mask = jax.random.split(key)
         ratio = jax.random.uniform(key_ratio, (batch, 1), jnp.float32, self.low, self.high)
         return jax.random.uniform(key_mask, (batch, num_patches), jnp.float32) >= ratio
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class GaussianNoise(Corruption):
-    """Additive Gaussian noise x' = x + sigma * eps: G = S + diag(sigma^2), A = S.
-
-    One sigma for all pixels leaves the encoder's span at PCA's (the paper's corollary); one per pixel moves it.
-
-    Attributes:
-        sigma: standard deviation in the units of the stored pixels, a number or an array [h, w, c].
-
-    Raises:
-        InputError: negative or infinite sigma; a shape that is not the image's.
-
-    Example:
-        >>> GaussianNoise(2.0).moments(np.eye(4), (2, 2, 1)).gram[0, 0]
-        np.float64(5.0)
-    """
-
-    sigma: float | np.ndarray
-
-    def __post_init__(self) -> None:
-        sigma = np.asarray(self.sigma, np.float64)
-        if not np.isfinite(sigma).all() or (sigma < 0).any():
-            raise InputError("sigma must be finite and not negative (in the units of the stored pixels)")
-
-    def moments(self, sxx: np.ndarray, image_shape: ImageShape) -> CorruptionMoments:
-        """Moments gram = S + diag(sigma^2), cross = S, keep = 1.
-
-        Args:
-            sxx: [d, d]. image_shape: (h, w, c).
-
-        Returns:
-            gram [d, d], cross [d, d], keep.
-        """
-        sigma = np.asarray(self.sigma, np.float64)
-        if sigma.ndim and sigma.shape != tuple(image_shape):
-            raise InputError(f"sigma has shape {list(sigma.shape)}: give a number or the image's {list(image_shape)}")
-        variance = np.broadcast_to(sigma**2, image_shape).reshape(-1)
-        return CorruptionMoments(sxx + np.diag(variance), sxx, 1.0)
-
-    def sample(self, key: jax.Array, images: jax.Array, fill: jax.Array) -> jax.Array:
-        """Images plus noise (nothing is dropped, so the fill is not used).
-
-        Args:
-            key: PRNG key. images: [b, h, w, c]. fill: [h, w, c].
-
-        Returns:
-            [b, h, w, c] float32.
-        """
-        del fill
-        noise = jax.random.normal(key, images.shape, jnp.float32)
-        return images.astype(jnp.float32) + jnp.broadcast_to(jnp.asarray(self.sigma, jnp.float32), images.shape) * noise
