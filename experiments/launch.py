@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from mae_align.devices import start_distributed
 from mae_align.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def launch(
     try:
         config = _parse(main, config_class, presets, sys.argv[1:] if argv is None else list(argv))
         _refuse_empty(config)
+        start_distributed()
         main(config)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

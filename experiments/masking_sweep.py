@@ -9,6 +9,11 @@ masked views stands beside it.
     python -m experiments.masking_sweep                                   # bundled digits: seconds on 2 CPU cores
     python -m experiments.masking_sweep --data idx:DIR --ks 8 32 128      # Fashion-MNIST: about a minute
     python -m experiments.masking_sweep --preset paper --data npz:FILE    # the published protocol: in-sample Fig. 7
+    python -m experiments.masking_sweep --train-moments FIT --validation-moments VALIDATION --test-moments TEST
+
+The last form starts from files of ``python -m experiments.stream_moments``, for data that is read once or elsewhere.
+Without validation moments nothing can be chosen on held-out images: the table then chooses and measures in-sample and
+says so; with test moments the figures and curves.nc hold the held-out curves all the same.
 
 The ``paper`` preset follows the published preprocessing (jitter of 0.001 std, no pixel noise floor, patches 1, 2, 4,
 ten ratios from 0 to 0.99, every k); its numbers are in docs/results.md. Interrupted, the same command goes on where it
@@ -26,6 +31,7 @@ import xarray as xr
 
 import mae_align as ma
 from experiments.launch import launch
+from experiments.masking_inputs import DataChoices, Inputs, MomentFiles
 from experiments.masking_report import (
     change_figure,
     heat_map,
@@ -35,12 +41,10 @@ from experiments.masking_report import (
     verdict_rows,
 )
 from experiments.run_folder import RunFolder, atomic_path, netcdf3_ready
-from mae_align.data import stratified_split, validation_split
-from mae_align.data.transforms import jitter
 from mae_align.devices import worker_count
-from mae_align.moments import group_of
+from mae_align.patches import ImageShape
 from mae_align.points import GridSpec
-from mae_align.samples import merged
+from mae_align.samples import Samples
 
 
 class MaskFamily(enum.Enum):
@@ -64,6 +68,12 @@ class Config:
 
     data: str = "digits"
     """Data set: digits, idx:DIR, npz:FILE, folder:DIR, tfds:NAME or prepared:DIR."""
+    train_moments: str | None = None
+    """Moment file of the training images, in the place of a data set."""
+    validation_moments: str | None = None
+    """Moment file of the validation images, on which the best cell is chosen; none: no choice on held-out images."""
+    test_moments: str | None = None
+    """Moment file of the test images, in at least 2 groups; none: in-sample curves alone."""
     patch_sizes: tuple[int, ...] = (1, 2, 4)
     """Sides of square patches, in pixels."""
     mask_ratios: tuple[float, ...] = tuple(round(0.11 * i, 2) for i in range(10))
@@ -112,17 +122,11 @@ def main(config: Config) -> None:
     Raises:
         InputError: bad settings or data, before any long work.
     """
-    data = ma.load_dataset(config.data, image_size=config.image_size, seed=config.seed)
-    _check(config, data)
-    folder = RunFolder.open("masking_sweep", config.data, config, config.out, ignore=("out", "workers"))
-    if config.jitter > 0:
-        train = jitter(data.train_images, config.jitter, config.seed)
-        data = dataclasses.replace(data, train_images=train, test_images=data.test_images.astype(train.dtype))
+    inputs, folder = _open(config)
     validation = None
-    if config.held_out:
-        validation, result = _sweep_held_out(config, data, folder)
-    else:
-        result = _sweep(config, data, folder)
+    if inputs.choice is not None:
+        validation = _sweep(config, *inputs.choice, folder, "validation")
+    result = _sweep(config, inputs.train, inputs.test, folder, "in_sample" if inputs.test is None else "test")
     influence = [str(name) for name in result if "influence" in str(name)]
     folder.save_dataset("curves", result.drop_vars(influence))
     if influence:
@@ -139,9 +143,10 @@ def main(config: Config) -> None:
         folder.save_figure("heat_map", heat_map(result, ks)),
     ]
     rows = verdict_rows(result, validation, ks)
+    tests = "no" if inputs.test is None else inputs.test.count
     folder.save_table("summary", rows)
     lines = [
-        f"Masking sweep on {data.name}: {len(data.train_images)} training and {len(data.test_images)} test images, "
+        f"Masking sweep on {inputs.name}: {inputs.train.count} training and {tests} test images, "
         f"rank {result.attrs['rank']}, pixel noise {result.attrs['pixel_noise']:.3g}",
         "",
         table_text(rows),
@@ -150,21 +155,47 @@ def main(config: Config) -> None:
         "",
         *summarise(rows),
     ]
+    if inputs.test is not None and validation is None:
+        lines.append("(no validation moments: held-out curves are in the figures and in curves.nc, without a choice)")
     lines += saturation(result)
     if len(ks) < len(config.ks):
         lines.append(f"(k over the rank {most} of these images left out)")
     folder.summary("\n".join(lines))
 
 
-def _check(config: Config, data: ma.ImageDataset) -> None:
-    """Refuse settings that do not fit the data before anything is computed or written."""
-    GridSpec.checked(
-        data.image_shape, config.patch_sizes, [0.0], _ratios(config), [math.inf], _FAMILIES[config.masking]
-    )
+def _open(config: Config) -> tuple[Inputs, RunFolder]:
+    """Check everything, then open the run folder and make or read the moments."""
+
+    def folder(label: str) -> RunFolder:
+        return RunFolder.open("masking_sweep", label, config, config.out, ignore=("out", "workers"))
+
+    if config.train_moments is not None:
+        if config.image_size is not None or config.jitter != 0:
+            raise ma.InputError(
+                "--image-size and --jitter go with --data: the pixels of moment files are what they were"
+            )
+        inputs = MomentFiles(config.train_moments, config.validation_moments, config.test_moments).load()
+        _check(config, inputs.train.image_shape)
+        return inputs, folder(f"moments:{config.train_moments}")
+    if config.validation_moments is not None or config.test_moments is not None:
+        raise ma.InputError(
+            "--validation-moments and --test-moments go with --train-moments: give all of them as files"
+        )
+    data = ma.load_dataset(config.data, image_size=config.image_size, seed=config.seed)
+    _check(config, data.image_shape)
+    choices = DataChoices(config.held_out, config.validation_fraction, config.groups, config.jitter, config.seed)
+    choices.check(data)
+    opened = folder(config.data)
+    return choices.moments(data), opened
+
+
+def _check(config: Config, image_shape: ImageShape) -> None:
+    """Refuse settings that do not fit the images before anything is computed or written."""
+    GridSpec.checked(image_shape, config.patch_sizes, [0.0], _ratios(config), [math.inf], _FAMILIES[config.masking])
     worker_count(config.workers)
     if not any(ratio > 0 for ratio in config.mask_ratios):
         raise ma.InputError("--mask-ratios 0: give at least one ratio over 0, no mask is always computed")
-    most = int(np.prod(data.image_shape))
+    most = int(np.prod(image_shape))
     if min(config.ks) < 1 or max(config.ks) > most:
         given = " ".join(map(str, config.ks))
         raise ma.InputError(f"--ks {given}: the images have {most} pixel values, give k in 1..{most}")
@@ -174,15 +205,6 @@ def _check(config: Config, data: ma.ImageDataset) -> None:
         raise ma.InputError(f"--jitter {config.jitter}: give a number of at least 0")
     if config.pixel_noise is not None and not (math.isfinite(config.pixel_noise) and config.pixel_noise >= 0):
         raise ma.InputError(f"--pixel-noise {config.pixel_noise}: give a variance of at least 0 (pixel_noise)")
-    if (data.train_images == data.train_images[:1]).all():
-        raise ma.InputError("the training images are constant: there is nothing to reconstruct")
-    if config.held_out:
-        stratified_split(data.train_labels, config.validation_fraction, config.seed)
-        tests = len(data.test_images)
-        if not 2 <= config.groups <= tests or len(set(group_of(np.arange(tests), config.groups))) < config.groups:
-            raise ma.InputError(
-                f"--groups {config.groups}: with {tests} test images give fewer groups (at least 2), none may be empty"
-            )
 
 
 def _ratios(config: Config) -> list[float]:
@@ -190,43 +212,8 @@ def _ratios(config: Config) -> list[float]:
     return [0.0, *(p for p in config.mask_ratios if p != 0.0)]
 
 
-def _sweep(config: Config, data: ma.ImageDataset, folder: RunFolder) -> xr.Dataset:
-    """In-sample curves of all training images."""
-    moments = _moments(config, data.train_images, data.train_labels, data.num_classes)
-    return _masking_sweep(config, moments, None, folder, "in_sample")
-
-
-def _sweep_held_out(config: Config, data: ma.ImageDataset, folder: RunFolder) -> tuple[xr.Dataset, xr.Dataset]:
-    """A sweep fitted without the validation images, for choosing; then one on all training images, for reporting."""
-    split = validation_split(data, config.validation_fraction, config.seed)
-    classes = data.num_classes
-    part = _moments(config, split.train_images, split.train_labels, classes)
-    chosen_on = _moments(config, split.test_images, split.test_labels, classes, like=part)
-    test = _moments(config, data.test_images, data.test_labels, classes, config.groups, like=part)
-    validation = _masking_sweep(config, part, chosen_on, folder, "validation")
-    return validation, _masking_sweep(config, merged(part, chosen_on), test, folder, "test")
-
-
-def _moments(
-    config: Config,
-    images: np.ndarray,
-    labels: np.ndarray,
-    classes: int,
-    groups: int = 1,
-    like: ma.Moments | ma.Samples | None = None,
-) -> ma.Moments | ma.Samples:
-    made = "stored pixels"
-    if config.jitter > 0:
-        made = f"training images with jitter of {config.jitter:g} std, seed {config.seed}"
-    return ma.summarize(images, labels, num_classes=classes, groups=groups, preprocessing=made, like=like)
-
-
-def _masking_sweep(
-    config: Config,
-    moments: ma.Moments | ma.Samples,
-    held_out: ma.Moments | ma.Samples | None,
-    folder: RunFolder,
-    name: str,
+def _sweep(
+    config: Config, moments: ma.Moments | Samples, held_out: ma.Moments | Samples | None, folder: RunFolder, name: str
 ) -> xr.Dataset:
     return ma.masking_sweep(
         moments,

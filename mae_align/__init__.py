@@ -24,6 +24,7 @@ from mae_align.data import ImageDataset, load_dataset
 from mae_align.errors import InputError
 from mae_align.moments import Moments
 from mae_align.samples import Samples, summarize
+from mae_align.streaming import stream_moments
 from mae_align.sweep import RunOptions, gaussian_sweep, lambda_sweep, masking_sweep, sweep
 from mae_align.targets import Components, HighPass, MatrixTarget, PatchMeanRemoved, TargetOperator
 
@@ -62,6 +63,7 @@ __all__ = [
     "load_dataset",
     "masking_sweep",
     "paired_se",
+    "stream_moments",
     "summarize",
     "supervised_autoencoder",
     "sweep",

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mae_align.checks import check_task
 from mae_align.devices import solve_context
 from mae_align.errors import InputError
 from mae_align.factorize import PatchBasis, PrimalProblem, factorize
@@ -363,6 +364,7 @@ def encoder_curves(
         >>> encoder_curves(m, np.eye(4))[0].r2.round(6).tolist()
         [1.0, 1.0, 1.0, 1.0]
     """
+    check_task(moments.num_targets)
     if eval_moments is not None:
         check_held_out(eval_moments, moments)
     problem = factorize(moments, pixel_noise=pixel_noise)

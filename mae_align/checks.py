@@ -54,6 +54,47 @@ def check_images(images: np.ndarray) -> np.ndarray:
     return images
 
 
+def check_labels(labels: np.ndarray, num_classes: int | None) -> tuple[np.ndarray, int]:
+    """Class labels as int64 and the number of classes q.
+
+    Args:
+        labels: [n] integers.
+        num_classes: q; default: largest label + 1.
+
+    Raises:
+        InputError: labels outside 0..q - 1, or a single class.
+
+    Example:
+        >>> check_labels(np.array([2, 0], np.uint8), None)
+        (array([2, 0]), 3)
+    """
+    labels = labels.astype(np.int64)
+    q = int(labels.max()) + 1 if num_classes is None else num_classes
+    if labels.min() < 0 or labels.max() >= q:
+        raise InputError(
+            f"labels run from {labels.min()} to {labels.max()}, outside 0..{q - 1}: relabel them or set num_classes"
+        )
+    if q < 2:
+        raise InputError("all labels are one class: a task needs at least two")
+    return labels, q
+
+
+def check_task(num_targets: int) -> None:
+    """Refuse moments without targets where a task is asked about.
+
+    Raises:
+        InputError: no target columns.
+
+    Example:
+        >>> check_task(0)
+        Traceback (most recent call last):
+        ...
+        mae_align.errors.InputError: these moments were made without targets: there is no task to explain, give targets
+    """
+    if num_targets == 0:
+        raise InputError("these moments were made without targets: there is no task to explain, give targets")
+
+
 def check_targets(targets: np.ndarray, n: int, num_classes: int | None) -> np.ndarray:
     """Target rows [n, q] in float64; class labels become one-hot rows.
 
@@ -73,14 +114,7 @@ def check_targets(targets: np.ndarray, n: int, num_classes: int | None) -> np.nd
     if len(targets) != n:
         raise InputError(f"{n} images but {len(targets)} targets: give one target per image")
     if are_class_labels(targets):
-        labels = targets.astype(np.int64)
-        q = int(labels.max()) + 1 if num_classes is None else num_classes
-        if labels.min() < 0 or labels.max() >= q:
-            raise InputError(
-                f"labels run from {labels.min()} to {labels.max()}, outside 0..{q - 1}: relabel them or set num_classes"
-            )
-        if q < 2:
-            raise InputError("all labels are one class: a task needs at least two")
+        labels, q = check_labels(targets, num_classes)
         return np.eye(q)[labels]
     if num_classes is not None:
         raise InputError("num_classes goes with a 1-d integer label array; leave it out for float targets")

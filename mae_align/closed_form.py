@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mae_align.checks import check_task
 from mae_align.corruption import Corruption, CorruptionMoments
 from mae_align.corruption.base import Images
 from mae_align.devices import solve_context
@@ -140,6 +141,7 @@ def supervised_autoencoder(
     """
     if not lam >= 0:
         raise InputError(f"lambda {lam}: give a weight of at least 0 (inf for reconstruction alone)")
+    check_task(moments.num_targets)
     return supervised_solution(factorize(moments, pixel_noise=pixel_noise, rtol=rtol, target=target), lam, k)
 
 

@@ -12,6 +12,7 @@ import xarray as xr
 from mae_align.alignment import HeldOut, check_held_out, curves_from_targets, held_out_curves, hold_out
 from mae_align.alignment import held_out_errors_jit as held_out_errors
 from mae_align.assemble import DESCRIPTIONS, provenance
+from mae_align.checks import check_task
 from mae_align.corruption import Corruption, ExactCorruption
 from mae_align.corruption.base import Images
 from mae_align.devices import is_cpu, solve_context, solve_device, worker_count
@@ -83,6 +84,7 @@ def corruption_sweep(
         )
     if eval_moments is not None:
         check_held_out(eval_moments, moments)
+    check_task(moments.num_targets)
     problem = factorize(moments, pixel_noise=pixel_noise, rtol=rtol, target=target)
     max_k = problem.rank if max_k is None else problem.check_k(max_k)
     settings = provenance(problem, moments, eval_moments)

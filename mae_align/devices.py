@@ -1,9 +1,11 @@
-"""Where and how precisely solves run: device, floating point type, BLAS threads, workers.
+"""Where and how precisely everything runs: processes, meshes, devices, floating point types, BLAS threads, workers.
 
-Policy: solves run in float64 unless float32 is asked for, on the default backend where it has
-float64 and on the host CPU where it does not (TPU). On a CPU each solve uses one BLAS thread,
-because LAPACK's symmetric eigensolver hardly scales with threads; parallelism comes from a pool of
-one worker per usable core.
+Policy: several processes start together only where flags or the environment say so (:func:`start_distributed`). Meshes
+have one axis, "data", of type Auto (:func:`data_mesh`). Sums over images need no float64 on any device (8-bit images
+are summed as integers, float32 ones in pairs of float32); float64 images are summed in float64. Solves run in float64
+unless float32 is asked for, on the default backend where it has float64 and on the host CPU where it does not (TPU). On
+a CPU each solve uses one BLAS thread, because LAPACK's symmetric eigensolver hardly scales with threads; parallelism
+comes from a pool of one worker per usable core.
 """
 
 from __future__ import annotations
@@ -12,20 +14,136 @@ import contextlib
 import operator
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import jax
 import jax.monitoring
 import numpy as np
 import threadpoolctl
+from jax.sharding import AxisType, Mesh
 from numpy.typing import DTypeLike
 
 from mae_align.errors import InputError
 
 # Backends whose arithmetic stops at float32.
 _BACKENDS_WITHOUT_FLOAT64 = ("tpu",)
+# Environment variables of start_distributed.
+_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID = (
+    f"MAE_ALIGN_{name}" for name in ("COORDINATOR", "NUM_PROCESSES", "PROCESS_ID")
+)
+_DISTRIBUTED = "MAE_ALIGN_DISTRIBUTED"
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+def start_distributed(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: int = 300,
+    environ: Mapping[str, str] | None = None,
+) -> bool:
+    """Joins the processes of one run (`jax.distributed`), if and only if asked to.
+
+    Call it before any JAX computation. What is not given comes from the environment variables
+    MAE_ALIGN_COORDINATOR, MAE_ALIGN_NUM_PROCESSES and MAE_ALIGN_PROCESS_ID. With
+    MAE_ALIGN_DISTRIBUTED=auto instead, JAX finds the others itself (TPU pods, Slurm, MPI); on a
+    machine that is no part of a cluster nothing is started.
+
+    Args:
+        coordinator: HOST:PORT of process 0, which listens there.
+        num_processes: How many processes run. 1: nothing is started.
+        process_id: Which of them this is, from 0.
+        timeout: Seconds to wait for the others.
+        environ: Stands in for `os.environ`.
+
+    Returns:
+        Whether this process is one of several that were joined, now or before.
+
+    Raises:
+        InputError: For settings that are given in part or make no sense. If the others do not come
+            within `timeout`, JAX ends the process.
+
+    Example:
+        >>> start_distributed(environ={})
+        False
+    """
+    environ = os.environ if environ is None else environ
+    if jax.distributed.is_initialized():
+        return jax.process_count() > 1
+    auto = environ.get(_DISTRIBUTED, "")
+    if auto not in ("", "0", "auto"):
+        raise InputError(f"{_DISTRIBUTED}={auto!r}: write auto, or leave it out")
+    given = {
+        _COORDINATOR: coordinator or environ.get(_COORDINATOR) or None,
+        _NUM_PROCESSES: _whole(num_processes, _NUM_PROCESSES, environ),
+        _PROCESS_ID: _whole(process_id, _PROCESS_ID, environ),
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return auto == "auto" and _join_cluster(timeout)
+    if missing:
+        raise InputError(
+            f"several processes need coordinator, number of processes and process id together: "
+            f"{' and '.join(missing)} (or the option of that name) is missing"
+        )
+    address, count, this = given[_COORDINATOR], int(given[_NUM_PROCESSES] or 0), int(given[_PROCESS_ID] or 0)
+    if not 0 <= this < count:
+        raise InputError(f"process {this} of {count}: number the processes from 0 to their number less 1")
+    host, colon, port = str(address).rpartition(":")
+    if not (host and colon and port.isdecimal()):
+        raise InputError(f"coordinator {address!r}: write HOST:PORT of process 0")
+    if count == 1:
+        return False
+    jax.distributed.initialize(str(address), count, this, initialization_timeout=timeout)
+    return True
+
+
+def _whole(value: int | None, name: str, environ: Mapping[str, str]) -> int | None:
+    """A whole number given as an argument or by the environment."""
+    text = environ.get(name) or None
+    if value is not None or text is None:
+        return value
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"{name}={text!r}: give a whole number") from None
+
+
+def _join_cluster(timeout: int) -> bool:
+    """Joins the processes that JAX finds by itself; does nothing where there are none."""
+    try:
+        jax.distributed.initialize(initialization_timeout=timeout)
+    except ValueError as error:
+        # What JAX says on a machine that it takes for no part of any cluster.
+        if "coordinator_address should be defined" in str(error):
+            return False
+        raise InputError(f"{_DISTRIBUTED}=auto: {str(error).splitlines()[0]}") from error
+    return jax.process_count() > 1
+
+
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:  # pyright: ignore[reportInvalidTypeForm]
+    """A mesh of one axis, "data", over which rows are split.
+
+    Args:
+        devices: In this order. None: all devices of all processes.
+
+    Example:
+        >>> data_mesh(jax.devices()[:1]).shape
+        OrderedDict(...)
+    """
+    return Mesh(np.array(jax.devices() if devices is None else devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def has_float64(device: jax.Device) -> bool:  # pyright: ignore[reportInvalidTypeForm]
+    """Whether a device computes in float64.
+
+    Example:
+        >>> has_float64(jax.devices("cpu")[0])
+        True
+    """
+    return device.platform not in _BACKENDS_WITHOUT_FLOAT64
 
 
 def solve_dtype(dtype: DTypeLike) -> np.dtype:

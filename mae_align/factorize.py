@@ -196,7 +196,7 @@ def factorize(
     d = moments.num_pixels
     check_memory(primal_bytes(d), f"factorising second moments of {d} pixel values ({d} x {d})", "shrink the images")
     second = moments.second_moments()
-    check_variance(float(np.trace(second.sxx)), float(np.trace(second.syy)))
+    check_variance(float(np.trace(second.sxx)), float(np.trace(second.syy)) if second.syy.size else None)
     if rtol is None:
         rtol = default_rtol(d, dtype)
     with solve_context(dtype, alone=True):
@@ -247,8 +247,8 @@ def check_options(count: int, pixel_noise: float | None, rtol: float | None, dty
         raise InputError(f"pixel_noise={pixel_noise}: give a variance of at least 0")
 
 
-def check_variance(trace_x: float, trace_y: float) -> None:
-    """Refuse data with nothing to learn.
+def check_variance(trace_x: float, trace_y: float | None) -> None:
+    """Refuse data with nothing to learn; ``trace_y`` is None where there are no targets.
 
     Raises:
         InputError: constant images or constant targets.
@@ -256,7 +256,7 @@ def check_variance(trace_x: float, trace_y: float) -> None:
     Example:
         >>> check_variance(1.0, 1.0)
     """
-    if not trace_y > 0:
+    if trace_y is not None and not trace_y > 0:
         raise InputError("the targets are constant (one class?): there is nothing to explain")
     if not trace_x > 0:
         raise InputError("the images are constant: there is nothing to reconstruct")
@@ -293,7 +293,8 @@ def within_targets(t0: np.ndarray, syy: np.ndarray) -> np.ndarray:
         [[1.0, 0.0]]
     """
     variance, axes = np.linalg.eigh(syy)
-    axes = axes[:, variance > len(variance) * np.finfo(np.float64).eps * variance[-1]].astype(t0.dtype)
+    largest = variance.max(initial=0.0)  # without targets there is none
+    axes = axes[:, variance > len(variance) * np.finfo(np.float64).eps * largest].astype(t0.dtype)
     return t0 @ axes @ axes.T
 
 

@@ -5,30 +5,30 @@ the number of samples. With rows as samples, ``x`` a flattened image (h, w, c or
 
     Sxx = cov(x) [d, d]    Sxy = cov(x, y) [d, q]    Syy = cov(y) [q, q]
 
-Sums are kept about a fixed *pivot*. For 8-bit images the pivot is 128: the products are integers, a batch of 1,024 sums
-exactly in float32, and the moments come out bit-identical for every order, batch size and split of the data. For float
-images the pivot is the mean, so that merging is the centred update of Chan, Golub & LeVeque (1983).
+Sums are kept about a fixed *pivot*. For 8-bit images the pivot is 128: the products are integers, summed exactly, and
+the moments come out bit-identical for every order, batch size and split of the data (their products with targets that
+are no classes excepted). For float images the pivot is the mean, so that merging is the centred update of Chan, Golub &
+LeVeque (1983). How the sums are made: :mod:`mae_align.sums`; from a stream: :func:`mae_align.stream_moments`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mae_align.checks import are_class_labels, check_images, check_targets
+from mae_align.accumulate import Accumulator, Layout, RawSums, TargetKind, check_batch, group_of, pivots
+from mae_align.array_file import read_arrays, write_arrays
+from mae_align.checks import are_class_labels
 from mae_align.errors import InputError
-from mae_align.products import add_upper, mirror_upper, upper_blocks
 
-Batch = slice | np.ndarray
+__all__ = ["Moments", "SecondMoments", "assemble", "group_of"]
+
 _SUMS = ("counts", "sum_x", "sum_y", "sum_xx", "sum_xy", "sum_yy")
-_INT_PIVOT = 128.0
-# |x - 128| <= 2^7, so 1,024 products of at most 2^14 stay within the 2^24 integers that float32 holds exactly.
-_BATCH = 1024
+_FILE_KIND, _FILE_VERSION = "moments", 1
 
 
 class SecondMoments(NamedTuple):
@@ -90,7 +90,7 @@ class Moments:
     def from_arrays(
         cls,
         images: np.ndarray,
-        targets: np.ndarray,
+        targets: np.ndarray | None = None,
         *,
         num_classes: int | None = None,
         center: bool = True,
@@ -101,8 +101,8 @@ class Moments:
         """Moments of arrays in memory.
 
         Args:
-            images: [n, h, w, c] uint8 (exact path) or floating (float32 products summed in float64, or float64).
-            targets: [n] integer class labels (made one-hot), or any float targets [n, q] or [n].
+            images: [n, h, w, c] uint8 (exact) or floating (float16 as float32).
+            targets: [n] integer class labels (made one-hot), or any float targets [n, q] or [n]; None: q = 0.
             num_classes: q for class labels; default: largest label + 1.
             center: covariances about the mean (default) or raw second moments.
             groups: samples are spread over this many groups by a hash of their index; standard errors of held-out
@@ -111,7 +111,7 @@ class Moments:
             first_index: index of the first sample in the whole data set (for the group hash).
 
         Returns:
-            The moments. Cost: n d^2 multiply-adds.
+            The moments. Cost: n d^2 multiply-adds on one device.
 
         Raises:
             InputError: wrong ranks or lengths, NaN or infinite values, labels out of range, a single class.
@@ -121,41 +121,12 @@ class Moments:
             >>> Moments.from_arrays(x, x.reshape(10, 4)[:, :1]).sxy.shape
             (4, 1)
         """
-        images = check_images(images)
-        y = check_targets(targets, len(images), num_classes)
-        if groups < 1:
-            raise InputError(f"groups={groups}: ask for at least 1 group")
-        shape: tuple[int, int, int] = images.shape[1:]
-        rows = images.reshape(len(images), -1)
-        d, q = rows.shape[1], y.shape[1]
-        integer = rows.dtype == np.uint8
-        is_labels = are_class_labels(targets)
-        pivot_x = np.full(d, _INT_PIVOT) if integer else _pivot(rows[:_BATCH])
-        pivot_y = np.zeros(q) if is_labels else y[:_BATCH].mean(0)
-        member = group_of(np.arange(first_index, first_index + len(rows)), groups)
-        out = cls(
-            image_shape=shape,
-            pixel_dtype=rows.dtype.name,
-            center=center,
-            preprocessing=preprocessing,
-            pivot_x=pivot_x,
-            pivot_y=pivot_y,
-            counts=np.bincount(member, minlength=groups).astype(np.int64),
-            sum_x=np.zeros((groups, d)),
-            sum_y=np.zeros((groups, q)),
-            sum_xx=np.zeros((groups, d, d)),
-            sum_xy=np.zeros((groups, d, q)),
-            sum_yy=np.zeros((groups, q, q)),
-        )
-        add_rows = _ADD_ROWS[rows.dtype.name]
-        for g in range(groups):
-            # Without groups, slices: nothing is gathered.
-            index = np.flatnonzero(member == g) if groups > 1 else None
-            add_rows(out, g, rows, y, _batches(index, len(rows), _BATCH if integer else 4 * _BATCH))
-            mirror_upper(out.sum_xx[g])
-        return out if integer and is_labels else out._recentred(keep_x=integer, keep_y=is_labels)
+        batch = check_batch(images, targets, num_classes)
+        accumulator = Accumulator(batch.layout, *pivots(batch), groups=groups)
+        accumulator.add(batch, np.arange(first_index, first_index + len(batch.rows)))
+        return assemble(accumulator.finish(), batch.layout, center=center, preprocessing=preprocessing)
 
-    def update(self, images: np.ndarray, targets: np.ndarray) -> Moments:
+    def update(self, images: np.ndarray, targets: np.ndarray | None = None) -> Moments:
         """Moments of the data so far and these samples; neither operand changes.
 
         Args:
@@ -178,7 +149,7 @@ class Moments:
             Moments.from_arrays(
                 images,
                 targets,
-                num_classes=self.num_targets if are_class_labels(targets) else None,
+                num_classes=self.num_targets if targets is not None and are_class_labels(targets) else None,
                 center=self.center,
                 groups=len(self.counts),
                 preprocessing=self.preprocessing,
@@ -223,6 +194,53 @@ class Moments:
             pivot_y = self.pivot_y + share * (other.pivot_y - self.pivot_y)
         a, b = self._about_pivot(pivot_x, pivot_y), other._about_pivot(pivot_x, pivot_y)
         return dataclasses.replace(a, **{name: getattr(a, name) + getattr(b, name) for name in _SUMS})
+
+    def ungrouped(self) -> Moments:
+        """The same moments in one group, without a basis for standard errors; they merge with other ungrouped ones.
+
+        Example:
+            >>> m = Moments.from_arrays(np.ones((8, 1, 1, 1)), np.arange(8) % 2, groups=3)
+            >>> m.ungrouped().counts.tolist()
+            [8]
+        """
+        return dataclasses.replace(self, **{name: getattr(self, name).sum(0, keepdims=True) for name in _SUMS})
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to a file: an ``.npz`` without pickle, with a version and a checksum, whole or not at all.
+
+        Args:
+            path: the file. Size: 8 g d^2 bytes.
+
+        Raises:
+            InputError: a place that cannot be written to.
+
+        Example:
+            >>> import os, tempfile
+            >>> file = os.path.join(tempfile.mkdtemp(), "train.npz")
+            >>> Moments.from_arrays(np.ones((2, 1, 1, 1)), np.array([0, 1])).save(file)
+            >>> Moments.load(file).count
+            2
+        """
+        arrays = {name: getattr(self, name) for name in ("pivot_x", "pivot_y", *_SUMS)}
+        fields = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in arrays
+        }
+        write_arrays(path, _FILE_KIND, _FILE_VERSION, fields, arrays)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Moments:
+        """Read what :meth:`save` wrote, bit for bit.
+
+        Args:
+            path: the file.
+
+        Raises:
+            InputError: a missing, foreign, damaged or newer file.
+        """
+        fields, arrays = read_arrays(path, _FILE_KIND, _FILE_VERSION)
+        h, w, c = fields.pop("image_shape")
+        values: dict[str, Any] = fields | arrays
+        return cls(image_shape=(h, w, c), **values)
 
     @property
     def state(self) -> tuple[np.ndarray, ...]:
@@ -376,99 +394,26 @@ class Moments:
             sum_yy=sum_yy,
         )
 
-    def _recentred(self, *, keep_x: bool, keep_y: bool) -> Moments:
-        """Move inexact pivots to the mean, so that later merges lose nothing to cancellation."""
-        n = max(self.count, 1)
-        pivot_x = self.pivot_x if keep_x else self.pivot_x + self.sum_x.sum(0) / n
-        pivot_y = self.pivot_y if keep_y else self.pivot_y + self.sum_y.sum(0) / n
-        return self._about_pivot(pivot_x, pivot_y)
 
-
-def group_of(index: np.ndarray, groups: int) -> np.ndarray:
-    """Group of each sample: a hash of its index (splitmix64), so that no order of the data lines up with it.
+def assemble(raw: RawSums, layout: Layout, *, center: bool, preprocessing: str) -> Moments:
+    """Moments from sums; inexact pivots move to the mean, so that later merges lose nothing to cancellation.
 
     Args:
-        index: [n] position of each sample in its data set.
-        groups: number of groups.
-
-    Returns:
-        [n] int64 in [0, groups).
+        raw: see :class:`mae_align.accumulate.RawSums`. layout: of the batches that were added up.
+        center, preprocessing: as in :meth:`Moments.from_arrays`.
 
     Example:
-        >>> group_of(np.arange(4), 1).tolist()
-        [0, 0, 0, 0]
+        >>> batch = check_batch(np.ones((2, 1, 1, 1)), None, None)
+        >>> accumulator = Accumulator(batch.layout, *pivots(batch), groups=1)
+        >>> accumulator.add(batch, np.arange(2))
+        >>> assemble(accumulator.finish(), batch.layout, center=True, preprocessing="none").mean_x.tolist()
+        [1.0]
     """
-    z = index.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) % np.uint64(groups)).astype(np.int64)
-
-
-def _batches(index: np.ndarray | None, n: int, size: int) -> Iterator[Batch]:
-    """Batches of row numbers; of all n rows in order where ``index`` is None."""
-    for start in range(0, n if index is None else len(index), size):
-        yield slice(start, min(start + size, n)) if index is None else index[start : start + size]
-
-
-def _add_integer_rows(out: Moments, g: int, rows: np.ndarray, y: np.ndarray, batches: Iterator[Batch]) -> None:
-    """Add 8-bit rows to group g of ``out`` in place; every sum is an integer held exactly."""
-    pending: tuple[jax.Array, ...] = ()
-    for take in batches:
-        x = rows[take]
-        # Rows of zeros (the pivot) pad the last batch: one shape, one compilation.
-        z = np.zeros((_BATCH, rows.shape[1]), np.float32)
-        np.subtract(x, np.float32(_INT_PIVOT), out=z[: len(x)], dtype=np.float32)
-        blocks = upper_blocks(jnp.asarray(z))  # runs while the host adds the batch before
-        if pending:
-            add_upper(out.sum_xx[g], pending)
-        pending = blocks
-        _add_small_sums(out, g, z[: len(x)].astype(np.float64), y[take])
-    if pending:
-        add_upper(out.sum_xx[g], pending)
-
-
-def _add_float32_rows(out: Moments, g: int, rows: np.ndarray, y: np.ndarray, batches: Iterator[Batch]) -> None:
-    """Add float32 rows in place: products of rows centred within their batch, moved to the pivot in float64."""
-    pivot = out.pivot_x.astype(np.float32)
-    means: list[np.ndarray] = []
-    totals: list[np.ndarray] = []
-    for take in batches:
-        z = rows[take] - pivot
-        total = z.sum(0, dtype=np.float64)
-        m = (total / len(z)).astype(np.float32)
-        _add_small_sums(out, g, z.astype(np.float64), y[take])
-        z -= m
-        add_upper(out.sum_xx[g], upper_blocks(jnp.asarray(z)))
-        means.append(m.astype(np.float64))
-        totals.append(total - len(z) / 2 * means[-1])
-    if means:
-        # What centring took out of every batch, m t^T + t m^T - n m m^T, as one product.
-        half = np.stack(means).T @ np.stack(totals)
-        half += half.T.copy()
-        out.sum_xx[g] += half
-
-
-def _add_float64_rows(out: Moments, g: int, rows: np.ndarray, y: np.ndarray, batches: Iterator[Batch]) -> None:
-    """Add float64 rows in place, on the host: the pivot alone leaves no cancellation worth a second pass."""
-    for take in batches:
-        z = rows[take] - out.pivot_x
-        out.sum_xx[g] += z.T @ z  # BLAS sees the symmetry
-        _add_small_sums(out, g, z, y[take])
-
-
-_ADD_ROWS = {"uint8": _add_integer_rows, "float32": _add_float32_rows, "float64": _add_float64_rows}
-
-
-def _add_small_sums(out: Moments, g: int, z: np.ndarray, y: np.ndarray) -> None:
-    yc = y - out.pivot_y
-    # A column of ones sums the rows in the same product.
-    both = z.T @ np.concatenate([yc, np.ones((len(yc), 1))], axis=1)
-    out.sum_xy[g] += both[:, :-1]
-    out.sum_x[g] += both[:, -1]
-    out.sum_y[g] += yc.sum(0)
-    out.sum_yy[g] += yc.T @ yc
-
-
-def _pivot(rows: np.ndarray) -> np.ndarray:
-    """[d] mean of the first rows, rounded to the rows' own dtype so that subtracting it is exact near it."""
-    return rows.mean(0, dtype=np.float64).astype(rows.dtype).astype(np.float64)
+    moments = Moments(layout.image_shape, layout.dtype, center, preprocessing, *raw)
+    n = max(moments.count, 1)
+    pivot_x, pivot_y = raw.pivot_x, raw.pivot_y
+    if not layout.integer:
+        pivot_x = pivot_x + raw.sum_x.sum(0) / n
+    if layout.kind is TargetKind.numbers:
+        pivot_y = pivot_y + raw.sum_y.sum(0) / n
+    return moments._about_pivot(pivot_x, pivot_y)

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from mae_align.alignment import HeldOut, HeldOutRows, check_held_out, held_out_errors_jit, hold_out, hold_out_masked
 from mae_align.assemble import assemble, provenance
+from mae_align.checks import check_task
 from mae_align.devices import is_cpu, solve_context, solve_device, solve_dtype, worker_count
 from mae_align.dual import DualProblem, check_patches, factorize_samples, hold_out_samples, masked_basis
 from mae_align.errors import InputError
@@ -114,6 +115,7 @@ def solve_grid(
                 f"k={how.max_k}: {moments.count} images of {moments.num_pixels} pixel values, "
                 f"give a whole number up to their rank (at most {most})"
             )
+    check_task(moments.num_targets)
     mesh = default_mesh(how.dtype) if how.run.mesh is None else how.run.mesh
     if mesh is not None:
         check_mesh(mesh, how.dtype)

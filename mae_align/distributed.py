@@ -1,0 +1,78 @@
+"""Small host arrays across the processes of a mesh; each call is one collective, and all processes make it together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mae_align.errors import InputError
+
+
+def local_mesh(mesh: Mesh) -> Mesh:
+    """The part of a mesh on the devices of this process, as one axis "data".
+
+    Args:
+        mesh: of this process alone or of all processes, with as many devices each; its axes do not matter.
+
+    Raises:
+        InputError: a mesh of some processes only, or with different numbers of devices.
+
+    Example:
+        >>> from mae_align.devices import data_mesh
+        >>> dict(local_mesh(data_mesh(jax.devices()[:1])).shape)
+        {'data': 1}
+    """
+    devices = list(mesh.devices.flat)
+    counts = {p: sum(d.process_index == p for d in devices) for p in {d.process_index for d in devices}}
+    mine = jax.process_index()
+    if set(counts) not in ({mine}, set(range(jax.process_count()))) or len(set(counts.values())) > 1:
+        raise InputError(
+            f"the mesh has {counts} devices by process, of {jax.process_count()} processes: "
+            "give a mesh of this process alone, or of all processes with as many devices each"
+        )
+    own = np.array([d for d in devices if d.process_index == mine])
+    return Mesh(own, ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def processes(mesh: Mesh) -> int:
+    """Number of processes with devices in a mesh.
+
+    Example:
+        >>> from mae_align.devices import data_mesh
+        >>> processes(data_mesh(jax.devices()[:1]))
+        1
+    """
+    return len({d.process_index for d in mesh.devices.flat})
+
+
+def gathered(arrays: Sequence[np.ndarray], mesh: Mesh) -> list[list[np.ndarray]]:
+    """The same-shaped arrays of every process of a mesh, bit for bit, in the order of the processes.
+
+    Args:
+        arrays: any dtypes; the same shapes and dtypes in every process.
+        mesh: as for :func:`local_mesh`.
+
+    Returns:
+        For each process its arrays. No collective within one process.
+
+    Example:
+        >>> from mae_align.devices import data_mesh
+        >>> gathered([np.ones(2)], data_mesh(jax.devices()[:1]))
+        [[array([1., 1.])]]
+    """
+    arrays = [np.ascontiguousarray(array) for array in arrays]
+    if processes(mesh) == 1:
+        return [arrays]
+    from jax.experimental import multihost_utils
+
+    # As bytes: JAX would round float64 and int64 outside its float64 mode.
+    message = np.concatenate([array.reshape(-1).view(np.uint8) for array in arrays])
+    received = np.asarray(multihost_utils.process_allgather(message))
+    ends = np.cumsum([array.nbytes for array in arrays])[:-1]
+    return [
+        [part.copy().view(a.dtype).reshape(a.shape) for part, a in zip(np.split(row, ends), arrays, strict=True)]
+        for row in received
+    ]
