@@ -13,11 +13,12 @@ import xarray as xr
 
 from mae_align._version import __version__
 from mae_align.alignment import HeldOut, HeldOutRows, curves_from_targets, held_out_curves
-from mae_align.factorize import Factorized, PrimalProblem
+from mae_align.factorize import PrimalProblem
 from mae_align.identity import identity
 from mae_align.moments import Moments
 from mae_align.patches import PatchSize, patch_grid, patch_hw
 from mae_align.points import GridPoint, GridSpec
+from mae_align.problem import Factorized
 from mae_align.samples import Samples
 
 _AXES = ("patch_size", "noise_level", "mask_ratio", "lam")

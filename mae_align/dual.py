@@ -26,21 +26,18 @@ from jax.scipy.linalg import cho_solve, solve_triangular
 from mae_align.alignment import HeldOutRows, check_projection
 from mae_align.devices import solve_context
 from mae_align.errors import InputError
-from mae_align.factorize import (
+from mae_align.factorize import PatchBasis, basis_of, eigh, patch_blocks
+from mae_align.memory import PIXELS_AT_ONCE, check_memory, dual_bytes
+from mae_align.patches import PatchSize, patch_grid, patch_labels
+from mae_align.problem import (
     DType,
     Factorized,
-    PatchBasis,
-    basis_of,
     check_options,
     check_variance,
     default_floor,
     default_rtol,
-    eigh,
-    patch_blocks,
     within_targets,
 )
-from mae_align.memory import PIXELS_AT_ONCE, check_memory, dual_bytes
-from mae_align.patches import PatchSize, patch_grid, patch_labels
 from mae_align.samples import Samples
 from mae_align.targets import TargetOperator, check_something_left, mapped
 

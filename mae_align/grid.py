@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
 from mae_align.alignment import HeldOut, HeldOutRows, held_out_errors
-from mae_align.factorize import Factorized, PatchBasis
+from mae_align.factorize import PatchBasis
+from mae_align.problem import Factorized
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from mae_align.corruption import PatchMask
 from mae_align.errors import InputError
-from mae_align.factorize import Factorized
 from mae_align.patches import ImageShape, PatchSize, check_ratio, patch_grid, patch_hw
+from mae_align.problem import Factorized
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,20 +24,12 @@ from mae_align.checks import check_task
 from mae_align.devices import is_cpu, solve_context, solve_device, solve_dtype, worker_count
 from mae_align.dual import DualProblem, check_patches, factorize_samples, hold_out_samples, masked_basis
 from mae_align.errors import InputError
-from mae_align.factorize import (
-    DType,
-    Factorized,
-    PatchBasis,
-    PrimalProblem,
-    factorize,
-    mask_weights,
-    patch_basis,
-    pca_basis,
-)
+from mae_align.factorize import PatchBasis, PrimalProblem, factorize, mask_weights, patch_basis, pca_basis
 from mae_align.grid import PointProgram
 from mae_align.memory import check_memory, sweep_bytes
 from mae_align.moments import Moments
 from mae_align.points import BasisKey, GridPoint, GridSpec
+from mae_align.problem import DType, Factorized
 from mae_align.runner import Arrays, Task, TaskGroup, run_groups
 from mae_align.samples import Samples
 from mae_align.sharded import SharedStore, check_mesh, default_mesh, solve_over_mesh

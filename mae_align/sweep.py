@@ -14,10 +14,10 @@ import xarray as xr
 
 from mae_align import grid
 from mae_align.corruption import PatchMask, PatchMasking
-from mae_align.factorize import DType
 from mae_align.moments import Moments
 from mae_align.patches import PatchSize
 from mae_align.points import GridSpec
+from mae_align.problem import DType
 from mae_align.samples import Samples
 from mae_align.solver import RunOptions, Solve, solve_grid
 from mae_align.targets import TargetOperator

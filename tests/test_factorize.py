@@ -8,8 +8,9 @@ import pytest
 from oracles import SHAPE
 
 from mae_align.errors import InputError
-from mae_align.factorize import Factorized, factorize, mask_weights, patch_basis, pca_basis
+from mae_align.factorize import factorize, mask_weights, patch_basis, pca_basis
 from mae_align.moments import Moments
+from mae_align.problem import Factorized
 
 PATCHES = [1, 2, 4, (3, 4), (2, 5)]
 

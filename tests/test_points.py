@@ -8,9 +8,10 @@ import pytest
 
 from mae_align.corruption import CleanImages, FixedCountPatchMasking, PatchMask, PatchMasking, RandomRatioMasking
 from mae_align.errors import InputError
-from mae_align.factorize import Factorized, factorize
+from mae_align.factorize import factorize
 from mae_align.moments import Moments
 from mae_align.points import BasisKey, GridPoint, GridSpec
+from mae_align.problem import Factorized
 
 SHAPE = (4, 6, 1)
 
