@@ -235,9 +235,9 @@ def denoising_autoencoder(
     if k > len(found.mu):
         raise InputError(f"k={k}: only {len(found.mu)} features of these images survive the corruption")
     encoder = found.encoder[:, :k]
-    return _result(
-        problem, encoder, _clean_head(problem, encoder, found.q[:, :k]), found.decoder[:k], found.loss(k), ""
-    )
+    head = _clean_head(problem, encoder, found.q[:, :k])
+    model = _result(problem, encoder, head, found.decoder[:k], found.loss(k), "")
+    return dataclasses.replace(model, mean_input=problem.mean_x + found.corrupted.offset)
 
 
 def _clean_head(problem: PrimalProblem, encoder: np.ndarray, q: np.ndarray) -> np.ndarray:

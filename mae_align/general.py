@@ -141,8 +141,10 @@ def moments_features(problem: PrimalProblem, corrupted: CorruptionMoments) -> Co
             real = values > problem.rtol * values[-1]
             half = vectors[:, real] / np.sqrt(values[real])
             encoder, size, right = (np.asarray(a) for a in _from_root(half, cross))
-        # Directions that the corruption wipes out, or that clean images never take, reconstruct nothing.
-        m = min(int((size > problem.rtol * size[0]).sum()), problem.rank)
+        # Directions that the corruption wipes out, or that clean images never take, reconstruct nothing: v^T A, of
+        # length ``size``, is rounding. Without a corruption this is the rule for the rank of S.
+        told = size > problem.rtol * np.linalg.norm(encoder, axis=0) * _spectral_norm(cross)
+        m = min(int(told.cumprod().sum()), problem.rank)
         if m == 0:
             raise InputError("the corruption leaves nothing of these images: there is nothing to reconstruct from")
         encoder, size = encoder[:, :m], size[:m]
@@ -175,6 +177,16 @@ def nested_basis(features: np.ndarray, rtol: float) -> np.ndarray:
         if size[j] > 0 and np.linalg.norm(rest) > rtol * size[j]:
             q[:, j] = rest / np.linalg.norm(rest)
     return q
+
+
+def _spectral_norm(a: np.ndarray) -> float:
+    """Largest singular value, from below, by a few steps of the power method."""
+    v = a[np.argmax((a**2).sum(1))]
+    for _ in range(8):
+        if not v.any():
+            return 0.0
+        v = a.T @ (a @ (v / np.linalg.norm(v)))
+    return float(np.sqrt(np.linalg.norm(v)))
 
 
 def _cholesky_factor(gram: np.ndarray, rtol: float) -> np.ndarray | None:

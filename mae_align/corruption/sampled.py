@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -67,13 +68,10 @@ class SampledCorruption(Corruption):
             raise InputError(f"{self.name} has no exact moments: pass the training images (images=...)")
         if not clean.centered:
             raise InputError("a sampled corruption needs moments about the mean: make them with center=True")
-        run = jax.jit(jax.vmap(self.function))
         gram, cross, mean = _Running(), _Running(), _Running()
         moved = np.zeros((len(clean.sxx),) * 2)
         for view in range(self.views):
-            own_gram, own_cross, own_mean = self._one_view(
-                run, clean, jax.random.fold_in(jax.random.key(self.seed), view)
-            )
+            own_gram, own_cross, own_mean = self._one_view(clean, jax.random.fold_in(jax.random.key(self.seed), view))
             gram.add(own_gram)
             cross.add(own_cross)
             step = own_mean - mean.value
@@ -85,21 +83,21 @@ class SampledCorruption(Corruption):
             gram.value + spread, cross.value, 1.0, mean.value, gram.relative_error(), cross.relative_error()
         )
 
-    def _one_view(
-        self, run: Callable[..., jax.Array], clean: CleanImages, key: jax.Array
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _one_view(self, clean: CleanImages, key: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """cov(x') [d, d] and cov(x', x) [d, d] about this view's means, and E[x'] - mean_x [d]."""
         d = len(clean.sxx)
         gram, cross, total, start, count = np.zeros((d, d)), np.zeros((d, d)), np.zeros(d), np.zeros(d), 0
         for images in _batches(clean, self.batch_size):
-            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count, count + len(images)))
-            x = images.astype(np.float64)
-            if clean.pixel_noise > 0:
-                noise = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, 1), clean.image_shape, jnp.float32))
-                x = x + np.sqrt(clean.pixel_noise) * np.asarray(noise(keys), np.float64)
-            out = np.asarray(run(jnp.asarray(x, jnp.float32), keys), np.float64)
+            numbers = np.arange(count, count + len(images), dtype=np.uint32)
+            noise = np.float32(np.sqrt(clean.pixel_noise))
+            x, out = (
+                np.asarray(a, np.float64)
+                for a in _corrupted(images.astype(np.float32), numbers, key, noise, function=self.function)
+            )
             if out.shape != images.shape:
                 raise InputError(f"the function turns an image {list(images.shape[1:])} into {list(out.shape[1:])}")
+            if not np.isfinite(out).all():
+                raise InputError(f"{self.name} gives NaN or infinite pixels")
             x, out = (a.reshape(len(a), d) - clean.mean_x for a in (x, out))
             gram += out.T @ out
             cross += out.T @ x
@@ -110,8 +108,6 @@ class SampledCorruption(Corruption):
             raise InputError("there are no images to corrupt: give at least one")
         total, start = total / count, start / count
         gram, cross = gram / count - total[:, None] * total, cross / count - total[:, None] * start
-        if not np.isfinite(gram).all():
-            raise InputError(f"{self.name} gives NaN or infinite pixels")
         return gram, cross, total
 
     def sample(self, key: jax.Array, images: jax.Array, fill: jax.Array) -> jax.Array:
@@ -144,7 +140,28 @@ class _Running:
         """Standard error of the mean over the mean, both in Frobenius norm."""
         if self.count < 2:
             return float("nan")
-        return float(np.sqrt(self.squares / (self.count - 1) / self.count) / np.linalg.norm(self.value))
+        error = np.sqrt(max(self.squares, 0.0) / (self.count - 1) / self.count)
+        size = np.linalg.norm(self.value)
+        return float(error / size) if size > 0 else (float("inf") if error > 0 else 0.0)
+
+
+@partial(jax.jit, static_argnames="function")
+def _corrupted(
+    images: jax.Array,
+    numbers: jax.Array,
+    key: jax.Array,
+    deviation: jax.Array,
+    *,
+    function: Callable[[jax.Array, jax.Array], jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """Images with noise, and their corruption; every image draws by its number, whatever the batch."""
+
+    def one(image: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        own, floor = jax.random.split(jax.random.fold_in(key, number))
+        noisy = image + deviation * jax.random.normal(floor, image.shape, jnp.float32)
+        return noisy, function(noisy, own)
+
+    return jax.vmap(one)(images, numbers)
 
 
 def _batches(clean: CleanImages, size: int) -> Iterator[np.ndarray]:
