@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.linalg import solve_triangular
 
 from mae_align.checks import check_task
 from mae_align.devices import solve_context
@@ -249,9 +250,39 @@ def hold_out_masked(
     return _project(problem, whiten, eval_moments)
 
 
+def hold_out_encoder(problem: PrimalProblem, encoder: np.ndarray, q: np.ndarray, eval_moments: Moments) -> HeldOut:
+    """Held-out moments in the coordinates of an encoder's own features, which may leave the range of a singular S.
+
+    With R^T V = Q B, V B^-1 are the features that are orthonormal on the training data.
+
+    Args:
+        problem: of the training data. encoder: [d, k] V. q: [r, k] Q, nested; a column is 0 where its feature adds
+            nothing. eval_moments: of the held-out data.
+
+    Returns:
+        The projected moments, [k, k] in place of [r, r]: to be used with f = I. Cost: g d^2 k.
+
+    Raises:
+        InputError: as :func:`hold_out`.
+
+    Example:
+        >>> x = np.random.default_rng(0).normal(size=(60, 2, 2, 1))
+        >>> m = Moments.from_arrays(x, np.arange(60) % 2)
+        >>> problem = factorize(m, pixel_noise=0.0)
+        >>> held = hold_out_encoder(problem, np.eye(4), feature_basis(problem, np.eye(4)), m)
+        >>> bool(np.allclose(held.gram, np.eye(4)))
+        True
+    """
+    real = q.any(0)
+    triangle = q[:, real].T @ (problem.root.T @ encoder[:, real])
+    whiten = np.zeros(encoder.shape)
+    whiten[:, real] = solve_triangular(triangle, encoder[:, real].T, trans=1).T
+    return _project(problem, whiten, eval_moments)
+
+
 def _project(problem: PrimalProblem, whiten: np.ndarray, eval_moments: Moments) -> HeldOut:
     check_projection(eval_moments, problem.image_shape, len(problem.syy))
-    n, r, g = eval_moments.count, problem.rank, len(eval_moments.counts)
+    n, r, g = eval_moments.count, whiten.shape[1], len(eval_moments.counts)
     gram, cross = np.zeros((r, r), whiten.dtype), np.zeros((r, problem.syy.shape[0]), whiten.dtype)
     group_gram, group_cross = np.zeros((g, r, r), np.float32), np.zeros((g, *cross.shape), whiten.dtype)
     group_variance = np.zeros(g, whiten.dtype)
@@ -377,9 +408,9 @@ def encoder_curves(
     inside = curves_from_targets(t, problem.t0, problem.syy, problem.yty)
     if eval_moments is None:
         return inside, None
-    held = hold_out(problem, eval_moments)
+    held = hold_out_encoder(problem, encoder, q, eval_moments)
     with solve_context("float64"):
-        total, parts = (np.asarray(a) for a in held_out_errors_jit(q, t, held))
+        total, parts = (np.asarray(a) for a in held_out_errors_jit(np.eye(len(t)), t, held))
     return inside, held_out_curves(total, parts, held)
 
 

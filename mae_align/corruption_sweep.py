@@ -9,7 +9,14 @@ import jax
 import numpy as np
 import xarray as xr
 
-from mae_align.alignment import HeldOut, check_held_out, curves_from_targets, held_out_curves, hold_out
+from mae_align.alignment import (
+    HeldOut,
+    check_held_out,
+    curves_from_targets,
+    held_out_curves,
+    hold_out,
+    hold_out_encoder,
+)
 from mae_align.alignment import held_out_errors_jit as held_out_errors
 from mae_align.assemble import DESCRIPTIONS, provenance
 from mae_align.checks import check_task
@@ -97,7 +104,9 @@ def corruption_sweep(
     once = {key: named[name] for name, key in keys.items()}
     with solve_context("float64"):
         on_device = None if held is None else jax.device_put(held)
-    solve = partial(_solve, problem, on_device, images, moments.center, max_k)
+    # A singular covariance does not hold the features of every corruption: they are projected one by one.
+    unseen = eval_moments if problem.rank < moments.num_pixels else None
+    solve = partial(_solve, problem, on_device, unseen, images, moments.center, max_k)
     tasks = [Task((key,), partial(solve, corruption)) for key, corruption in once.items()]
     on_cpu = is_cpu(solve_device("float64"))
     groups = [TaskGroup(lambda: None, tasks)]
@@ -143,6 +152,7 @@ def _key(corruption: Corruption, images: Images | None) -> str:
 def _solve(
     problem: PrimalProblem,
     held: HeldOut | None,
+    unseen: Moments | None,
     images: Images | None,
     centered: bool,
     max_k: int,
@@ -163,8 +173,11 @@ def _solve(
     out = {"t": padded(t), "mu": padded(found.mu), "gap": padded(found.gap), "num_features": np.array(len(found.mu))}
     out |= {name: np.array(getattr(moments, name)) for name in ("keep", "gram_se", "cross_se")}
     if held is not None:
+        f = found.q[:, :k]
+        if unseen is not None:
+            held, f = hold_out_encoder(problem, found.encoder[:, :k], f, unseen), np.eye(k)
         with solve_context("float64"):
-            errors, parts = (np.asarray(a) for a in held_out_errors(found.q[:, :k], t, held))
+            errors, parts = (np.asarray(a) for a in held_out_errors(f, t, held))
         out |= {"errors": padded(errors), "group_errors": padded(parts, 1)}
     return [out]
 

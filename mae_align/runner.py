@@ -112,5 +112,6 @@ def _solutions(
         limit = workers if i + 1 < len(groups) else 0
         while len(running) > limit:
             done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
+            # Those that failed last: what finished beside them is stored before the error ends the run.
+            for future in sorted(done, key=lambda future: future.exception() is not None):
                 yield running.pop(future), future.result()

@@ -274,3 +274,24 @@ def test_curves_do_not_change_with_the_units_of_the_pixels(moments, encoder):
         rows.append(np.concatenate([inside.r2, inside.alignment, outside.r2, outside.se]))
     np.testing.assert_allclose(rows[1], rows[0], rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(rows[2], rows[0], rtol=1e-6, atol=1e-8)
+
+
+def test_held_out_curves_of_an_encoder_that_leaves_the_range_of_a_singular_covariance_are_real_predictions():
+    fit, test = oracles.draw(1, 40), oracles.draw(2, 250)  # 40 images of 60 pixels
+    encoder = np.random.default_rng(3).normal(size=(60, 12))
+    moments = Moments.from_arrays(fit.images, fit.labels, num_classes=oracles.CLASSES)
+    unseen = Moments.from_arrays(test.images, test.labels, num_classes=oracles.CLASSES, groups=3)
+    curves = ma.encoder_curves(moments, encoder, eval_moments=unseen, pixel_noise=0.0)[1]
+    assert curves is not None
+    np.testing.assert_allclose(curves.r2, oracles.predicted_r2(encoder, fit, test), atol=1e-9)
+
+
+def test_held_out_curves_of_a_corruption_on_a_singular_covariance_are_those_of_its_mask():
+    fit, test = oracles.draw(1, 40), oracles.draw(2, 250)
+    moments = Moments.from_arrays(fit.images, fit.labels, num_classes=oracles.CLASSES)
+    unseen = Moments.from_arrays(test.images, test.labels, num_classes=oracles.CLASSES, groups=3)
+    options = {"eval_moments": unseen, "pixel_noise": 0.0, "max_k": 20}
+    general = ma.corruption_sweep(moments, [ma.PatchMasking(2, 0.6)], **options)
+    fast = ma.masking_sweep(moments, [2], [0.6], **options).isel(patch_size=0, mask_ratio=0)
+    np.testing.assert_allclose(general.eval_r2[0], fast.eval_r2, atol=1e-7)
+    np.testing.assert_allclose(general.eval_r2_se[0], fast.eval_r2_se, atol=1e-5)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import concurrent.futures
 import signal
 import threading
 import time
@@ -214,6 +215,20 @@ def test_after_an_error_nothing_new_is_started():
     with pytest.raises(ArithmeticError):
         grid.run(workers=2)
     assert sum(grid.calls[key] for key in grid.keys) <= 6
+
+
+@pytest.mark.parametrize("attempt", range(8))  # the order of a set of futures is arbitrary
+def test_what_finished_beside_an_error_is_stored(tmp_path, monkeypatch, attempt):
+    monkeypatch.setattr(runner, "FIRST_COMPLETED", concurrent.futures.ALL_COMPLETED)
+    grid = Grid(1, 4)
+
+    def fail() -> None:
+        raise ArithmeticError
+
+    grid.before = {"g0t1b0": fail}
+    with pytest.raises(ArithmeticError):
+        grid.run(workers=4, store=PointStore(tmp_path, "a"))
+    assert {path.stem for path in tmp_path.glob("*.npz")} == {"g0t0b0", "g0t2b0", "g0t3b0"}
 
 
 def test_an_error_in_a_basis_is_raised_and_its_tasks_do_not_run():
