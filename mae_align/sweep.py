@@ -65,6 +65,7 @@ def masking_sweep(
             enough memory, samples on which masking is identically inert.
 
     Example:
+        >>> import numpy as np
         >>> x = np.random.default_rng(0).integers(0, 256, (90, 4, 4, 1)).astype(np.uint8)
         >>> m = Moments.from_arrays(x, np.arange(90) % 3)
         >>> result = masking_sweep(m, [1, 2], [0.0, 0.5, 1.0])
@@ -121,6 +122,7 @@ def sweep(
         InputError: as :func:`masking_sweep`; a negative noise level or lambda.
 
     Example:
+        >>> import numpy as np
         >>> x = np.random.default_rng(0).integers(0, 256, (90, 4, 4, 1)).astype(np.uint8)
         >>> m = Moments.from_arrays(x, np.arange(90) % 3)
         >>> result = sweep(m, patch_sizes=[2], mask_ratios=[0.5], noise_levels=[0.0, 9.0], lambdas=[0.0, 1.0])
@@ -147,6 +149,7 @@ def lambda_sweep(moments: Moments | Samples, lambdas: Sequence[float], **options
         InputError: as :func:`sweep`.
 
     Example:
+        >>> import numpy as np
         >>> x = np.random.default_rng(0).integers(0, 256, (90, 2, 2, 1)).astype(np.uint8)
         >>> lambda_sweep(Moments.from_arrays(x, np.arange(90) % 3), [0.0, 1e-4, np.inf]).r2.dims
         ('lam', 'k')
@@ -170,6 +173,7 @@ def gaussian_sweep(moments: Moments | Samples, sigmas: Sequence[float], **option
         InputError: as :func:`sweep`.
 
     Example:
+        >>> import numpy as np
         >>> x = np.random.default_rng(0).integers(0, 256, (90, 2, 2, 1)).astype(np.uint8)
         >>> r2 = gaussian_sweep(Moments.from_arrays(x, np.arange(90) % 3), [0.0, 5.0]).r2
         >>> bool(np.allclose(r2[0], r2[1]))
