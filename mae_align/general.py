@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
-from scipy.linalg import lapack
+from scipy.linalg import get_lapack_funcs
 
 from mae_align.corruption import CleanImages, Corruption, CorruptionMoments
 from mae_align.corruption.base import Images
@@ -194,7 +194,8 @@ def _cholesky_factor(gram: np.ndarray, rtol: float) -> np.ndarray | None:
     lower = np.asarray(_cholesky(gram))
     if not np.isfinite(lower).all():
         return None
-    rcond, _ = lapack.dpocon(lower, np.abs(gram).sum(0).max(), uplo="L")
+    (pocon,) = get_lapack_funcs(("pocon",), (lower,))
+    rcond, _ = pocon(lower, np.abs(gram).sum(0).max(), uplo="L")
     return lower if rcond > rtol else None
 
 

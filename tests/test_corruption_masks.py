@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
@@ -85,7 +86,7 @@ def test_probabilities_that_no_mask_has_are_refused():
         with pytest.raises(InputError, match=message):
             PixelMasking(keep, pair)
     with pytest.raises(InputError, match="give the masks themselves to MaskMixture"):
-        PixelMasking(half).sample(jax.random.key(0), np.ones((1, 2, 2, 1), np.float32), np.ones((2, 2, 1), np.float32))
+        PixelMasking(half).sample(jax.random.key(0), jnp.ones((1, 2, 2, 1)), jnp.ones((2, 2, 1)))
     with pytest.raises(InputError, match="give one shape"):
         PixelMasking(half).check((2, 3, 1))
 

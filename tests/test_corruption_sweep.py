@@ -12,6 +12,9 @@ import pytest
 from oracles import SHAPE
 
 import mae_align as ma
+from mae_align.corruption import CleanImages, Corruption, CorruptionMoments
+from mae_align.factorize import factorize
+from mae_align.general import moments_features
 from mae_align.moments import Moments
 
 sweep_module = importlib.import_module("mae_align.corruption_sweep")  # the package's attribute is the function
@@ -61,10 +64,11 @@ def test_a_fill_of_its_own_is_the_direct_eigenproblem(fit, direct):
     masks, kept = oracles.enumerate_masks(SHAPE, (3, 3))
     x, mean = oracles.train().x, oracles.train().x.mean(0)
     weights = 0.4**kept * 0.6 ** (kept.max() - kept)
-    all_filled = [np.where(mask > 0, x, 0.5) for mask in masks]
-    center = sum(w * filled.mean(0) for w, filled in zip(weights, all_filled, strict=True))
-    gram = sum(w * (f - center).T @ (f - center) / len(x) for w, f in zip(weights, all_filled, strict=True))
-    cross = sum(w * (f - center).T @ (x - mean) / len(x) for w, f in zip(weights, all_filled, strict=True))
+    all_filled = np.stack([np.where(mask > 0, x, 0.5) for mask in masks])
+    center = weights @ all_filled.mean(1)
+    moved = (all_filled - center) * np.sqrt(weights / len(x))[:, None, None]
+    gram = np.einsum("mni,mnj->ij", moved, moved, optimize=True)
+    cross = np.einsum("m,mni,nj->ij", weights / len(x), all_filled - center, x - mean, optimize=True)
     mu, v = oracles.top_directions(cross @ cross.T, gram)
     black = ma.PatchMasking((3, 3), 0.6, fill=0.5)
     found = ma.corruption_sweep(fit, {"filled": black, "mean": ma.PatchMasking((3, 3), 0.6)}, pixel_noise=0.0)
@@ -80,7 +84,7 @@ def test_a_fill_of_its_own_is_the_direct_eigenproblem(fit, direct):
     assert model.loss == pytest.approx(sum(w * e.mean() for w, e in zip(weights, error, strict=True)), rel=1e-9)
 
 
-def every_kind() -> dict[str, ma.PatchMasking]:
+def every_kind() -> dict[str, Corruption]:
     components = np.linalg.eigh(np.cov(oracles.train().x.T))[1]
     return {
         "blocks": ma.BlockMasking(2, (0.1, 0.3)),
@@ -94,7 +98,7 @@ def every_kind() -> dict[str, ma.PatchMasking]:
         "matrix": ma.LinearCorruption(np.random.default_rng(0).normal(size=(60, 60))),
         "both": ma.Compose(ma.GaussianBlur(0.6), ma.PatchMasking(2, 0.5, fill=0.0)),
         "sampled": ma.SampledCorruption(scaled, 4),
-    }  # pyright: ignore[reportReturnType]
+    }
 
 
 def scaled(image: jax.Array, key: jax.Array) -> jax.Array:
@@ -116,7 +120,7 @@ def test_every_kind_of_corruption_is_swept_and_solved(fit, unseen, direct):
     estimated = found.corruption.isin(["share", "sampled"])
     assert ((found.gram_se > 0) == estimated).all() and ((found.cross_se > 0) == estimated).all()
     for name, corruption in kinds.items():
-        clean = ma.corruption.CleanImages(direct.sxx, oracles.train().x.mean(0), SHAPE, images=images)
+        clean = CleanImages(direct.sxx, oracles.train().x.mean(0), SHAPE, images=images)
         m = corruption.moments(clean)
         k = int(found.num_features.sel(corruption=name))
         basis = np.linalg.eigh(m.gram)[1][:, -k:]
@@ -194,21 +198,19 @@ def test_8_bit_images_with_their_floor():
     fit = moments_of(sample)
     found = ma.corruption_sweep(
         fit,
-        {"sampled": ma.SampledCorruption(scaled, 50), "fixed": ma.GaussianBlur(1.0)},
+        {"sampled": ma.SampledCorruption(scaled, 20), "fixed": ma.GaussianBlur(1.0)},
         images=sample.images,
         max_k=10,
     )
     assert found.attrs["pixel_noise"] == 1 / 12
     assert found.notnull().all().to_array().all()
     # Scaling all pixels by one random factor u: G = E u^2 S + var(u) mean mean^T, A = S.
-    clean = ma.corruption.CleanImages(fit.sxx + np.eye(64) / 12, fit.mean_x, (8, 8, 1))
+    clean = CleanImages(fit.sxx + np.eye(64) / 12, fit.mean_x, (8, 8, 1))
     variance = 1 / 12
-    stated = ma.corruption.CorruptionMoments(
-        (1 + variance) * clean.sxx + variance * np.outer(fit.mean_x, fit.mean_x), clean.sxx, 1.0
-    )
-    problem = ma.factorize.factorize(fit)
-    exact = ma.general.moments_features(problem, stated)
-    np.testing.assert_allclose(found.loss.sel(corruption="sampled"), [exact.loss(k) for k in range(1, 11)], rtol=0.02)
+    stated = CorruptionMoments((1 + variance) * clean.sxx + variance * np.outer(fit.mean_x, fit.mean_x), clean.sxx, 1.0)
+    problem = factorize(fit)
+    exact = moments_features(problem, stated)
+    np.testing.assert_allclose(found.loss.sel(corruption="sampled"), [exact.loss(k) for k in range(1, 11)], rtol=0.03)
 
 
 @pytest.mark.parametrize(

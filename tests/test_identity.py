@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import functools
 
-import jax.numpy as jnp
 import numpy as np
 
 import mae_align as ma
 from mae_align.identity import identity
+
+
+def add(shift, image, key):
+    return image + shift
 
 
 def scale(factor: float):
@@ -20,7 +23,7 @@ def test_equal_parameters_are_one_identity():
         lambda: ma.GaussianNoise(np.arange(4.0).reshape(2, 2, 1)),
         lambda: ma.Compose(ma.GaussianBlur(1.0), ma.PatchMasking(2, 0.5)),
         lambda: ma.SampledCorruption(scale(2.0), 3),
-        lambda: ma.SampledCorruption(functools.partial(jnp.add, 1.0), 3),
+        lambda: ma.SampledCorruption(functools.partial(add, 1.0), 3),
         lambda: ma.MatrixTarget(np.eye(3)),
     ):
         assert identity(make()) == identity(make())
@@ -45,8 +48,8 @@ def test_any_other_parameter_is_another():
         ma.SampledCorruption(lambda image, key: 3.0 * image, 3),
         ma.SampledCorruption(scale(2.0), 4),
         ma.SampledCorruption(scale(2.0), 3, seed=1),
-        ma.SampledCorruption(functools.partial(jnp.add, 1.0), 3),
-        ma.SampledCorruption(functools.partial(jnp.add, 2.0), 3),
+        ma.SampledCorruption(functools.partial(add, 1.0), 3),
+        ma.SampledCorruption(functools.partial(add, 2.0), 3),
         ma.GaussianBlur(1.0),
         ma.HighPass(1.0),
         ma.MatrixTarget(np.eye(3)),

@@ -117,6 +117,7 @@ def test_masking_sweep_is_the_direct_eigenproblem(fit, direct, name, ratio):
 def test_noise_and_lambda_are_the_direct_eigenproblem(fit, direct, name):
     operator, w = OPERATORS[name]
     lambdas = [0.002, 0.5, math.inf]
+    total = np.trace(w @ direct.sxx @ w.T)
     found = ma.sweep(
         fit,
         patch_sizes=[2],
@@ -135,7 +136,6 @@ def test_noise_and_lambda_are_the_direct_eigenproblem(fit, direct, name):
                 assert sure.sum() >= 3
                 np.testing.assert_allclose(cell.r2.values[sure], r2[sure], atol=1e-7)
                 np.testing.assert_allclose(cell.reconstruction_mse.values[sure], error[sure], atol=1e-7 * error.max())
-                total = np.trace(w @ direct.sxx @ w.T)
                 start = total if math.isinf(lam) else np.trace(direct.syy) + lam * total
                 np.testing.assert_allclose(cell.loss, start - np.cumsum(mu), atol=1e-9 * start)
     np.testing.assert_allclose(found.lam_relative[:2], np.array(lambdas[:2]) * total / np.trace(direct.syy))

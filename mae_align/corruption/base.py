@@ -22,7 +22,7 @@ from mae_align.errors import InputError
 from mae_align.patches import ImageShape
 
 Images = np.ndarray | Callable[[], Iterable[np.ndarray]]
-Fill = float | tuple | None
+Fill = float | np.ndarray | tuple | None
 
 
 class CleanImages(NamedTuple):
@@ -173,7 +173,7 @@ def short_name(thing: object) -> str:
     return f"{type(thing).__name__}({', '.join(parts)})"
 
 
-def frozen_fill(fill: float | np.ndarray | tuple | None) -> Fill:
+def frozen_fill(fill: Fill) -> float | tuple | None:
     """A fill as a hashable value: None, a float or nested tuples.
 
     Raises:

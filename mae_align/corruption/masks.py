@@ -20,6 +20,7 @@ from mae_align.corruption.base import (
     CleanImages,
     CorruptionMoments,
     ExactCorruption,
+    Fill,
     fill_image,
     fill_offset,
     frozen_fill,
@@ -38,7 +39,7 @@ class ProbabilityMask(ExactCorruption):
             mean image.
     """
 
-    fill: float | np.ndarray | tuple | None = dataclasses.field(default=None, kw_only=True)
+    fill: Fill = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fill", frozen_fill(self.fill))

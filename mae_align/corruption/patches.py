@@ -20,6 +20,7 @@ from mae_align.corruption.base import (
     CleanImages,
     CorruptionMoments,
     ExactCorruption,
+    Fill,
     fill_image,
     fill_offset,
     frozen_fill,
@@ -40,7 +41,7 @@ class PatchMask(ExactCorruption):
     """
 
     patch_size: PatchSize
-    fill: float | np.ndarray | tuple | None = dataclasses.field(default=None, kw_only=True)
+    fill: Fill = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         patch_hw(self.patch_size)
