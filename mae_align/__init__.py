@@ -3,6 +3,7 @@
 from mae_align._version import __version__
 from mae_align.alignment import encoder_curves, paired_se
 from mae_align.closed_form import LinearAutoencoder, denoising_autoencoder, supervised_autoencoder
+from mae_align.compare import compare_corruptions, compare_many
 from mae_align.corruption import (
     AveragePool,
     BlockMasking,
@@ -55,6 +56,8 @@ __all__ = [
     "TargetOperator",
     "VarianceShareMasking",
     "__version__",
+    "compare_corruptions",
+    "compare_many",
     "corruption_sweep",
     "denoising_autoencoder",
     "encoder_curves",

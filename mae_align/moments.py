@@ -205,6 +205,19 @@ class Moments:
         """
         return dataclasses.replace(self, **{name: getattr(self, name).sum(0, keepdims=True) for name in _SUMS})
 
+    def select_groups(self, groups: np.ndarray) -> Moments:
+        """The moments of some of the groups.
+
+        Args:
+            groups: indices of the groups.
+
+        Example:
+            >>> m = Moments.from_arrays(np.ones((8, 1, 1, 1)), np.arange(8) % 2, groups=2)
+            >>> sum(m.select_groups(np.array([i])).count for i in (0, 1))
+            8
+        """
+        return dataclasses.replace(self, **{name: getattr(self, name)[groups] for name in _SUMS})
+
     def save(self, path: str | Path) -> None:
         """Write everything to a file: an ``.npz`` without pickle, with a version and a checksum, whole or not at all.
 

@@ -1,0 +1,384 @@
+"""Can a corruption matter? Answered from the images alone, for every task at once, at each number of features k.
+
+With Q_a, Q_b [r, k] the orthonormal sample bases of two encoders' features, the in-sample r2 of a target y changes by
+y^T (Q_b Q_b^T - Q_a Q_a^T) y / y^T y. The eigenvalues of that difference are +-sin(theta_i) of the principal angles:
+no task gains or loses more than the largest sine, and some task does. The bound is nearly always close to 1; beside it
+stand how much of the span moves, what a random task would notice, and how far apart two samples of images are without
+any corruption. See docs/theory.md, section 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+
+from mae_align.assemble import provenance
+from mae_align.corruption import Corruption, PatchMask
+from mae_align.corruption.base import Images
+from mae_align.devices import is_cpu, solve_context, solve_device, worker_count
+from mae_align.errors import InputError
+from mae_align.factorize import PatchBasis, PrimalProblem, eigh, factorize, mask_weights, patch_basis
+from mae_align.general import corruption_features
+from mae_align.grid import solve_features
+from mae_align.identity import identity
+from mae_align.moments import Moments
+from mae_align.patches import PatchSize, patch_hw
+from mae_align.runner import Arrays, Task, TaskGroup, run_groups
+from mae_align.solver import RunOptions
+from mae_align.store import PointStore, fingerprint
+from mae_align.subspace import feature_basis
+
+INERT = "inert"
+WITHIN_NOISE = "within sampling noise"
+CAN_MATTER = "can matter"
+NOT_IDENTIFIED = "not identified"
+
+_FIGURES = {
+    "largest_sine": "bound on the change of in-sample r2 of any task; some task attains it",
+    "mean_top_sine": "mean of the q - 1 largest sines, a bound for q classes",
+    "moved_share": "sum of squared sines over k: the share of the span that moves",
+    "rms_change": "root mean square change of r2 of a random task",
+}
+# Where rounding alone may turn the span by more than this, nothing is said about it.
+_LEAST_SURE = 1e-2
+
+
+class Span(NamedTuple):
+    """Nested features of an encoder.
+
+    Attributes:
+        q: [r, m] orthonormal sample basis of the features, in the coordinates of the factorised problem; the first k
+            columns span the first k features. gap: [m] (mu_k - mu_{k+1}) / mu_k; at 0 the span of k is not identified.
+    """
+
+    q: np.ndarray
+    gap: np.ndarray
+
+
+def principal_components(problem: PrimalProblem, max_k: int) -> Span:
+    """The features without corruption.
+
+    Args:
+        problem: the factorised problem. max_k: number of features, at most the rank.
+
+    Returns:
+        Columns of the identity, and the gaps of the spectrum.
+
+    Example:
+        >>> x = np.random.default_rng(0).normal(size=(50, 2, 2, 1))
+        >>> principal_components(factorize(Moments.from_arrays(x)), 2).q.shape
+        (4, 2)
+    """
+    gap = 1.0 - np.append(problem.s[1:], 0.0) / problem.s
+    return Span(np.eye(problem.rank, max_k), gap[:max_k])
+
+
+def span_of(
+    problem: PrimalProblem,
+    corruption: Corruption | None,
+    max_k: int,
+    *,
+    basis: PatchBasis | None = None,
+    images: Images | None = None,
+    centered: bool = True,
+) -> Span:
+    """The features that a corruption leads to: for masks of patches by their common basis, else on the general path.
+
+    Args:
+        problem: the factorised problem. corruption: None for none. max_k: number of features, at most the rank.
+        basis: of the mask's patch size, if it is at hand. images: for corruptions without exact moments.
+        centered: whether the moments are about the mean.
+
+    Returns:
+        As many features as the corruption leaves, at most max_k. Cost: one eigh of size r for a mask of patches (two
+        without ``basis``), else as :func:`mae_align.general.corruption_features`.
+
+    Raises:
+        InputError: a corruption that does not fit the images.
+
+    Example:
+        >>> from mae_align.corruption import PatchMasking
+        >>> x = np.random.default_rng(0).normal(size=(50, 4, 4, 1))
+        >>> span_of(factorize(Moments.from_arrays(x)), PatchMasking(2, 0.5), 3).q.shape
+        (16, 3)
+    """
+    if corruption is None:
+        return principal_components(problem, max_k)
+    if not _is_plain_mask(corruption):
+        found = corruption_features(problem, corruption, images=images, centered=centered)
+        return Span(found.q[:, :max_k], found.gap[:max_k])
+    ratio = corruption.p_eff(problem.image_shape)
+    if ratio == 0.0:
+        return principal_components(problem, max_k)
+    if basis is None:
+        basis = patch_basis(problem, corruption.patch_size)
+    with solve_context(problem.dtype):
+        w = mask_weights(np.asarray(basis.pi, np.float64), ratio)
+        ones = (jnp.asarray(problem.s), jnp.asarray(w), jnp.zeros(()), jnp.asarray(1.0 / problem.trace))
+        nothing = jnp.zeros((problem.rank, 1))  # no target has a say
+        solution, f = _solve_features(basis.e, basis.gram, nothing, *ones, max_k=max_k)
+        return Span(np.asarray(f), np.asarray(solution.gap))
+
+
+_solve_features = jax.jit(solve_features, static_argnames="max_k")
+
+
+def _is_plain_mask(corruption: Corruption | None) -> TypeGuard[PatchMask]:
+    return isinstance(corruption, PatchMask) and getattr(corruption, "fill", None) is None
+
+
+def sines(qa: np.ndarray, qb: np.ndarray) -> np.ndarray:
+    """Sines of the principal angles between two spans, descending.
+
+    The singular values of Q_b - Q_a Q_a^T Q_b: accurate for small angles, where cosines are all 1.
+
+    Args:
+        qa, qb: [r, k] with orthonormal columns.
+
+    Returns:
+        [k] in [0, 1]. Cost r k^2.
+
+    Example:
+        >>> sines(np.eye(3)[:, :1], np.eye(3)[:, 1:2]).tolist()
+        [1.0]
+    """
+    return np.clip(np.linalg.svd(qb - qa @ (qa.T @ qb), compute_uv=False), 0.0, 1.0)
+
+
+def half_samples(moments: Moments, problem: PrimalProblem, max_k: int) -> tuple[Span, Span]:
+    """Principal components of the even and of the odd groups, in the coordinates of all samples.
+
+    Args:
+        moments: in at least two groups. problem: factorised from all of them. max_k: number of features.
+
+    Returns:
+        Two spans, of as many features as both halves have. Cost: two eigh of size d and two QR.
+
+    Raises:
+        InputError: moments in one group.
+
+    Example:
+        >>> x = np.random.default_rng(0).normal(size=(50, 2, 2, 1))
+        >>> m = Moments.from_arrays(x, groups=4)
+        >>> half_samples(m, factorize(m), 2)[1].q.shape
+        (4, 2)
+    """
+    if len(moments.counts) < 2:
+        raise InputError("two half-samples need moments in groups: build them with groups=20")
+    made = [moments.select_groups(np.arange(start, len(moments.counts), 2)) for start in (0, 1)]
+    spans = []
+    for half in made:
+        if half.count < 2:
+            raise InputError(f"a half of {moments.count} samples has {half.count}: use more samples or fewer groups")
+        with solve_context("float64", alone=True):
+            values, vectors = (np.asarray(a)[..., ::-1] for a in eigh(half.second_moments().sxx))
+        real = int((values > problem.rtol * values[0]).sum())
+        k = min(max_k, real)
+        gap = 1.0 - np.append(values[1:], 0.0)[:k] / values[:k]
+        spans.append(Span(feature_basis(problem, vectors[:, :k]), gap))
+    k = min(span.q.shape[1] for span in spans)
+    return Span(spans[0].q[:, :k], spans[0].gap[:k]), Span(spans[1].q[:, :k], spans[1].gap[:k])
+
+
+def figures(a: Span, b: Span, ks: Sequence[int], num_targets: int) -> dict[str, np.ndarray]:
+    """How far two spans are apart at each k.
+
+    Args:
+        a, b: two spans. ks: numbers of features. num_targets: q of :data:`mean_top_sine`.
+
+    Returns:
+        ``largest_sine``, ``mean_top_sine``, ``moved_share``, ``rms_change``, each [len(ks)]; NaN where one of the two
+        has fewer features. A random task is a unit vector in the r whitened coordinates, for which
+        E[change^2] = 2 tr((P_b - P_a)^2) / (r (r + 2)) = 4 sum sin^2 / (r (r + 2)).
+
+    Example:
+        >>> same = Span(np.eye(3), np.ones(3))
+        >>> figures(same, same, [1, 2], 10)["moved_share"].tolist()
+        [0.0, 0.0]
+    """
+    r, most = len(a.q), min(a.q.shape[1], b.q.shape[1])
+    out = {name: np.full(len(ks), np.nan) for name in _FIGURES}
+    for i, k in enumerate(ks):
+        if k > most:
+            continue
+        sine = sines(a.q[:, :k], b.q[:, :k])
+        total = float((sine**2).sum())
+        values = (sine[0], sine[: max(1, num_targets - 1)].mean(), total / k, np.sqrt(4 * total / (r * (r + 2))))
+        for name, value in zip(_FIGURES, values, strict=True):
+            out[name][i] = value
+    return out
+
+
+def compare_corruptions(
+    moments: Moments,
+    a: Corruption | None,
+    b: Corruption | None,
+    ks: Sequence[int],
+    *,
+    num_targets: int | None = None,
+    pixel_noise: float | None = None,
+    rtol: float | None = None,
+    images: Images | None = None,
+) -> xr.Dataset:
+    """How much it can matter for any task whether images are corrupted by b instead of a. Needs no labels.
+
+    Args:
+        moments: of the images, in groups (20 is a good number); targets are not looked at.
+        a, b: two corruptions; None for none. ks: numbers of features.
+        num_targets: q for ``mean_top_sine``; default the moments' own number, 10 without targets.
+        pixel_noise, rtol: as in :func:`mae_align.factorize.factorize`.
+        images: the images themselves, for corruptions without exact moments.
+
+    Returns:
+        Dataset over k: see :func:`compare_many`. Cost: three eigh of size d and the two corruptions.
+
+    Raises:
+        InputError: as :func:`compare_many`.
+
+    Example:
+        >>> from mae_align.corruption import GaussianNoise
+        >>> x = np.random.default_rng(0).normal(size=(90, 3, 3, 1)) * np.arange(1, 10).reshape(3, 3, 1)
+        >>> found = compare_corruptions(Moments.from_arrays(x, groups=20), None, GaussianNoise(1.0), [1, 4])
+        >>> found.verdict.values.tolist()
+        ['inert', 'inert']
+    """
+    name = "no corruption" if b is None else b.name
+    found = compare_many(
+        moments,
+        {name: b},
+        ks,
+        reference=a,
+        num_targets=num_targets,
+        pixel_noise=pixel_noise,
+        rtol=rtol,
+        images=images,
+    )
+    return found.isel(corruption=0)
+
+
+def compare_many(
+    moments: Moments,
+    corruptions: Mapping[str, Corruption | None],
+    ks: Sequence[int],
+    *,
+    reference: Corruption | None = None,
+    num_targets: int | None = None,
+    pixel_noise: float | None = None,
+    rtol: float | None = None,
+    images: Images | None = None,
+    run: RunOptions | None = None,
+) -> xr.Dataset:
+    """Every corruption against one reference: bounds for any task, figures, and a verdict per k.
+
+    The verdict: ``inert`` where the spans agree to rounding (no task can gain or lose), ``within sampling noise`` where
+    they are no further apart than the principal components of two samples of this size would be, ``can matter``
+    otherwise; ``not identified`` where an eigenvalue ties with the next, so that k features are not determined. Two
+    halves differ by 4 c / n where an estimate from n samples is c / n from the truth and two of them 2 c / n apart:
+    ``sampling_share`` is half of ``half_moved_share``.
+
+    Args:
+        moments, ks, num_targets, pixel_noise, rtol, images: as in :func:`compare_corruptions`.
+        corruptions: by name. reference: None for no corruption. run: workers, progress, store.
+
+    Returns:
+        Dataset over corruption and k: ``largest_sine`` (exact bound), ``mean_top_sine``, ``moved_share``,
+        ``rms_change``, ``eigengap``, ``verdict``; over k alone ``half_`` of the first four, ``sampling_share`` and
+        ``reference_eigengap``.
+
+    Raises:
+        InputError: moments in one group, k outside 1..rank, a corruption that does not fit.
+
+    Example:
+        >>> from mae_align.corruption import PatchMasking
+        >>> x = np.random.default_rng(0).normal(size=(90, 4, 4, 1)) * np.arange(1, 17).reshape(4, 4, 1)
+        >>> compare_many(Moments.from_arrays(x, groups=20), {"mask": PatchMasking(2, 0.5)}, [2]).verdict.dims
+        ('corruption', 'k')
+    """
+    run = run or RunOptions()
+    workers = worker_count(run.workers)
+    if not corruptions:
+        raise InputError("corruptions is empty: give at least one")
+    if len(moments.counts) < 2:
+        raise InputError("two half-samples need moments in groups: build them with groups=20")
+    if not len(ks) or any(not isinstance(k, int | np.integer) or not 1 <= k <= moments.num_pixels for k in ks):
+        raise InputError(f"ks={list(ks)}: give whole numbers of features from 1 to the rank of the images")
+    for corruption in (*corruptions.values(), reference):
+        if corruption is not None:
+            corruption.check(moments.image_shape)
+    q = num_targets if num_targets is not None else (moments.num_targets or 10)
+    if q < 1:
+        raise InputError(f"num_targets={q}: give a whole number of at least 1")
+    problem = factorize(moments.ungrouped(), pixel_noise=pixel_noise, rtol=rtol)
+    max_k = problem.check_k(max(ks))
+    settings = provenance(problem, moments, None) | {"reference": "none" if reference is None else reference.name}
+    store = None
+    if run.store is not None:
+        about = settings | {"ks": list(map(int, ks)), "q": q, "program": "compare", "reference": identity(reference)}
+        store = PointStore(run.store, fingerprint(moments.state, about))
+    span = partial(span_of, problem, max_k=max_k, images=images, centered=moments.center)
+    start = span(reference)
+
+    def solve(corruption: Corruption | None, basis: PatchBasis | None) -> list[Arrays]:
+        found = span(corruption, basis=basis)
+        gaps = np.full(len(ks), np.nan)
+        for i, k in enumerate(ks):
+            gaps[i] = found.gap[k - 1] if k <= len(found.gap) else np.nan
+        return [figures(start, found, ks, q) | {"eigengap": gaps}]
+
+    def halves(basis: PatchBasis | None) -> list[Arrays]:
+        return [figures(*half_samples(moments, problem, max_k), ks, q)]
+
+    keys = {name: f"compare-{identity(corruption)}" for name, corruption in corruptions.items()}
+    by_patch: dict[PatchSize | None, dict[str, Corruption | None]] = {}
+    for name, corruption in corruptions.items():
+        # A mask that keeps everything has no basis of its own.
+        masks = _is_plain_mask(corruption) and corruption.p_eff(moments.image_shape) > 0
+        size = patch_hw(corruption.patch_size) if masks and _is_plain_mask(corruption) else None
+        by_patch.setdefault(size, {}).setdefault(keys[name], corruption)
+    groups: list[TaskGroup[PatchBasis | None]] = [TaskGroup(lambda: None, [Task(("half-samples",), halves)])]
+    for size, members in by_patch.items():
+        make: Callable[[], PatchBasis | None] = partial(patch_basis, problem, size) if size else lambda: None
+        groups.append(TaskGroup(make, [Task((key,), partial(solve, member)) for key, member in members.items()]))
+    on_cpu = is_cpu(solve_device("float64"))
+    solved = run_groups(groups, workers=workers if on_cpu else 1, store=store, progress=run.progress)
+    found = {name: solved[key] for name, key in keys.items()}
+    return _assembled(problem, start, found, solved["half-samples"], [int(k) for k in ks], settings)
+
+
+def _assembled(
+    problem: PrimalProblem,
+    start: Span,
+    found: Mapping[str, Arrays],
+    half: Arrays,
+    ks: list[int],
+    settings: Mapping[str, object],
+) -> xr.Dataset:
+    data: dict[str, xr.Variable] = {}
+    for name, text in _FIGURES.items():
+        about = {"long_name": text, "units": "1"}
+        data[name] = xr.Variable(("corruption", "k"), np.stack([arrays[name] for arrays in found.values()]), about)
+        data[f"half_{name}"] = xr.Variable("k", half[name], {"long_name": f"{text}; two half-samples", "units": "1"})
+    gap = np.stack([arrays["eigengap"] for arrays in found.values()])
+    first = start.gap[np.array(ks) - 1]
+    data["eigengap"] = xr.Variable(("corruption", "k"), gap)
+    data["reference_eigengap"] = xr.Variable("k", first)
+    data["sampling_share"] = xr.Variable("k", half["moved_share"] / 2)
+    # Rounding turns the span of k features by about r eps times the condition of what was solved, over the gap.
+    spread = problem.s[0] / problem.s[np.array(ks) - 1]
+    with np.errstate(divide="ignore"):
+        rounding = problem.rank * np.finfo(np.float64).eps * spread / np.minimum(gap, first)
+    largest, moved = data["largest_sine"].values, data["moved_share"].values
+    verdict = np.where(moved <= data["sampling_share"].values, WITHIN_NOISE, CAN_MATTER)
+    verdict = np.where(largest <= rounding, INERT, verdict)
+    verdict = np.where((rounding > _LEAST_SURE) | np.isnan(gap), NOT_IDENTIFIED, verdict)
+    data["rounding"] = xr.Variable(
+        ("corruption", "k"), rounding, {"long_name": "sine that rounding alone may cause", "units": "1"}
+    )
+    data["verdict"] = xr.Variable(("corruption", "k"), verdict.astype(str))
+    return xr.Dataset(data, {"corruption": list(found), "k": ks}, dict(settings))
