@@ -139,16 +139,17 @@ def sines(qa: np.ndarray, qb: np.ndarray) -> np.ndarray:
     The singular values of Q_b - Q_a Q_a^T Q_b: accurate for small angles, where cosines are all 1.
 
     Args:
-        qa, qb: [r, k] with orthonormal columns.
+        qa, qb: [r, k], each with orthonormal columns, or columns of 0 where a feature adds nothing on clean images.
 
     Returns:
-        [k] in [0, 1]. Cost r k^2.
+        [k] in [0, 1]. A direction that the other span has no partner for has a sine of 1. Cost r k^2.
 
     Example:
         >>> sines(np.eye(3)[:, :1], np.eye(3)[:, 1:2]).tolist()
         [1.0]
     """
-    return np.clip(np.linalg.svd(qb - qa @ (qa.T @ qb), compute_uv=False), 0.0, 1.0)
+    small, large = sorted((qa, qb), key=lambda q: int(q.any(0).sum()))  # stable: (qa, qb) where both are full
+    return np.clip(np.linalg.svd(large - small @ (small.T @ large), compute_uv=False), 0.0, 1.0)
 
 
 def half_samples(moments: Moments, problem: PrimalProblem, max_k: int) -> tuple[Span, Span]:
@@ -194,7 +195,8 @@ def figures(a: Span, b: Span, ks: Sequence[int], num_targets: int) -> dict[str, 
 
     Returns:
         ``largest_sine``, ``mean_top_sine``, ``moved_share``, ``rms_change``, each [len(ks)]; NaN where one of the two
-        has fewer features. A random task is a unit vector in the r whitened coordinates, for which
+        has fewer features. ``lost`` [len(ks), largest k]: how many of the first j = 1, 2, ... features of a the span of
+        k features of b lacks, sum over i <= j of 1 - |P_b a_i|^2; at j = k it is the sum of sin^2. A random task is a unit vector in the r whitened coordinates, for which
         E[change^2] = 2 tr((P_b - P_a)^2) / (r (r + 2)) = 4 sum sin^2 / (r (r + 2)).
 
     Example:
@@ -203,11 +205,13 @@ def figures(a: Span, b: Span, ks: Sequence[int], num_targets: int) -> dict[str, 
         [0.0, 0.0]
     """
     r, most = len(a.q), min(a.q.shape[1], b.q.shape[1])
-    out = {name: np.full(len(ks), np.nan) for name in _FIGURES}
+    out = {name: np.full(len(ks), np.nan) for name in _FIGURES} | {"lost": np.full((len(ks), max(ks)), np.nan)}
     for i, k in enumerate(ks):
         if k > most:
             continue
-        sine = sines(a.q[:, :k], b.q[:, :k])
+        qa, qb = a.q[:, :k], b.q[:, :k]
+        sine = sines(qa, qb)
+        out["lost"][i, :k] = np.cumsum(((qa - qb @ (qb.T @ qa)) ** 2).sum(0))
         total = float((sine**2).sum())
         values = (sine[0], sine[: max(1, num_targets - 1)].mean(), total / k, np.sqrt(4 * total / (r * (r + 2))))
         for name, value in zip(_FIGURES, values, strict=True):
@@ -280,7 +284,9 @@ def compare_many(
     they are no further apart than the principal components of two samples of this size would be, ``can matter``
     otherwise; ``not identified`` where an eigenvalue ties with the next, so that k features are not determined. Two
     halves differ by 4 c / n where an estimate from n samples is c / n from the truth and two of them 2 c / n apart:
-    ``sampling_share`` is half of ``half_moved_share``.
+    ``sampling_share`` is half of ``half_moved_share``. Sampling moves features of neighbouring eigenvalues among each
+    other and leaves the leading ones. So not only all k features, the first j for every j <= k too must lose no more
+    than they would to another sample: ``sampling_ratio``, the largest ratio of the two losses over j, is at most 1.
 
     Args:
         moments, ks, num_targets, pixel_noise, rtol, images: as in :func:`compare_corruptions`.
@@ -288,7 +294,7 @@ def compare_many(
 
     Returns:
         Dataset over corruption and k: ``largest_sine`` (exact bound), ``mean_top_sine``, ``moved_share``,
-        ``rms_change``, ``eigengap``, ``verdict``; over k alone ``half_`` of the first four, ``sampling_share`` and
+        ``rms_change``, ``eigengap``, ``sampling_ratio``, ``verdict``; over k alone ``half_`` of the first four, ``sampling_share`` and
         ``reference_eigengap``.
 
     Raises:
@@ -319,7 +325,7 @@ def compare_many(
     settings = provenance(problem, moments, None) | {"reference": "none" if reference is None else reference.name}
     store = None
     if run.store is not None:
-        about = settings | {"ks": list(map(int, ks)), "q": q, "program": "compare", "reference": identity(reference)}
+        about = settings | {"ks": list(map(int, ks)), "q": q, "program": "compare losses", "reference": identity(reference)}
         store = PointStore(run.store, fingerprint(moments.state, about))
     span = partial(span_of, problem, max_k=max_k, images=images, centered=moments.center)
     start = span(reference)
@@ -332,7 +338,9 @@ def compare_many(
         return [figures(start, found, ks, q) | {"eigengap": gaps}]
 
     def halves(basis: PatchBasis | None) -> list[Arrays]:
-        return [figures(*half_samples(moments, problem, max_k), ks, q)]
+        even, odd = half_samples(moments, problem, max_k)
+        there, back = figures(even, odd, ks, q), figures(odd, even, ks, q)
+        return [there | {"lost": (there["lost"] + back["lost"]) / 2}]
 
     keys = {name: f"compare-{identity(corruption)}" for name, corruption in corruptions.items()}
     by_patch: dict[PatchSize | None, dict[str, Corruption | None]] = {}
@@ -369,14 +377,23 @@ def _assembled(
     data["eigengap"] = xr.Variable(("corruption", "k"), gap)
     data["reference_eigengap"] = xr.Variable("k", first)
     data["sampling_share"] = xr.Variable("k", half["moved_share"] / 2)
-    # Rounding turns the span of k features by about r eps times the condition of what was solved, over the gap.
-    spread = problem.s[0] / problem.s[np.array(ks) - 1]
+    # S is rounded by e = r eps s_1, its root R by R (I + D) with |D_ij| <= e / sqrt(s_i s_j); by the relative sin-theta
+    # theorem (Li, 1998) the first k features turn by at most |D| over the relative gap, i > k >= j.
+    spread = problem.s[0] / np.sqrt(problem.s[np.array(ks) - 1] * problem.s[-1])
     with np.errstate(divide="ignore"):
         rounding = problem.rank * np.finfo(np.float64).eps * spread / np.minimum(gap, first)
-    largest, moved = data["largest_sine"].values, data["moved_share"].values
-    verdict = np.where(moved <= data["sampling_share"].values, WITHIN_NOISE, CAN_MATTER)
+    lost = np.stack([arrays["lost"] for arrays in found.values()])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = lost / (half["lost"] / 2)
+    # Beyond k there is no entry; beyond the features of a half there is nothing to compare with, and NaN says so.
+    within = np.arange(1, max(ks) + 1) <= np.array(ks)[:, None]
+    ratio = np.where(within, ratio, -np.inf).max(-1)
+    largest = data["largest_sine"].values
+    verdict = np.where(ratio <= 1, WITHIN_NOISE, CAN_MATTER)
     verdict = np.where(largest <= rounding, INERT, verdict)
     verdict = np.where((rounding > _LEAST_SURE) | np.isnan(gap), NOT_IDENTIFIED, verdict)
+    about = {"long_name": "largest loss of the first j features, relative to that between samples", "units": "1"}
+    data["sampling_ratio"] = xr.Variable(("corruption", "k"), ratio, about)
     data["rounding"] = xr.Variable(
         ("corruption", "k"), rounding, {"long_name": "sine that rounding alone may cause", "units": "1"}
     )

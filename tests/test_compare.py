@@ -194,3 +194,54 @@ def test_bad_input_is_refused_before_any_work(monkeypatch, options, message):
 def test_moments_in_one_group_are_refused():
     with pytest.raises(InputError, match="build them with groups=20"):
         ma.compare_corruptions(images().ungrouped(), None, ma.PatchMasking(2, 0.5), [3])
+
+
+def test_a_lost_leading_feature_is_no_sampling_noise():
+    """The spectrum's flat tail moves by more than a feature between samples; its head does not."""
+    x = np.random.default_rng(0).normal(size=(400, 6, 6, 1))
+    x[:, 0, 0] *= 20
+    moments = ma.Moments.from_arrays(x, groups=4)
+    faint = {}
+    for place in (0, 7):
+        keep = np.where(np.arange(36) == place, 1e-4, 0.9)
+        faint[str(place)] = ma.ComponentMasking.from_moments(moments, keep)
+    found = compare.compare_many(moments, faint, [4, 8, 16])
+    # One feature of k is gone: a smaller share than sampling moves.
+    np.testing.assert_allclose(found.moved_share.sel(corruption="0"), [1 / 4, 1 / 8, 1 / 16], rtol=1e-9)
+    assert (found.moved_share.sel(corruption="0") < found.sampling_share).all()
+    assert (found.verdict.sel(corruption="0") == compare.CAN_MATTER).all()
+    assert found.verdict.sel(corruption="7", k=16) == compare.WITHIN_NOISE
+    task = ma.Moments.from_arrays(x, x[:, 0, 0])
+    r2 = ma.corruption_sweep(task, {"none": ma.GaussianNoise(0.0), **faint}, max_k=16).r2.sel(k=16)
+    assert r2.sel(corruption="none") - r2.sel(corruption="0") > 0.99
+    assert abs(r2.sel(corruption="none") - r2.sel(corruption="7")) < 1e-3
+
+
+def test_losses_are_those_of_the_first_features_in_order():
+    problem = factorize(images())
+    a, b = (compare.span_of(problem, c, 12) for c in (ma.PatchMasking(1, 0.5), ma.PatchMasking(2, 0.9)))
+    found = compare.figures(a, b, [12, 5], 10)
+    projection = b.q[:, :5] @ b.q[:, :5].T
+    expected = [sum(1 - a.q[:, i] @ projection @ a.q[:, i] for i in range(j)) for j in range(1, 6)]
+    np.testing.assert_allclose(found["lost"][1, :5], expected, atol=1e-12)
+    assert np.isnan(found["lost"][1, 5:]).all()
+    np.testing.assert_allclose(found["lost"][0, -1], 12 * found["moved_share"][0])
+
+
+def test_rounding_of_a_spread_spectrum_is_no_movement():
+    """The components come from their own eigendecomposition: rounding of the largest variance turns the first ones."""
+    rng = np.random.default_rng(3)
+    turn = np.linalg.qr(rng.normal(size=(36, 36)))[0]
+    x = (rng.normal(size=(500, 36)) * np.logspace(5.5, 0, 36) @ turn).reshape(-1, 6, 6, 1)
+    moments = ma.Moments.from_arrays(x, groups=2)
+    masks = {str(keep): ma.ComponentMasking.from_moments(moments, keep) for keep in (0.3, 0.9)}
+    found = compare.compare_many(moments, masks, [1, 2, 3, 8, 20, 35], pixel_noise=0.0)
+    assert (found.verdict == compare.INERT).all()
+    assert (found.rounding < 1e-2).all()
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_feature_that_adds_nothing_on_clean_images_is_a_lost_one(swap):
+    full, less = np.eye(5)[:, :3], np.eye(5)[:, :3] * np.array([1.0, 0.0, 1.0])
+    found = compare.sines(less, full) if swap else compare.sines(full, less)
+    np.testing.assert_allclose(found, [1.0, 0.0, 0.0], atol=1e-15)
