@@ -45,7 +45,7 @@ def figure(found: xr.Dataset, patch_sizes: Sequence[int], mask_ratios: Sequence[
         axis.set_title(f"k = {k}", fontsize=8)
         axis.set_xlabel("mask ratio")
     axes[0, 0].set_ylabel("share of the span that moves")
-    axes[0, 0].legend(loc="lower right", fontsize=6)
+    axes[0, -1].legend(loc="lower right", fontsize=6)
     return drawing
 
 
