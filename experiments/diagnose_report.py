@@ -58,7 +58,7 @@ def rows_of(found: xr.Dataset) -> list[Row]:
     Returns:
         Rows with the verdict, the figures, and the measured changes of r2 where there are any.
     """
-    names = ["verdict", "largest_sine", "mean_top_sine", "moved_share", "rms_change", "eigengap"]
+    names = ["verdict", "largest_sine", "mean_top_sine", "moved_share", "rms_change", "eigengap", "sampling_ratio"]
     names += [name for name in ("r2_change", "eval_r2_change", "eval_r2_change_se") if name in found]
     rows: list[Row] = []
     for corruption in found.corruption.values:

@@ -195,9 +195,10 @@ def figures(a: Span, b: Span, ks: Sequence[int], num_targets: int) -> dict[str, 
 
     Returns:
         ``largest_sine``, ``mean_top_sine``, ``moved_share``, ``rms_change``, each [len(ks)]; NaN where one of the two
-        has fewer features. ``lost`` [len(ks), largest k]: how many of the first j = 1, 2, ... features of a the span of
-        k features of b lacks, sum over i <= j of 1 - |P_b a_i|^2; at j = k it is the sum of sin^2. A random task is a unit vector in the r whitened coordinates, for which
-        E[change^2] = 2 tr((P_b - P_a)^2) / (r (r + 2)) = 4 sum sin^2 / (r (r + 2)).
+        has fewer features. ``lost`` [len(ks), largest k]: how many of the first j = 1, 2, ... features of a the span
+        of k features of b lacks, sum over i <= j of 1 - |P_b a_i|^2; at j = k it is the sum of sin^2. A random task is
+        a unit vector in the r whitened coordinates: E[change^2] = 2 tr((P_b - P_a)^2) / (r (r + 2))
+        = 4 sum sin^2 / (r (r + 2)).
 
     Example:
         >>> same = Span(np.eye(3), np.ones(3))
@@ -294,8 +295,8 @@ def compare_many(
 
     Returns:
         Dataset over corruption and k: ``largest_sine`` (exact bound), ``mean_top_sine``, ``moved_share``,
-        ``rms_change``, ``eigengap``, ``sampling_ratio``, ``verdict``; over k alone ``half_`` of the first four, ``sampling_share`` and
-        ``reference_eigengap``.
+        ``rms_change``, ``eigengap``, ``rounding``, ``sampling_ratio``, ``verdict``; over k alone ``half_`` of the first
+        four, ``sampling_share`` and ``reference_eigengap``.
 
     Raises:
         InputError: moments in one group, k outside 1..rank, a corruption that does not fit.
@@ -325,7 +326,7 @@ def compare_many(
     settings = provenance(problem, moments, None) | {"reference": "none" if reference is None else reference.name}
     store = None
     if run.store is not None:
-        about = settings | {"ks": list(map(int, ks)), "q": q, "program": "compare losses", "reference": identity(reference)}
+        about = settings | {"ks": list(map(int, ks)), "q": q, "program": "losses", "reference": identity(reference)}
         store = PointStore(run.store, fingerprint(moments.state, about))
     span = partial(span_of, problem, max_k=max_k, images=images, centered=moments.center)
     start = span(reference)

@@ -222,7 +222,7 @@ def test_losses_are_those_of_the_first_features_in_order():
     a, b = (compare.span_of(problem, c, 12) for c in (ma.PatchMasking(1, 0.5), ma.PatchMasking(2, 0.9)))
     found = compare.figures(a, b, [12, 5], 10)
     projection = b.q[:, :5] @ b.q[:, :5].T
-    expected = [sum(1 - a.q[:, i] @ projection @ a.q[:, i] for i in range(j)) for j in range(1, 6)]
+    expected = [j - np.trace(a.q[:, :j].T @ projection @ a.q[:, :j]) for j in range(1, 6)]
     np.testing.assert_allclose(found["lost"][1, :5], expected, atol=1e-12)
     assert np.isnan(found["lost"][1, 5:]).all()
     np.testing.assert_allclose(found["lost"][0, -1], 12 * found["moved_share"][0])
