@@ -56,7 +56,7 @@ def check_mesh(mesh: Mesh, dtype: str) -> None:
     device = mesh.devices.flat[0]
     if solve_dtype(dtype) == np.float64 and not has_float64(device):
         raise InputError(
-            f"a mesh of {device.platform} devices has no float64: ask for dtype='float32', or leave the mesh out to solve "
+            f"a mesh of {device.platform} devices has no float64: ask for dtype='float32', or leave mesh out to solve "
             "on the host"
         )
 
