@@ -32,7 +32,8 @@
 #     --command="cd mae_align && JAX_PLATFORMS=tpu,cpu .venv-tpu/bin/python -m experiments.masking_sweep"
 #
 # TPU slice of several hosts: the same commands on every worker at once. EXPECT_DEVICES counts the
-# devices of each host. MAE_ALIGN_DISTRIBUTED=auto lets the processes find each other.
+# devices of each host. MAE_ALIGN_DISTRIBUTED=auto lets the processes find each other. TPUs sum the moments of
+# a stream; sweeps solve in float64, on the CPU of each host.
 #   gcloud compute tpus tpu-vm create $NAME --zone=$ZONE --accelerator-type=v6e-32 --version=v2-alpha-tpuv6e
 #   gcloud compute tpus tpu-vm ssh $NAME --zone=$ZONE --worker=all --command="git clone $REPOSITORY mae_align"
 #   gcloud compute tpus tpu-vm ssh $NAME --zone=$ZONE --worker=all \

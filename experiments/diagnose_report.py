@@ -9,7 +9,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from mae_align.compare import CAN_MATTER, INERT, NOT_IDENTIFIED, WITHIN_NOISE
+from mae_align.compare import CAN_MATTER, INERT, NOT_IDENTIFIED, TOO_FEW_IMAGES, WITHIN_NOISE
 from mae_align.plot import PALETTE, panels
 
 Row = dict[str, object]
@@ -104,7 +104,8 @@ def summarise(found: xr.Dataset) -> Iterator[str]:
         (INERT, "Cannot matter for any task"),
         (WITHIN_NOISE, "Within what another sample of images would change"),
         (CAN_MATTER, "Can matter"),
-        (NOT_IDENTIFIED, "Features not identified (eigenvalues tie)"),
+        (NOT_IDENTIFIED, "Features not identified (eigenvalues tie, or fewer features than k)"),
+        (TOO_FEW_IMAGES, "Too few images to tell from sampling noise"),
     ):
         always = [str(name) for name in verdict.corruption.values if (verdict.sel(corruption=name) == text).all()]
         if always:

@@ -54,7 +54,8 @@ def launch(
     try:
         config = _parse(main, config_class, presets, sys.argv[1:] if argv is None else list(argv))
         _refuse_empty(config)
-        start_distributed()
+        # Options win over the environment, where an experiment has them.
+        start_distributed(*(getattr(config, name, None) for name in ("coordinator", "num_processes", "process_id")))
         main(config)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

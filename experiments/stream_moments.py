@@ -93,11 +93,13 @@ class Share:
 
     Attributes:
         batches: (images, labels, indices in the split). count: images in them. num_classes: of the whole data set.
+        identity: which images they are.
     """
 
     batches: Iterable[ImageBatch]
     count: int
     num_classes: int
+    identity: str
 
 
 def make_share(config: Config, process: int, processes: int) -> Share:
@@ -115,7 +117,8 @@ def make_share(config: Config, process: int, processes: int) -> Share:
     if len(source) < processes:
         raise ma.InputError(f"{len(source)} images for {processes} processes: start fewer")
     stream = batches(source, batch_size=config.batch_size, process_index=process, process_count=processes)
-    return Share(stream, len(process_range(len(source), process, processes)), source.num_classes)
+    count = len(process_range(len(source), process, processes))
+    return Share(stream, count, source.num_classes, f"{source.fingerprint()}, batches of {config.batch_size}")
 
 
 def main(config: Config) -> None:
@@ -146,6 +149,7 @@ def main(config: Config) -> None:
         progress=True,
         checkpoint=unfinished,
         checkpoint_every=config.checkpoint_every,
+        identity=share.identity,
     )
     if process == 0:
         moments.save(out)

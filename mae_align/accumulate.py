@@ -17,6 +17,7 @@ from mae_align.checks import are_class_labels, check_images, check_labels, check
 from mae_align.devices import data_mesh, has_float64, solve_device
 from mae_align.distributed import gathered, local_mesh
 from mae_align.errors import InputError
+from mae_align.memory import accumulator_bytes, check_memory
 from mae_align.patches import ImageShape
 
 # Few rows left over go in a smaller step: two programs at most are compiled.
@@ -214,6 +215,11 @@ class Accumulator:
     ) -> None:
         if groups < 1:
             raise InputError(f"groups={groups}: ask for at least 1 group")
+        check_memory(
+            accumulator_bytes(layout.d, groups),
+            f"second moments of {layout.d} pixel values in {groups} group(s)",
+            "shrink the images, use fewer groups, or, with fewer images than pixel values, ma.Samples",
+        )
         dtype = np.dtype(layout.dtype)
         self._x64 = dtype == np.float64
         if mesh is None:

@@ -199,7 +199,7 @@ def hold_out(problem: PrimalProblem, eval_moments: Moments) -> HeldOut:
 
     Args:
         problem: of the training data. eval_moments: of the held-out data, grouped for standard errors.
-            :func:`mae_align.dual.dual_basis` projects held-out samples.
+            :func:`mae_align.dual.hold_out_samples` and :func:`mae_align.dual.masked_basis` project held-out samples.
 
     Returns:
         The projected moments. Cost: g d^2 r; memory 4 g r^2 bytes.

@@ -21,6 +21,7 @@ import xarray as xr
 from mae_align.assemble import provenance
 from mae_align.corruption import Corruption, PatchMask
 from mae_align.corruption.base import Images
+from mae_align.corruption_sweep import corruption_key, is_exact, refuse_mesh
 from mae_align.devices import is_cpu, solve_context, solve_device, worker_count
 from mae_align.errors import InputError
 from mae_align.factorize import PatchBasis, PrimalProblem, eigh, factorize, mask_weights, patch_basis
@@ -30,6 +31,7 @@ from mae_align.identity import identity
 from mae_align.moments import Moments
 from mae_align.patches import PatchSize, patch_hw
 from mae_align.runner import Arrays, Task, TaskGroup, run_groups
+from mae_align.sharded import SharedStore
 from mae_align.solver import RunOptions
 from mae_align.store import PointStore, fingerprint
 from mae_align.subspace import feature_basis
@@ -38,6 +40,7 @@ INERT = "inert"
 WITHIN_NOISE = "within sampling noise"
 CAN_MATTER = "can matter"
 NOT_IDENTIFIED = "not identified"
+TOO_FEW_IMAGES = "too few images"
 
 _FIGURES = {
     "largest_sine": "bound on the change of in-sample r2 of any task; some task attains it",
@@ -283,7 +286,8 @@ def compare_many(
 
     The verdict: ``inert`` where the spans agree to rounding (no task can gain or lose), ``within sampling noise`` where
     they are no further apart than the principal components of two samples of this size would be, ``can matter``
-    otherwise; ``not identified`` where an eigenvalue ties with the next, so that k features are not determined. Two
+    otherwise; ``not identified`` where an eigenvalue ties with the next or one of the two has fewer than k features;
+    ``too few images`` where a half-sample has fewer than k features, so that sampling noise is not known. Two
     halves differ by 4 c / n where an estimate from n samples is c / n from the truth and two of them 2 c / n apart:
     ``sampling_share`` is half of ``half_moved_share``. Sampling moves features of neighbouring eigenvalues among each
     other and leaves the leading ones. So not only all k features, the first j for every j <= k too must lose no more
@@ -309,6 +313,9 @@ def compare_many(
     """
     run = run or RunOptions()
     workers = worker_count(run.workers)
+    refuse_mesh(run)
+    if not isinstance(moments, Moments):
+        raise InputError(f"this needs second moments [d, d], not {type(moments).__name__}: use Moments.from_arrays")
     if not corruptions:
         raise InputError("corruptions is empty: give at least one")
     if len(moments.counts) < 2:
@@ -318,6 +325,8 @@ def compare_many(
     for corruption in (*corruptions.values(), reference):
         if corruption is not None:
             corruption.check(moments.image_shape)
+            if images is None and not is_exact(corruption):
+                raise InputError(f"{corruption.name} has no exact moments: pass the images (images=...)")
     q = num_targets if num_targets is not None else (moments.num_targets or 10)
     if q < 1:
         raise InputError(f"num_targets={q}: give a whole number of at least 1")
@@ -325,9 +334,11 @@ def compare_many(
     max_k = problem.check_k(max(ks))
     settings = provenance(problem, moments, None) | {"reference": "none" if reference is None else reference.name}
     store = None
-    if run.store is not None:
+    if run.store is not None and jax.process_index() == 0:
         about = settings | {"ks": list(map(int, ks)), "q": q, "program": "losses", "reference": identity(reference)}
         store = PointStore(run.store, fingerprint(moments.state, about))
+    if jax.process_count() > 1:
+        store = SharedStore(store)
     span = partial(span_of, problem, max_k=max_k, images=images, centered=moments.center)
     start = span(reference)
 
@@ -343,7 +354,7 @@ def compare_many(
         there, back = figures(even, odd, ks, q), figures(odd, even, ks, q)
         return [there | {"lost": (there["lost"] + back["lost"]) / 2}]
 
-    keys = {name: f"compare-{identity(corruption)}" for name, corruption in corruptions.items()}
+    keys = {name: f"compare-{corruption_key(corruption, images)}" for name, corruption in corruptions.items()}
     by_patch: dict[PatchSize | None, dict[str, Corruption | None]] = {}
     for name, corruption in corruptions.items():
         # A mask that keeps everything has no basis of its own.
@@ -374,7 +385,7 @@ def _assembled(
         data[name] = xr.Variable(("corruption", "k"), np.stack([arrays[name] for arrays in found.values()]), about)
         data[f"half_{name}"] = xr.Variable("k", half[name], {"long_name": f"{text}; two half-samples", "units": "1"})
     gap = np.stack([arrays["eigengap"] for arrays in found.values()])
-    first = start.gap[np.array(ks) - 1]
+    first = np.append(start.gap, np.full(max(ks), np.nan))[np.array(ks) - 1]
     data["eigengap"] = xr.Variable(("corruption", "k"), gap)
     data["reference_eigengap"] = xr.Variable("k", first)
     data["sampling_share"] = xr.Variable("k", half["moved_share"] / 2)
@@ -391,8 +402,9 @@ def _assembled(
     ratio = np.where(within, ratio, -np.inf).max(-1)
     largest = data["largest_sine"].values
     verdict = np.where(ratio <= 1, WITHIN_NOISE, CAN_MATTER)
+    verdict = np.where(np.isnan(data["sampling_share"].values), TOO_FEW_IMAGES, verdict)
     verdict = np.where(largest <= rounding, INERT, verdict)
-    verdict = np.where((rounding > _LEAST_SURE) | np.isnan(gap), NOT_IDENTIFIED, verdict)
+    verdict = np.where((rounding > _LEAST_SURE) | np.isnan(gap) | np.isnan(first), NOT_IDENTIFIED, verdict)
     about = {"long_name": "largest loss of the first j features, relative to that between samples", "units": "1"}
     data["sampling_ratio"] = xr.Variable(("corruption", "k"), ratio, about)
     data["rounding"] = xr.Variable(

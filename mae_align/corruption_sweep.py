@@ -29,6 +29,7 @@ from mae_align.general import corruption_features
 from mae_align.identity import identity
 from mae_align.moments import Moments
 from mae_align.runner import Arrays, Task, TaskGroup, run_groups
+from mae_align.sharded import SharedStore
 from mae_align.store import PointStore, fingerprint
 from mae_align.sweep import RunOptions
 from mae_align.targets import TargetOperator
@@ -60,7 +61,8 @@ def corruption_sweep(
         pixel_noise, rtol, target: as in :func:`mae_align.factorize.factorize`.
         images: the training images [n, h, w, c], or a function that starts a pass over batches of them; needed by
             corruptions without exact moments only.
-        run: workers, progress, resume (``batch_size`` does not apply).
+        run: workers, progress, resume (``batch_size`` does not apply, a mesh is refused: each corruption is another
+            problem). Several processes each solve all of them; the first alone reads and writes the store.
 
     Returns:
         Dataset over corruption, k with r2, alignment, alignment_percent, probe_mse, loss, eigengap and, with
@@ -81,9 +83,10 @@ def corruption_sweep(
     """
     named, run = _named(corruptions), run or RunOptions()
     workers = worker_count(run.workers)
+    refuse_mesh(run)
     for name, corruption in named.items():
         corruption.check(moments.image_shape)
-        if images is None and not _is_exact(corruption):
+        if images is None and not is_exact(corruption):
             raise InputError(f"{name} has no exact moments: pass the training images (images=...)")
     if max_k is not None and not (isinstance(max_k, int | np.integer) and 1 <= max_k <= moments.num_pixels):
         raise InputError(
@@ -96,11 +99,13 @@ def corruption_sweep(
     max_k = problem.rank if max_k is None else problem.check_k(max_k)
     settings = provenance(problem, moments, eval_moments)
     store = None
-    if run.store is not None:
+    if run.store is not None and jax.process_index() == 0:
         arrays = [a for m in (moments, eval_moments) if m is not None for a in m.state]
         store = PointStore(run.store, fingerprint(arrays, settings | {"k": max_k, "program": "corruptions"}))
+    if jax.process_count() > 1:
+        store = SharedStore(store)
     held = None if eval_moments is None else hold_out(problem, eval_moments)
-    keys = {name: _key(corruption, images) for name, corruption in named.items()}
+    keys = {name: f"corruption-{corruption_key(corruption, images)}" for name, corruption in named.items()}
     once = {key: named[name] for name, key in keys.items()}
     with solve_context("float64"):
         on_device = None if held is None else jax.device_put(held)
@@ -136,17 +141,42 @@ def _named(corruptions: Sequence[Corruption] | Mapping[str, Corruption]) -> dict
     return named
 
 
-def _is_exact(corruption: Corruption) -> bool:
+def is_exact(corruption: Corruption) -> bool:
+    """Whether the moments of a corruption, or of all its parts, are exact.
+
+    Example:
+        >>> from mae_align.corruption import PatchMasking
+        >>> is_exact(PatchMasking(2, 0.5))
+        True
+    """
     return all(isinstance(part, ExactCorruption) for part in getattr(corruption, "parts", (corruption,)))
 
 
-def _key(corruption: Corruption, images: Images | None) -> str:
-    """Name of the solve: equal only for equal corruptions (and images, where they are looked at)."""
-    if _is_exact(corruption) or images is None:
-        return f"corruption-{identity(corruption)}"
+def refuse_mesh(run: RunOptions) -> None:
+    """Refuse a mesh where corruptions are solved one by one on the host's workers.
+
+    Raises:
+        InputError: a mesh.
+
+    Example:
+        >>> refuse_mesh(RunOptions())
+    """
+    if run.mesh is not None:
+        raise InputError("corruptions of any kind are not spread over a mesh: leave mesh out (masking_sweep takes it)")
+
+
+def corruption_key(corruption: Corruption | None, images: Images | None) -> str:
+    """Identity of a corruption, and of the images where it looks at them.
+
+    Example:
+        >>> len(corruption_key(None, None))
+        64
+    """
+    if corruption is None or is_exact(corruption) or images is None:
+        return identity(corruption)
     # A pass over the data would cost as much as the estimate: a stream is known by its function and first batch.
     seen = (images, np.asarray(next(iter(images())))) if callable(images) else images
-    return f"corruption-{identity((corruption, seen))}"
+    return identity((corruption, seen))
 
 
 def _solve(

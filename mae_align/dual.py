@@ -134,7 +134,8 @@ def factorize_samples(
         target: W where W x is reconstructed instead of x.
 
     Returns:
-        The factorised problem, rank at most n - 1. Cost: d n^2 + one eigh of size n; memory 56 n^2 bytes + n block.
+        The factorised problem, rank at most n - 1 (n without centring).
+        Cost: d n^2 + one eigh of size n; memory 56 n^2 bytes + n block.
 
     Raises:
         InputError: fewer than 2 samples, constant images, constant targets, a negative floor, not enough memory, a

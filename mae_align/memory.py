@@ -34,10 +34,36 @@ def available_bytes() -> int | None:
             return None
     try:
         limit = int((_CGROUP / "memory.max").read_text())  # "max" without a limit
-        found.append(max(limit - int((_CGROUP / "memory.current").read_text()), 0))
+        used = int((_CGROUP / "memory.current").read_text()) - _reclaimable()
+        found.append(min(max(limit - used, 0), limit))
     except (OSError, ValueError):
         pass
     return min(found)
+
+
+def _reclaimable() -> int:
+    """Bytes of the container's files in memory, which the system drops when it needs the room."""
+    try:
+        lines = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        return int(lines["inactive_file"]) + int(lines["active_file"])
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def accumulator_bytes(d: int, groups: int) -> int:
+    """Memory to sum second moments: sums of 5 bytes for each entry and group, and their float64 copies at the end.
+
+    Args:
+        d: number of pixel values. groups: of the samples.
+
+    Returns:
+        About 5 g d^2 + 16 g d^2 bytes.
+
+    Example:
+        >>> accumulator_bytes(1000, 1) / 1e6
+        21.0
+    """
+    return 21 * groups * d**2
 
 
 def primal_bytes(d: int) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 
 from mae_align.checks import check_images, check_targets
 from mae_align.errors import InputError
-from mae_align.memory import check_memory, dual_bytes, primal_bytes
+from mae_align.memory import accumulator_bytes, check_memory, dual_bytes, primal_bytes
 from mae_align.moments import Moments, group_of
 
 
@@ -264,7 +264,7 @@ def summarize(
             )
         return samples
     check_targets(targets, n, num_classes)
-    needed = 8 * max(groups, 1) * d**2 + (primal_bytes(d) if like is None else 0)
+    needed = max(accumulator_bytes(d, max(groups, 1)), 8 * max(groups, 1) * d**2 + primal_bytes(d))
     remedy = f"shrink the images, or give fewer samples than pixel values (here {n} samples)"
     check_memory(needed, f"second moments of {d} pixel values in {groups} group(s)", remedy)
     return Moments.from_arrays(images, targets, **options)

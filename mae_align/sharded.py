@@ -18,13 +18,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from mae_align.devices import solve_dtype
+from mae_align.devices import has_float64, is_cpu, solve_dtype
 from mae_align.errors import InputError
 from mae_align.grid import PointProgram
 from mae_align.store import PointStore
-
-# Backends whose arithmetic stops at float32.
-_WITHOUT_FLOAT64 = ("tpu",)
 
 
 def grid_mesh(devices: list[jax.Device] | None = None) -> Mesh:  # pyright: ignore[reportInvalidTypeForm]
@@ -56,11 +53,11 @@ def check_mesh(mesh: Mesh, dtype: str) -> None:
     Example:
         >>> check_mesh(grid_mesh(), "float64")  # CPUs and GPUs have it
     """
-    platform = mesh.devices.flat[0].platform
-    if solve_dtype(dtype) == np.float64 and platform in _WITHOUT_FLOAT64:
+    device = mesh.devices.flat[0]
+    if solve_dtype(dtype) == np.float64 and not has_float64(device):
         raise InputError(
-            f"a mesh of {platform} devices has no float64: ask for dtype='float32', or leave the mesh out to solve on "
-            "the host"
+            f"a mesh of {device.platform} devices has no float64: ask for dtype='float32', or leave mesh out to solve "
+            "on the host"
         )
 
 
@@ -78,9 +75,8 @@ def default_mesh(dtype: str) -> Mesh | None:
         True
     """
     devices = jax.devices()
-    platform = devices[0].platform
-    lacks = solve_dtype(dtype) == np.float64 and platform in _WITHOUT_FLOAT64
-    if lacks or len(devices) == 1 or (platform == "cpu" and jax.process_count() == 1):
+    lacks = solve_dtype(dtype) == np.float64 and not has_float64(devices[0])
+    if lacks or len(devices) == 1 or (is_cpu(devices[0]) and jax.process_count() == 1):
         return None
     return grid_mesh(devices)
 

@@ -48,8 +48,9 @@ class RunOptions:
         store: folder for finished points; the same sweep started again goes on from there. Of several processes the
             first alone reads and writes it.
         mesh: devices over which the points are spread (its axes are taken together, ``batch_size`` counts for each
-            device). Default: all devices of all processes where there are several processes or accelerators, none on
-            the CPU of one process, where a pool of threads is faster than virtual devices.
+            device). Default: all devices of all processes where there are several processes or accelerators that have
+            the solves' precision; none on the CPU of one process, where a pool of threads is faster than virtual
+            devices, and for float64 beside a TPU, where every host solves the whole grid on its CPU.
 
     Example:
         >>> RunOptions(workers=2).batch_size is None
@@ -100,7 +101,9 @@ def solve_grid(
     workers = worker_count(how.run.workers)
     if how.run.batch_size is not None and how.run.batch_size < 1:
         raise InputError(f"batch_size={how.run.batch_size}: give at least 1")
-    most = moments.num_pixels if isinstance(moments, Moments) else min(moments.count - 1, moments.num_pixels)
+    most = (
+        moments.num_pixels if isinstance(moments, Moments) else min(moments.count - moments.center, moments.num_pixels)
+    )
     if how.max_k is not None:
         if not isinstance(how.max_k, int | np.integer) or not 1 <= how.max_k <= most:
             raise InputError(

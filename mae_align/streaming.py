@@ -48,6 +48,7 @@ def stream_moments(
     progress: bool = False,
     checkpoint: str | Path | None = None,
     checkpoint_every: float = 60.0,
+    identity: str = "",
 ) -> Moments:
     """Moments of all images of a stream, read once.
 
@@ -78,6 +79,8 @@ def stream_moments(
         total: number of images of this stream, for the time left.
         progress: show images per second and the time left on standard error (in process 0).
         checkpoint: folder for the partial sums. checkpoint_every: seconds; 0 for every batch.
+        identity: what the stream is, such as a hash over its files: a checkpoint of another is refused. Without, only
+            ``total`` and the first batch tell two streams apart.
 
     Returns:
         The moments. Cost: n d^2 multiply-adds over all devices. Memory: see
@@ -108,6 +111,8 @@ def stream_moments(
         "preprocessing": preprocessing,
         "first_index": first_index,
         "index_step": index_step,
+        "identity": identity,
+        "total": total,
         "layout": repr(first.layout),
         "first batch": fingerprint([first.rows, first.labels, first.numbers], {}),
         "devices": place.devices,

@@ -245,3 +245,32 @@ def test_a_feature_that_adds_nothing_on_clean_images_is_a_lost_one(swap):
     full, less = np.eye(5)[:, :3], np.eye(5)[:, :3] * np.array([1.0, 0.0, 1.0])
     found = compare.sines(less, full) if swap else compare.sines(full, less)
     np.testing.assert_allclose(found, [1.0, 0.0, 0.0], atol=1e-15)
+
+
+def test_where_half_of_the_images_has_too_few_features_sampling_is_not_judged():
+    x = np.random.default_rng(0).normal(size=(20, 6, 6, 1))
+    moments = ma.Moments.from_arrays(x, groups=4)
+    found = ma.compare_corruptions(moments, None, ma.PatchMasking(2, 0.5), [3, 15], pixel_noise=1e-3)
+    assert np.isnan(found.sampling_share.values[1]) and not np.isnan(found.sampling_share.values[0])
+    assert found.verdict.values[1] == compare.TOO_FEW_IMAGES
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_corruption_that_leaves_fewer_features_is_told_on_either_side(swapped):
+    pair = [ma.AveragePool(2), None]
+    a, b = reversed(pair) if swapped else pair
+    x = np.random.default_rng(0).normal(size=(200, 4, 4, 1))
+    found = ma.compare_corruptions(ma.Moments.from_arrays(x, groups=4), a, b, [2, 8])
+    assert found.verdict.values.tolist()[1] == compare.NOT_IDENTIFIED
+
+
+def test_what_does_not_fit_a_comparison_is_refused(monkeypatch):
+    monkeypatch.setattr(compare, "factorize", None)
+    samples = ma.Samples.from_arrays(oracles.train().images, oracles.train().labels, groups=4)
+    with pytest.raises(InputError, match=r"not Samples: use Moments\.from_arrays"):
+        ma.compare_corruptions(samples, None, ma.PatchMasking(2, 0.5), [3])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match="pass the images"):
+        ma.compare_corruptions(images(), None, ma.SampledCorruption(lambda image, key: image, 1), [3])
+    mesh = ma.sharded.grid_mesh()  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(InputError, match="leave mesh out"):
+        compare.compare_many(images(), {"a": ma.PatchMasking(2, 0.5)}, [3], run=ma.RunOptions(mesh=mesh))

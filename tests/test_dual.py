@@ -288,8 +288,13 @@ def test_what_cannot_fit_is_refused_with_the_numbers(few, monkeypatch):
     monkeypatch.setattr("mae_align.memory.available_bytes", lambda: 40_000)
     with pytest.raises(InputError, match=r"the dual of 40 samples \(40 x 40\) takes about 0.000147 GB .* 4e-05 GB are"):
         factorize_samples(few)
+    with pytest.raises(InputError, match=r"second moments of 60 pixel values in 1 group\(s\) takes about 7.56e-05 GB"):
+        Moments.from_arrays(FEW.images, FEW.labels)
+    monkeypatch.setattr("mae_align.memory.available_bytes", lambda: 100_000)
+    moments = Moments.from_arrays(FEW.images, FEW.labels)
     with pytest.raises(InputError, match=r"second moments of 60 pixel values \(60 x 60\) takes about 0.000202 GB"):
-        factorize(Moments.from_arrays(FEW.images, FEW.labels))
+        factorize(moments)
+    monkeypatch.setattr("mae_align.memory.available_bytes", lambda: 40_000)
     with pytest.raises(InputError, match=r"a sweep of rank up to 39 takes about .* workers=1"):
         ma.masking_sweep(few, [2], [0.5], run=ALONE)
     with pytest.raises(InputError, match=r"in 2 group\(s\) takes about .*: shrink the images"):
@@ -323,6 +328,8 @@ def test_memory_available_is_that_of_the_machine_or_of_the_container(tmp_path, m
     (tmp_path / "memory.max").write_text("30000\n")
     (tmp_path / "memory.current").write_text("10000\n")
     assert memory.available_bytes() == 20_000
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 6000\nactive_file 1000\n")
+    assert memory.available_bytes() == 27_000
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.available_bytes() == 50 * 1024
     info.unlink()

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
+import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 import mae_align as ma
+from mae_align.errors import InputError
 from mae_align.identity import identity
 
 
@@ -60,3 +65,38 @@ def test_any_other_parameter_is_another():
     ]
     found = [identity(thing) for thing in things]
     assert len(set(found)) == len(found)
+
+
+FACTOR = 1.0
+
+
+def scaled(x):
+    return FACTOR * x
+
+
+def test_a_function_is_known_by_the_globals_it_names(monkeypatch):
+    before = identity(scaled)
+    assert identity(scaled) == before
+    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 2.0)
+    assert identity(scaled) != before
+
+
+def recursive(x):
+    return x if x <= 0 else recursive(x - 1)
+
+
+def test_recursive_functions_end():
+    assert identity(recursive) == identity(recursive) != identity(scaled)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slotted:
+    value: int
+
+
+def test_sets_paths_and_slots_are_told_apart_and_what_cannot_be_is_refused():
+    assert identity({1}) != identity({2}) and identity({1, 2}) == identity({2, 1})
+    assert identity(Path("a")) != identity(Path("b"))
+    assert identity(Slotted(1)) != identity(Slotted(2)) != identity(Slotted(1))
+    with pytest.raises(InputError, match="cannot be told from another"):
+        identity(iter([1]))

@@ -106,7 +106,7 @@ def test_a_second_call_compiles_nothing_and_moves_no_basis():
 
 
 def test_float64_on_devices_without_it_is_refused(monkeypatch):
-    monkeypatch.setattr("mae_align.sharded._WITHOUT_FLOAT64", ("cpu",))
+    monkeypatch.setattr("mae_align.devices._BACKENDS_WITHOUT_FLOAT64", ("cpu",))
     check_mesh(grid_mesh(), "float32")
     with pytest.raises(InputError, match="has no float64: ask for dtype='float32'"):
         check_mesh(grid_mesh(), "float64")

@@ -79,7 +79,7 @@ def test_samples_are_swept_over_a_mesh_too():
 
 
 def test_a_mesh_that_lacks_the_precision_is_refused_before_any_work(fit, monkeypatch):
-    monkeypatch.setattr("mae_align.sharded._WITHOUT_FLOAT64", ("cpu",))
+    monkeypatch.setattr("mae_align.devices._BACKENDS_WITHOUT_FLOAT64", ("cpu",))
     monkeypatch.setattr("mae_align.solver.factorize", None)
     with pytest.raises(InputError, match="a mesh of cpu devices has no float64"):
         ma.masking_sweep(fit, [2], [0.5], run=ma.RunOptions(mesh=grid_mesh()))

@@ -282,6 +282,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "first batch": {},  # other data
     "center": {"center": False},
     "groups": {"groups": 2},
+    "identity": {"identity": "another folder"},
+    "total": {"total": 50},
     "preprocessing": {"preprocessing": "halved"},
     "first_index": {"first_index": 7},
     "index_step": {"index_step": 2},
