@@ -148,7 +148,11 @@ def moments_features(problem: PrimalProblem, corrupted: CorruptionMoments) -> Co
         if m == 0:
             raise InputError("the corruption leaves nothing of these images: there is nothing to reconstruct from")
         encoder, size = encoder[:, :m], size[:m]
-        q = nested_basis(problem.root.T @ encoder, problem.rtol)
+        features = problem.root.T @ encoder
+        # What clean images show of a feature by rounding alone is none of it, whatever its direction.
+        shown = np.linalg.norm(features, axis=0)
+        scale = np.sqrt(problem.s[0]) * np.linalg.norm(encoder, axis=0)
+        q = nested_basis(np.where(shown > problem.rtol * scale, features, 0.0), problem.rtol)
         return CorruptionFeatures(encoder, size[:, None] * right[:m], size**2, q, corrupted, problem.target_trace)
 
 

@@ -156,3 +156,16 @@ def test_a_nested_basis_spans_every_prefix(seed, r, m):
         span = features[:, :k] / np.maximum(np.linalg.norm(features[:, :k], axis=0), 1e-300)
         assert real[:k].sum() == np.linalg.matrix_rank(span, tol=1e-9)
         np.testing.assert_allclose(q[:, :k] @ (q[:, :k].T @ span), span, atol=1e-8)
+
+
+def test_features_that_clean_images_show_by_rounding_alone_are_none():
+    # All variance is moved onto pixels that are constant in clean images: nothing is left to probe.
+    rng = np.random.default_rng(0)
+    x = np.zeros((200, 2, 4, 1))
+    x[:, 0] = rng.normal(size=(200, 4, 1))
+    shift = np.roll(np.eye(8), 4, axis=0)
+    moments = ma.Moments.from_arrays(x, x.reshape(200, 8)[:, :2])
+    with pytest.raises(ma.InputError):
+        ma.denoising_autoencoder(moments, ma.LinearCorruption(np.zeros((8, 8))), 1, pixel_noise=0.0)
+    found = ma.corruption_sweep(moments, [ma.LinearCorruption(shift)], pixel_noise=0.0)
+    assert (found.r2.fillna(0.0) < 1e-9).all()
