@@ -22,6 +22,7 @@ from mae_align.patches import ImageShape
 
 # Few rows left over go in a smaller step: two programs at most are compiled.
 _FEW_ROWS = 64
+SUMS_REMEDY = "shrink the images, use fewer groups, or, with fewer images than pixel values, ma.Samples"
 # Steps on their way to the devices at any time: the host prepares one while another runs.
 _IN_FLIGHT = 2
 
@@ -218,7 +219,7 @@ class Accumulator:
         check_memory(
             accumulator_bytes(layout.d, groups),
             f"second moments of {layout.d} pixel values in {groups} group(s)",
-            "shrink the images, use fewer groups, or, with fewer images than pixel values, ma.Samples",
+            SUMS_REMEDY,
         )
         dtype = np.dtype(layout.dtype)
         self._x64 = dtype == np.float64

@@ -23,7 +23,9 @@ import numpy as np
 from mae_align.accumulate import Accumulator, Layout, RawSums, TargetKind, check_batch, group_of, pivots
 from mae_align.array_file import read_arrays, write_arrays
 from mae_align.checks import are_class_labels
+from mae_align.devices import is_cpu, solve_device
 from mae_align.errors import InputError
+from mae_align.host_sums import sums_on_host
 
 __all__ = ["Moments", "SecondMoments", "assemble", "group_of"]
 
@@ -122,8 +124,12 @@ class Moments:
             (4, 1)
         """
         batch = check_batch(images, targets, num_classes)
+        index = np.arange(first_index, first_index + len(batch.rows))
+        if batch.rows.dtype == np.float64 and groups >= 1 and is_cpu(solve_device("float64")):
+            raw = sums_on_host(batch, group_of(index, groups), groups)
+            return assemble(raw, batch.layout, center=center, preprocessing=preprocessing)
         accumulator = Accumulator(batch.layout, *pivots(batch), groups=groups)
-        accumulator.add(batch, np.arange(first_index, first_index + len(batch.rows)))
+        accumulator.add(batch, index)
         return assemble(accumulator.finish(), batch.layout, center=center, preprocessing=preprocessing)
 
     def update(self, images: np.ndarray, targets: np.ndarray | None = None) -> Moments:
