@@ -1,4 +1,4 @@
-"""Sums of float64 images that lie in memory, by the host's BLAS: its symmetric product is faster than XLA's on a CPU."""
+"""Sums of float64 images in memory, by the host's BLAS: its symmetric product is faster than XLA's on a CPU."""
 
 from __future__ import annotations
 
