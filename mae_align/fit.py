@@ -43,7 +43,7 @@ class Diverged(InputError):
         good = "there is no checkpoint"
         if checkpoints is not None and self.checkpoint is not None:
             good = f"the last good checkpoint is step {self.checkpoint} in {checkpoints.folder}"
-        super().__init__(f"{what} of member {member} at step {step}: lower its learning rate or clip gradients; {good}")
+        super().__init__(f"{what} at step {step}: lower the learning rate or clip gradients; {good}")
 
 
 class Preempted(Exception):
@@ -204,8 +204,8 @@ class _Loop:
             self._read()
             self.unread = begin, metrics
             evaluating, saving = schedule.due(schedule.evaluate, step), schedule.due(schedule.save, step)
-            stopping = checkpoints is not None and (checkpoints.reached_preemption() or signals.received)
-            if not (evaluating or saving or stopping):
+            agreed = checkpoints is not None and checkpoints.reached_preemption()
+            if not (evaluating or saving or agreed or signals.received):
                 continue
             self._read()
             self._check_parameters(state, step)
@@ -214,6 +214,8 @@ class _Loop:
                 values = self.evaluate(state, step)
                 if self.log is not None:
                     self.log.write(step, values)
+            # Asked only now, because an evaluation may take long.
+            stopping = agreed or signals.received
             if checkpoints is not None and (saving or stopping):
                 position = {"source": self.feed.position(), "log": self.window.position()}
                 checkpoints.save(step, state, position, self._scores(values, saving))
@@ -238,7 +240,7 @@ class _Loop:
         bad = np.argwhere(~np.isfinite(metrics[_LOSS]))
         if len(bad):
             row, member = bad[0]
-            what = f"the loss is {metrics[_LOSS][row, member]}"
+            what = f"the loss of member {member} is {metrics[_LOSS][row, member]}"
             raise self._diverged(what, begin + int(row) + 1, int(member))
         steps, members = metrics[_LOSS].shape
         self.window.add(metrics)
@@ -256,7 +258,8 @@ class _Loop:
         """A finite loss can come with a gradient that is not: then the parameters are bad, and no loss has told."""
         finite = _on_host(_finite_members(state.params))
         if not finite.all():
-            raise self._diverged("a parameter is not finite", step, int(np.argmin(finite)))
+            member = int(np.argmin(finite))
+            raise self._diverged(f"a parameter of member {member} is not finite", step, member)
 
     def _diverged(self, what: str, step: int, member: int) -> Diverged:
         if self.checkpoints is not None:

@@ -76,7 +76,9 @@ class MetricLog:
         except OSError as error:
             raise InputError(f"cannot write {self.file} ({error.strerror}): choose another folder") from error
         self._begun = time.monotonic()
-        self._writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+        # Files are named by the second, and a second one of that name would replace the first.
+        suffix = f".{time.time_ns()}"
+        self._writer = SummaryWriter(str(self.folder), purge_step=step + 1, filename_suffix=suffix)
         self._texts = {}
         self._bar = tqdm(total=num_steps, initial=step, desc="training", unit="step", disable=self._hidden)
 

