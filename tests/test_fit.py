@@ -284,8 +284,9 @@ def test_a_second_run_compiles_nothing(tmp_path):
 
 @pytest.mark.parametrize("name", ["num_steps", "steps_per_call", "log_every", "evaluate_every"])
 def test_numbers_below_one_are_refused(name):
+    options: dict[str, Any] = {name: 0}
     with pytest.raises(InputError, match=rf"{name}=0: give at least 1"):
-        run(**{name: 0})
+        run(**options)
 
 
 def test_a_checkpoint_past_the_end_is_refused(tmp_path):
