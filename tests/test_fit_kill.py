@@ -23,7 +23,7 @@ from tests.test_fit import lines, numbers, run
 from tests.toy_training import ToyTraining
 from tests.two_processes import ROOT
 
-KILLS, STEPS = 4, 360
+KILLS, STEPS = 3, 280
 
 
 def child(folder: Path, started: int) -> None:
