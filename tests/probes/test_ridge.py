@@ -151,10 +151,9 @@ def test_streamed_moments_give_the_same_probe(dtype):
 
 
 @given(seed=st.integers(0, 1000), scale=st.floats(1e-6, 1e6), shift=st.floats(-1e3, 1e3))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_units_of_features_do_not_matter(seed, scale, shift):
     train, test = draw(seed, 60), draw(seed + 1, 40)
-    base = ridge_probe(*train, *test)
     for normalization in (per_feature, one_scale):
         base = ridge_probe(*train, *test, normalization=normalization)
         moved = ridge_probe(
@@ -165,7 +164,7 @@ def test_units_of_features_do_not_matter(seed, scale, shift):
         assert moved.r2_test == pytest.approx(base.r2_test, abs=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_constant_and_dependent_features_change_nothing(dtype):
     train, test = draw(0, 100), draw(1, 60)
     if dtype is np.uint8:
