@@ -18,10 +18,10 @@ The tests and the interval (:func:`mae_align.predictors.compare_predictors`):
 **Null of tasks permuted.** The predictions of task a meet the observations of task b, one permutation for all patch
 sizes and ratios: a trend that all tasks share (all fall with the ratio) is in the null, so that a small p says that the
 predictions know *which task*. It takes tasks for exchangeable; tasks of a kind are alike, so there is a second test
-that permutes within kinds only. A predictor that does not know the task (mask ratio, loss, RankMe) is the same under every
-permutation: no test, p = NaN; what it explains is in the difference to ours, which has an interval. That difference has
-the p-value of ours, since the rival's part of it never moves. :func:`task_average` makes such a rival of our own
-predictions.
+that permutes within kinds only. A predictor that does not know the task (mask ratio, loss, RankMe) is the same under
+every permutation: no test, p = NaN; what it explains is in the difference to ours, which has an interval. That
+difference has the p-value of ours, since the rival's part of it never moves. :func:`task_average` makes such a rival of
+our own predictions.
 
 **Null of ratios permuted.** The predictor's ratios are permuted, within each patch size, alike for all tasks: networks
 are the exchangeable things. It applies to every predictor and says whether it follows the ratios at all. Few ratios
@@ -29,8 +29,10 @@ have few permutations: with R ratios and S patch sizes no p is below 1 / (R!)^S.
 
 **Interval.** Tasks are resampled with replacement, whole; within, the seeds of every (patch size, ratio), alike for all
 tasks since they share the networks. Deviations of seeds are stretched by sqrt(E / (E - 1)), without which the variance
-of a mean of E resampled seeds is (E - 1) / E of what it should be: half for two (Rao & Wu, 1988). With one seed the
-interval does not know how networks differ.
+of a mean of E resampled seeds is (E - 1) / E of what it should be: half for two (Rao & Wu, 1988). Redrawn
+scores carry the noise of seeds twice, which lowers their correlations: plain percentiles err on the low side and cover
+the statistic's mean a little more often than they say (97% for 95%, simulated with 17 tasks and two seeds; the
+bias-corrected ones covered 91%). With one seed the interval does not know how networks differ.
 """
 
 from __future__ import annotations

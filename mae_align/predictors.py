@@ -107,9 +107,9 @@ def compare_predictors(
     for name, predictor in {OURS: panel.predicted, **rivals}.items():
         flat = predictor if name == OURS else _for_tasks(seed_mean(predictor, panel.networks), len(panel.tasks))
         values[name] = float(statistic(flat, panel.scores))
-        low, high = interval(drawn[name], values[name], level)
+        low, high = interval(drawn[name], level)
         difference = values[OURS] - values[name]
-        ends = interval(drawn[OURS] - drawn[name], difference, level)
+        ends = interval(drawn[OURS] - drawn[name], level)
         by_task, tried, by_kind = math.nan, 0, math.nan
         if name == OURS:
             by_task, tried = _permute_tasks(panel, statistic, ("",) * len(panel.tasks), permutations, seed)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import ndtr, ndtri
 from scipy.stats import rankdata
 
 from mae_align.errors import InputError
@@ -57,7 +56,7 @@ def correlation(
 
     The test permutes y against x: all n! ways where these are at most ``permutations``, otherwise so many random ones,
     and p = (1 + hits) / (1 + tried), a hit being a correlation at least as far from 0. The interval resamples pairs
-    (bias-corrected percentiles, Efron 1981). Both take the runs for independent: seeds of one setting or tasks on one
+    (percentiles). Both take the runs for independent: seeds of one setting or tasks on one
     network are not, see :mod:`mae_align.agreement`.
 
     Args:
@@ -96,7 +95,7 @@ def correlation(
         ranked = (rankdata(a[index], axis=1) for a in (x, y))
         drawn.append(np.stack([pearson(x[index], y[index]), pearson(*ranked)]))
     both = np.concatenate(drawn, axis=1)
-    ends = [interval(drawn, value, level) for drawn, value in zip(both, values, strict=True)]
+    ends = [interval(draws, level) for draws in both]
     kept = int(np.isfinite(both[0]).sum())
     return Correlation(len(x), values[0], p[0], *ends[0], values[1], p[1], *ends[1], kept)
 
@@ -193,30 +192,22 @@ def p_value(drawn: np.ndarray, value: float) -> float:
     return float((1 + hits) / (1 + len(drawn)))
 
 
-def interval(drawn: np.ndarray, value: float, level: float) -> tuple[float, float]:
-    """Bias-corrected percentile interval of bootstrap draws (Efron, 1981).
-
-    With z0 = Phi^-1(share of draws below the value, ties half), the ends are the draws' quantiles at
-    Phi(2 z0 -+ z) : plain percentiles where z0 = 0.
+def interval(drawn: np.ndarray, level: float) -> tuple[float, float]:
+    """Percentile interval of bootstrap draws.
 
     Args:
-        drawn: [n] statistic of each resample; NaN ones are left out. value: of the data. level: inside (0, 1).
+        drawn: [n] statistic of each resample; NaN ones are left out. level: inside (0, 1).
 
     Returns:
-        Lower and upper end; NaN without draws or value.
+        Lower and upper end; NaN without draws.
 
     Example:
-        >>> low, high = interval(np.linspace(-1.0, 1.0, 1001), 0.0, 0.9)
+        >>> low, high = interval(np.linspace(-1.0, 1.0, 1001), 0.9)
         >>> round(low, 3), round(high, 3)
         (-0.9, 0.9)
     """
     drawn = drawn[np.isfinite(drawn)]
-    if not len(drawn) or not np.isfinite(value):
+    if not len(drawn):
         return math.nan, math.nan
-    same = 1e-12 * max(1.0, abs(value))
-    below = ((drawn < value - same).sum() + (drawn <= value + same).sum()) / 2 / len(drawn)
-    # Where all draws lie on one side the correction has no finite size: it is what one draw more would give.
-    z0 = ndtri(np.clip(below, 0.5 / len(drawn), 1 - 0.5 / len(drawn)))
-    z = ndtri((1 + level) / 2)
-    low, high = np.quantile(drawn, [float(ndtr(2 * z0 - z)), float(ndtr(2 * z0 + z))])
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
