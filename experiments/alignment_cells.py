@@ -60,9 +60,9 @@ class NetworkConfig:
     """Blocks of the decoder."""
     decoder_heads: int = 4
     """Attention heads of the decoder."""
-    epochs: int = 8
+    epochs: int = 5
     """Passes over the training images."""
-    batch_size: int = 128
+    batch_size: int = 64
     """Images in a step."""
     learning_rate: float = 2e-3
     """Peak learning rate of AdamW."""
