@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from mae_align.corruption import FixedCountPatchMasking
 from mae_align.errors import InputError
 from mae_align.models.base import Autoencoder, Metrics, ModelKind
-from mae_align.models.layers import Activation, Block, Dense, LayerNorm
+from mae_align.models.layers import Activation, Block, Dense, LayerNorm, check_heads
 from mae_align.models.pixels import Constant, Pixels
 from mae_align.patches import PatchSize, patch_hw
 
@@ -196,6 +196,10 @@ class MaskedAutoencoder(Autoencoder):
                 f"depth={depth}, decoder_depth={decoder_depth}, mlp_ratio={mlp_ratio}: give depths of 0 or more and a "
                 "ratio of 1 or more"
             )
+        check_heads(width, heads)
+        check_heads(decoder_width, decoder_heads)
+        self.positions = Constant(jnp.asarray(sincos_positions(self.grid, width)))
+        self.decoder_positions = Constant(jnp.asarray(sincos_positions(self.grid, decoder_width)))
 
         def blocks(count: int, width: int, heads: int) -> nnx.List[Block]:
             return nnx.List(
@@ -204,12 +208,10 @@ class MaskedAutoencoder(Autoencoder):
 
         token = nnx.initializers.normal(0.02)
         self.embed = Dense(self.patch_dim, width, dtype=dtype, rngs=rngs)
-        self.positions = Constant(jnp.asarray(sincos_positions(self.grid, width)))
         self.class_token = nnx.Param(token(rngs.params(), (width,), jnp.float32))
         self.blocks = blocks(depth, width, heads)
         self.norm = LayerNorm(width, dtype=dtype)
         self.decoder_embed = Dense(width, decoder_width, dtype=dtype, rngs=rngs)
-        self.decoder_positions = Constant(jnp.asarray(sincos_positions(self.grid, decoder_width)))
         self.mask_token = nnx.Param(token(rngs.params(), (decoder_width,), jnp.float32))
         self.decoder_blocks = blocks(decoder_depth, decoder_width, decoder_heads)
         self.decoder_norm = LayerNorm(decoder_width, dtype=dtype)
