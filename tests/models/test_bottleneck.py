@@ -110,7 +110,7 @@ def test_loss_is_the_mean_squared_error_of_the_reconstruction(name):
 
 def test_batch_norm_learns_its_statistics_in_train_mode_only():
     layer = ConvNorm(1, 2, 3, 2, rngs=nnx.Rngs(0))
-    x = np.random.default_rng(0).normal(2.0, 3.0, size=(8, 5, 5, 1)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(2.0, 3.0, size=(8, 5, 5, 1)), jnp.float32)
     y = np.asarray(layer.conv(x), np.float64)
     mean, var = y.mean((0, 1, 2)), y.var((0, 1, 2))
     np.testing.assert_allclose(layer(x), (y - mean) / np.sqrt(var + 1e-5), atol=1e-4)
@@ -158,7 +158,7 @@ def test_basic_block_keeps_the_identity_where_shapes_allow():
 @pytest.mark.parametrize("blocks,convolutions", [((2, 2, 2, 2), 18), ((3, 4, 6, 3), 34)])
 def test_residual_networks_have_the_published_depth_and_size(blocks, convolutions):
     """ResNet-18 and -34: 11.17 and 21.28 million parameters without the classifier, for small images."""
-    pixels = Pixels(np.zeros((32, 32, 3), np.float32), np.float32(1))
+    pixels = Pixels(np.zeros((32, 32, 3), np.float32), np.ones((), np.float32))
     model = nnx.eval_shape(lambda: ResNetAutoencoder(pixels, blocks=blocks, latent=10, rngs=nnx.Rngs(0)))
     encoder = [leaf.shape for part in (model.stem, model.down) for leaf in jax.tree.leaves(nnx.state(part, nnx.Param))]
     assert sum(shape[:2] == (3, 3) for shape in encoder) + 1 == convolutions
@@ -170,7 +170,7 @@ def test_residual_networks_have_the_published_depth_and_size(blocks, convolution
 
 @pytest.mark.parametrize("shape,stem_stride", [((7, 5, 1), 1), ((9, 12, 3), 4)])
 def test_sides_that_halving_does_not_divide_come_back(shape, stem_stride):
-    pixels = Pixels(np.zeros(shape, np.float32), np.float32(1))
+    pixels = Pixels(np.zeros(shape, np.float32), np.ones((), np.float32))
     images = jax.ShapeDtypeStruct((2, *shape), jnp.uint8)
 
     def shapes(make: type[Autoencoder], **sizes: object) -> tuple[tuple[int, ...], ...]:
@@ -185,7 +185,7 @@ def test_sides_that_halving_does_not_divide_come_back(shape, stem_stride):
 
 
 def test_upsampling_repeats_and_cuts():
-    x = np.arange(12.0).reshape(1, 2, 3, 2)
+    x = jnp.arange(12.0).reshape(1, 2, 3, 2)
     np.testing.assert_array_equal(upsample(x, (3, 5)), np.repeat(np.repeat(x, 2, 1), 2, 2)[:, :3, :5])
     assert list_sides((9, 5), (4, 1, 2)) == ((9, 5), (3, 2), (3, 2), (2, 1))
 

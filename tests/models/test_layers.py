@@ -15,11 +15,11 @@ from mae_align.models.layers import Attention, Block, Dense, LayerNorm, column_s
 RNG = np.random.default_rng(0)
 
 
-def normal(*shape: int) -> np.ndarray:
-    return RNG.normal(size=shape).astype(np.float32)
+def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
 
 
-def gradients(layer: nnx.Module, x: np.ndarray, cotangent: np.ndarray) -> tuple[dict, jax.Array]:
+def gradients(layer: nnx.Module, x: jax.Array, cotangent: jax.Array) -> tuple[dict, jax.Array]:
     """Gradients of <cotangent, layer(x)> for the parameters (by name) and for x."""
     graph, params = nnx.split(layer)
     of = jax.jit(jax.grad(lambda params, x: jnp.sum(cotangent * nnx.merge(graph, params)(x)), argnums=(0, 1)))
@@ -30,12 +30,13 @@ def gradients(layer: nnx.Module, x: np.ndarray, cotangent: np.ndarray) -> tuple[
 def test_dense_and_its_gradients_follow_the_definition():
     layer = build(lambda: Dense(3, 4, rngs=nnx.Rngs(0)))
     x, g = normal(2, 5, 3), normal(2, 5, 4)
+    x64, g64 = (np.asarray(a, np.float64) for a in (x, g))
     kernel, bias = np.asarray(layer.kernel[...], np.float64), np.asarray(layer.bias[...], np.float64)
-    np.testing.assert_allclose(layer(x), x @ kernel + bias, atol=1e-5)
+    np.testing.assert_allclose(layer(x), x64 @ kernel + bias, atol=1e-5)
     params, x_grad = gradients(layer, x, g)
-    np.testing.assert_allclose(params["kernel"], np.einsum("bti,bto->io", x, g), atol=1e-5)
-    np.testing.assert_allclose(params["bias"], g.sum((0, 1)), atol=1e-5)
-    np.testing.assert_allclose(x_grad, g @ kernel.T, atol=1e-5)
+    np.testing.assert_allclose(params["kernel"], np.einsum("bti,bto->io", x64, g64), atol=1e-5)
+    np.testing.assert_allclose(params["bias"], g64.sum((0, 1)), atol=1e-5)
+    np.testing.assert_allclose(x_grad, g64 @ kernel.T, atol=1e-5)
 
 
 def test_dense_starts_xavier_uniform_with_zero_bias():
@@ -57,9 +58,9 @@ def test_column_sums_of_bfloat16_are_summed_in_float32():
 def test_layer_norm_and_its_gradients_follow_the_definition(dtype):
     """Far from mean 0, where a variance from squares would lose its digits."""
     layer = build(lambda: LayerNorm(6, dtype=dtype))
-    x, g = normal(2, 5, 6) + np.float32(100.0), normal(2, 5, 6)
+    x, g = normal(2, 5, 6) + 100.0, normal(2, 5, 6)
+    x64, g64 = (np.asarray(a, np.float64) for a in (x, g))
     scale, bias = (np.asarray(p[...], np.float64) for p in (layer.scale, layer.bias))
-    x64 = x.astype(np.float64)
     centred = x64 - x64.mean(-1, keepdims=True)
     deviation = np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
     z = centred / deviation
@@ -70,9 +71,9 @@ def test_layer_norm_and_its_gradients_follow_the_definition(dtype):
     params, x_grad = gradients(layer, x, g)
     assert params["scale"].dtype == params["bias"].dtype == jnp.float32
     tolerance = 1e-4 if dtype == jnp.float32 else 0.15
-    np.testing.assert_allclose(params["scale"], (g * z).sum((0, 1)), atol=tolerance)
-    np.testing.assert_allclose(params["bias"], g.sum((0, 1)), atol=tolerance)
-    inner = g * scale
+    np.testing.assert_allclose(params["scale"], (g64 * z).sum((0, 1)), atol=tolerance)
+    np.testing.assert_allclose(params["bias"], g64.sum((0, 1)), atol=tolerance)
+    inner = g64 * scale
     expected = (inner - inner.mean(-1, keepdims=True) - z * (inner * z).mean(-1, keepdims=True)) / deviation
     np.testing.assert_allclose(x_grad, expected, atol=tolerance)
 
@@ -88,7 +89,7 @@ def test_attention_follows_the_definition_and_does_not_mix_images():
     out = jax.jit(layer)(x)
     parameters = (p[...] for p in (layer.qkv.kernel, layer.qkv.bias, layer.out.kernel, layer.out.bias))
     w, b, w_out, b_out = (np.asarray(p, np.float64) for p in parameters)
-    for image, found in zip(x, out, strict=True):
+    for image, found in zip(np.asarray(x, np.float64), out, strict=True):
         joined = []
         for head in range(heads):
             q, k, v = (image @ w[:, c] + b[c] for c in (np.arange(3) + 3 * head + 6 * part for part in range(3)))
@@ -100,7 +101,7 @@ def test_attention_of_large_scores_is_finite():
     """Softmax before its shift would overflow."""
     layer = build(lambda: Attention(4, 1, rngs=nnx.Rngs(0)))
     x = 1e3 * normal(2, 3, 4)
-    params, x_grad = gradients(layer, x, np.ones((2, 3, 4), np.float32))
+    params, x_grad = gradients(layer, x, jnp.ones((2, 3, 4)))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((jax.jit(layer)(x), params, x_grad)))
 
 
@@ -125,7 +126,7 @@ def test_heads_that_do_not_divide_the_width_are_refused(heads):
 
 
 def test_exact_gelu_is_the_error_function_form():
-    x = np.linspace(-4, 4, 41, dtype=np.float32)
+    x = jnp.linspace(-4, 4, 41)
     np.testing.assert_allclose(gelu_exact(x), x * scipy.special.ndtr(x), atol=1e-6)
     gap = np.abs(np.asarray(gelu_exact(x)) - np.asarray(jax.nn.gelu(x)))
     assert 1e-4 < gap.max() < 5e-4

@@ -300,7 +300,7 @@ def test_a_patch_of_one_value_cannot_be_normalised():
 @pytest.mark.parametrize("size", [VIT_NANO, VIT_TINY, VIT_SMALL, VIT_BASE, VIT_LARGE])
 def test_named_sizes_build_models(size):
     """Shapes only: nothing is allocated."""
-    pixels = Pixels(np.zeros((32, 32, 3), np.float32), np.float32(1))
+    pixels = Pixels(np.zeros((32, 32, 3), np.float32), np.ones((), np.float32))
     model = nnx.eval_shape(
         lambda: MaskedAutoencoder(pixels, patch_size=4, mask_ratio=0.75, **vars(size), rngs=nnx.Rngs(0))
     )
@@ -309,7 +309,7 @@ def test_named_sizes_build_models(size):
 
 def test_base_has_the_published_number_of_parameters():
     """ViT-B/16 encoder of He et al.: 85.8 million with fixed positions and the class token."""
-    pixels = Pixels(np.zeros((224, 224, 3), np.float32), np.float32(1))
+    pixels = Pixels(np.zeros((224, 224, 3), np.float32), np.ones((), np.float32))
     model = nnx.eval_shape(
         lambda: MaskedAutoencoder(pixels, patch_size=16, mask_ratio=0.75, **vars(VIT_BASE), rngs=nnx.Rngs(0))
     )
