@@ -57,8 +57,21 @@ def choose_program(kind: ModelKind, platform: str) -> Program:
 
 # What a step changes of one member: parameters, other variables, optimiser state.
 Moving = tuple[nnx.State, nnx.State, optax.OptState]
-# (state, orders, source, num_steps) -> (state, orders, metrics of [steps, E]); gives away state and orders.
-Run = Callable[[TrainState, Orders | None, Source, int], tuple[TrainState, Orders | None, Metrics]]
+Made = tuple[TrainState, Orders | None, Metrics]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """What makes steps.
+
+    Attributes:
+        advance: (state, orders, source, num_steps) -> (state, orders, metrics [steps_per_call, E]); state and orders
+            are donated, rows of the metrics from the number of steps on are 0, `orders` is None for batches of a stream.
+        lower: (state, orders, source) -> the program that is dispatched, lowered: its cost, memory and collectives.
+    """
+
+    advance: Callable[[TrainState, Orders | None, Source, int], Made]
+    lower: Callable[[TrainState, Orders | None, Source], jax.stages.Lowered]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -176,15 +189,11 @@ def place(shape: tuple[int, ...], sharding: NamedSharding, read: Callable[[Any],
 
 
 def compile_run(program: Program, recipe: Recipe, state_shardings: Any, steps_per_call: int) -> Run:
-    """The function that makes up to `steps_per_call` steps.
+    """What makes up to `steps_per_call` steps at a time.
 
     Args:
         program: see :class:`Program`. recipe: of a step. state_shardings: of a :class:`TrainState`.
-        steps_per_call: rows of the metrics it returns; those from the number of steps on are 0.
-
-    Returns:
-        A function (state, orders, source, num_steps) -> (state, orders, metrics of [steps_per_call, E]). State and
-        orders are donated. `orders` is None for :class:`mae_align.train_state.Batches`.
+        steps_per_call: most steps of a call.
     """
     orders = recipe.sharding("ensemble")
     layout = (state_shardings, orders, recipe.sharding())
@@ -194,10 +203,8 @@ def compile_run(program: Program, recipe: Recipe, state_shardings: Any, steps_pe
 
 
 def _vmapped_scan(recipe: Recipe, layout: tuple[Any, Any, Any], steps_per_call: int) -> Run:
-    def train_steps(
-        state: TrainState, orders: Orders | None, source: Source, num_steps: jax.Array
-    ) -> tuple[TrainState, Orders | None, Metrics]:
-        def body(index: jax.Array, carry: tuple[TrainState, Orders | None, Metrics]):
+    def train_steps(state: TrainState, orders: Orders | None, source: Source, num_steps: jax.Array) -> Made:
+        def body(index: jax.Array, carry: Made) -> Made:
             state, orders, metrics = carry
             rows = None
             if orders is not None:
@@ -211,10 +218,13 @@ def _vmapped_scan(recipe: Recipe, layout: tuple[Any, Any, Any], steps_per_call: 
 
     compiled = jax.jit(train_steps, donate_argnums=(0, 1), out_shardings=layout)
 
-    def run(state: TrainState, orders: Orders | None, source: Source, num_steps: int):
+    def run(state: TrainState, orders: Orders | None, source: Source, num_steps: int) -> Made:
         return recipe.settled(compiled(state, orders, source, recipe.on_all(np.int32(num_steps))))
 
-    return run
+    def lower(state: TrainState, orders: Orders | None, source: Source) -> jax.stages.Lowered:
+        return compiled.lower(state, orders, source, recipe.on_all(np.int32(1)))
+
+    return Run(run, lower)
 
 
 @jax.tree_util.register_dataclass
@@ -257,13 +267,16 @@ def _one_by_one(recipe: Recipe, layout: tuple[Any, Any, Any], steps_per_call: in
     first = jax.jit(begin, out_shardings=layout[2])
     compiled = jax.jit(train_step, donate_argnums=(0, 1, 2), out_shardings=layout)
 
-    def run(state: TrainState, orders: Orders | None, source: Source, num_steps: int):
+    def run(state: TrainState, orders: Orders | None, source: Source, num_steps: int) -> Made:
         turn = first(state, orders, source)
         for _ in range(num_steps * state.num_members):
             state, orders, turn = recipe.settled(compiled(state, orders, turn, source))
         return state, orders, turn.metrics
 
-    return run
+    def lower(state: TrainState, orders: Orders | None, source: Source) -> jax.stages.Lowered:
+        return compiled.lower(state, orders, first(state, orders, source), source)
+
+    return Run(run, lower)
 
 
 def compile_features(program: Program, recipe: Recipe) -> Callable[[TrainState, jax.Array], np.ndarray]:

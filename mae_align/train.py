@@ -254,11 +254,22 @@ class Training:
             orders = self._orders.pop(n, None)
             if orders is None:
                 orders = self._blank(state.keys, n)
-            state, orders, metrics = self._run(state, orders, data, count)
+            state, orders, metrics = self._run.advance(state, orders, data, count)
             assert orders is not None
             self._orders[n] = orders
             found.append(metrics)
         return state, self._whole(found, num_steps)
+
+    def lower(self, state: TrainState, data: DeviceData) -> jax.stages.Lowered:
+        """The program that :meth:`advance` dispatches, lowered; nothing runs.
+
+        `.compile()` of it tells its cost, memory and collectives: of one step of all members, or of one of them where
+        they train one by one. Operations of a loop are counted once.
+
+        Args:
+            state, data: as for :meth:`advance`; both stay.
+        """
+        return self._run.lower(state, self._blank(state.keys, len(data.images)), data)
 
     def _check_state(self, state: TrainState, num_steps: int) -> None:
         if num_steps < 1:
@@ -304,7 +315,7 @@ class Training:
             start += count
             classes_part = None if classes is None else self._split(classes[part], count)
             batches = Batches(self._split(data[part], count), classes_part)
-            state, _, metrics = self._run(state, None, batches, count)
+            state, _, metrics = self._run.advance(state, None, batches, count)
             found.append(metrics)
         return state, self._whole(found, len(images))
 
