@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,8 @@ def simulated(seed, effect, *, tasks=9, seeds=2, network=0.3, noise=0.3, kinds=3
 
 
 def ours(panel, **options) -> Agreement:
-    return compare_predictors(panel, **({"permutations": 200, "resamples": 2} | options))[0]
+    settings: dict[str, Any] = {"permutations": 200, "resamples": 2} | options
+    return compare_predictors(panel, **settings)[0]
 
 
 @settings(max_examples=15, deadline=None)
@@ -49,15 +51,15 @@ def ours(panel, **options) -> Agreement:
 def test_statistics_are_what_they_say(seed):
     rng = np.random.default_rng(seed)
     p, g = rng.normal(size=(2, 3, 2, 4))
-    each = np.array([[stats.pearsonr(p[a, s], g[a, s]).statistic for s in range(2)] for a in range(3)])
+    each = np.array([[stats.pearsonr(p[a, s], g[a, s])[0] for s in range(2)] for a in range(3)])
     np.testing.assert_allclose(unit_correlations(p, g), each, atol=1e-12)
     assert float(mean_unit_correlation(p, g)) == pytest.approx(each.mean())
     dp, dg = (x - x.mean(-1, keepdims=True) for x in (p, g))
-    pooled = stats.pearsonr(dp.ravel(), dg.ravel()).statistic
+    pooled = stats.pearsonr(dp.ravel(), dg.ravel())[0]
     assert float(pooled_correlation(p, g)) == pytest.approx(pooled)
-    assert float(pooled_slope(p, g)) == pytest.approx(stats.linregress(dp.ravel(), dg.ravel()).slope)
+    assert float(pooled_slope(p, g)) == pytest.approx(np.polyfit(dp.ravel(), dg.ravel(), 1)[0])
     up, ug = ((x - x[..., :1])[..., 1:] for x in (p, g))
-    within = [stats.pearsonr(up[:, s].ravel(), ug[:, s].ravel()).statistic for s in range(2)]
+    within = [np.corrcoef(up[:, s].ravel(), ug[:, s].ravel())[0, 1] for s in range(2)]
     assert float(patch_correlation(p, g)) == pytest.approx(np.mean(within))
     # With its gain of 0 the lowest ratio takes part: gains correlate as scores do.
     zero = [np.where(np.isnan(gains(x)), 0.0, gains(x)) for x in (p, g)]

@@ -29,8 +29,8 @@ def test_gains_are_drawn_in_points_by_patch_size_and_objective():
         expected = np.stack([100 * gains(x)[:, j].ravel() for x in (one.predicted, one.scores)], 1)
         drawn = np.ma.filled(cloud.get_offsets(), np.nan)
         np.testing.assert_allclose(drawn[np.isfinite(drawn).all(1)], expected[np.isfinite(expected).all(1)])
-        assert to_hex(cloud.get_facecolor()[0]) == PALETTE[j].lower()
-    assert len({tuple(map(tuple, c.get_paths()[0].vertices)) for c in clouds}) == 2  # a marker per objective
+        assert to_hex(np.asarray(cloud.get_facecolor())[0].tolist()) == PALETTE[j].lower()
+    assert len({np.asarray(c.get_paths()[0].vertices).tobytes() for c in clouds}) == 2  # a marker per objective
     legend = axis.get_legend()
     assert legend is not None
     texts = [t.get_text() for t in legend.get_texts()]
@@ -38,7 +38,7 @@ def test_gains_are_drawn_in_points_by_patch_size_and_objective():
     assert "r2 [points]" in axis.get_xlabel() and "r2 [points]" in axis.get_ylabel()
     # A faint line per task, patch size and objective, from the origin; and the two axes and the diagonal.
     lines = [line for line in axis.get_lines() if line.get_alpha() is not None]
-    assert len(lines) == 20 and all(line.get_xydata()[0].tolist() == [0, 0] for line in lines)
+    assert len(lines) == 20 and all(np.asarray(line.get_xydata())[0].tolist() == [0, 0] for line in lines)
     assert len(axis.get_lines()) == 23 and len(gain_figure({"matched": panel(50.0)}).axes[0].get_lines()) == 12
 
 
