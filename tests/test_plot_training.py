@@ -51,10 +51,7 @@ def test_missing_networks_leave_gaps():
 
 
 def agreement(name: str, value: float, p: float = np.nan) -> Agreement:
-    rest = {field.name: 0 for field in dataclasses.fields(Agreement)}
-    return Agreement(
-        **(rest | {"predictor": name, "value": value, "low": value - 0.2, "high": value + 0.1, "p_tasks": p})
-    )
+    return Agreement(name, value, value - 0.2, value + 0.1, p, p, p, 0.0, 0.0, 0.0, 1.0, 5, 10, 0, 0, 0, 99, 99)
 
 
 def test_predictors_stand_below_each_other():
