@@ -202,7 +202,7 @@ def groups_of(rows: Sequence[Row], predicted: str, observed: str) -> list[Group]
                     raise InputError(f"{name} of one network ({who}) differs between its tasks: it is not one network")
                 values[at] = row[name]
         there = np.isfinite(scores) & np.isfinite(closed)
-        whole = there.any((1, 2, 3))
+        whole = np.asarray(there.any((1, 2, 3)))
         # The networks that most tasks have; a task that lacks one of them is left out.
         wanted = np.asarray(there[whole].mean(0) > 0.5) if whole.any() else np.zeros(shape, bool)
         dropped = int((there.any(0) & ~wanted).sum())

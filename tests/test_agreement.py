@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,8 @@ def simulated(seed, effect, *, tasks=9, seeds=2, network=0.3, noise=0.3, kinds=3
 
 
 def ours(panel, **options) -> Agreement:
-    return compare_predictors(panel, **({"permutations": 200, "resamples": 2} | options))[0]
+    settings: dict[str, Any] = {"permutations": 200, "resamples": 2} | options
+    return compare_predictors(panel, **settings)[0]
 
 
 @settings(max_examples=15, deadline=None)
@@ -49,15 +51,15 @@ def ours(panel, **options) -> Agreement:
 def test_statistics_are_what_they_say(seed):
     rng = np.random.default_rng(seed)
     p, g = rng.normal(size=(2, 3, 2, 4))
-    each = np.array([[stats.pearsonr(p[a, s], g[a, s]).statistic for s in range(2)] for a in range(3)])
+    each = np.array([[stats.pearsonr(p[a, s], g[a, s])[0] for s in range(2)] for a in range(3)])
     np.testing.assert_allclose(unit_correlations(p, g), each, atol=1e-12)
     assert float(mean_unit_correlation(p, g)) == pytest.approx(each.mean())
     dp, dg = (x - x.mean(-1, keepdims=True) for x in (p, g))
-    pooled = stats.pearsonr(dp.ravel(), dg.ravel()).statistic
+    pooled = stats.pearsonr(dp.ravel(), dg.ravel())[0]
     assert float(pooled_correlation(p, g)) == pytest.approx(pooled)
-    assert float(pooled_slope(p, g)) == pytest.approx(stats.linregress(dp.ravel(), dg.ravel()).slope)
+    assert float(pooled_slope(p, g)) == pytest.approx(np.polyfit(dp.ravel(), dg.ravel(), 1)[0])
     up, ug = ((x - x[..., :1])[..., 1:] for x in (p, g))
-    within = [stats.pearsonr(up[:, s].ravel(), ug[:, s].ravel()).statistic for s in range(2)]
+    within = [np.corrcoef(up[:, s].ravel(), ug[:, s].ravel())[0, 1] for s in range(2)]
     assert float(patch_correlation(p, g)) == pytest.approx(np.mean(within))
     # With its gain of 0 the lowest ratio takes part: gains correlate as scores do.
     zero = [np.where(np.isnan(gains(x)), 0.0, gains(x)) for x in (p, g)]
@@ -133,7 +135,7 @@ def test_ratios_are_permuted_within_patch_sizes():
 
 @pytest.mark.parametrize("statistic", [mean_unit_correlation, pooled_correlation, patch_correlation])
 def test_p_is_uniform_without_an_effect_in_spite_of_a_common_trend(statistic):
-    found = [ours(simulated(i, 0.0), statistic=statistic, permutations=100) for i in range(200)]
+    found = [ours(simulated(i, 0.0), statistic=statistic, permutations=79) for i in range(150)]
     p = np.array([one.p_tasks for one in found])
     assert stats.kstest(p, "uniform").pvalue > 0.01 and 0.01 < np.mean(p <= 0.05) < 0.1
     if statistic is not patch_correlation:
@@ -143,7 +145,7 @@ def test_p_is_uniform_without_an_effect_in_spite_of_a_common_trend(statistic):
 
 
 def test_an_effect_is_found():
-    p = np.array([ours(simulated(i, 0.4, tasks=15), permutations=200).p_tasks for i in range(40)])
+    p = np.array([ours(simulated(i, 0.4, tasks=15), permutations=99).p_tasks for i in range(25)])
     assert np.mean(p <= 0.05) > 0.85
 
 
@@ -165,10 +167,10 @@ def test_rivals_have_no_test_of_tasks_but_a_difference():
 
 
 def test_intervals_cover_and_widen_with_the_noise_of_seeds():
-    many = [float(mean_unit_correlation(p.predicted, p.scores)) for p in (simulated(i, 0.4) for i in range(1000, 1400))]
+    many = [float(mean_unit_correlation(p.predicted, p.scores)) for p in (simulated(i, 0.4) for i in range(1000, 1300))]
     target, hits = np.mean(many), 0
     for i in range(100):
-        found = ours(simulated(i, 0.4), permutations=1, resamples=200)
+        found = ours(simulated(i, 0.4), permutations=1, resamples=150)
         hits += found.low <= target <= found.high
     assert 88 <= hits <= 100
     # One seed says nothing of networks: tasks alone are resampled, and the interval is too narrow.
