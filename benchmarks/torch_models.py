@@ -9,7 +9,8 @@ global norm, random patches by sorting noise. Where PyTorch has something faster
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -189,9 +190,12 @@ class TorchRun:
         self.model, self.batch_size, self.half, self.clip_norm = model.train(), batch_size, half, clip_norm
         self.images = torch.from_numpy(images)
         self.order, self.position = torch.randperm(len(images)), 0
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay, fused=True
-        )
+        parameters = list(model.parameters())
+        groups = [  # biases, scales of norms and tokens do not decay
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(b1, b2), eps=eps, fused=True)
 
     def __call__(self, steps: int) -> float:
         """Train this many steps; the last loss."""
@@ -210,7 +214,29 @@ class TorchRun:
         return float(loss.detach())
 
 
-def matmul(size: int, half: bool) -> Callable[[], object]:
-    """A product of two square matrices, for the rate that PyTorch's own library reaches."""
-    a = torch.ones(size, size, dtype=torch.bfloat16 if half else torch.float32)
-    return lambda: a @ a
+class MatmulRate:
+    """Operations per second of PyTorch's products of square matrices: the best seen so far."""
+
+    def __init__(self, half: bool, sizes: Sequence[int], repeats: int = 3) -> None:
+        dtype = torch.bfloat16 if half else torch.float32
+        self._squares = [torch.ones(size, size, dtype=dtype) for size in sizes]
+        self._repeats = repeats
+        self.best = 0.0
+
+    def __call__(self) -> None:
+        """Measure once more."""
+        for square in self._squares:
+            for _ in range(self._repeats):
+                start = time.perf_counter()
+                _ = square @ square
+                self.best = max(self.best, 2 * len(square) ** 3 / (time.perf_counter() - start))
+
+
+def use_threads(count: int) -> None:
+    """Threads of every operation from now on."""
+    torch.set_num_threads(count)
+
+
+def version() -> str:
+    """Of PyTorch."""
+    return torch.__version__
