@@ -2,9 +2,9 @@
 
 Counted from their shapes, 2 for a multiplication and its addition, in the program as JAX traces it (the gradient's
 products and convolutions included) and before any compiler rewrites it. Elementwise work, normalisations, softmax, sums
-and gathers count nothing, so that a share of the matmul rate says how much of the time goes into products. A convolution
-counts the pairs of an output position and a kernel position that meet a pixel: neither padding nor the zeros that a
-strided convolution's gradient puts between pixels.
+and gathers count nothing: a share of the matmul rate says how much of the time products would take at that rate. A
+convolution counts the pairs of an output position and a kernel position that meet a pixel: neither padding nor the
+zeros that a strided convolution's gradient puts between pixels.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from mae_align.errors import InputError
 def count_flops(function: Callable[..., Any], *arguments: Any) -> int:
     """Operations of the products and convolutions in one call of a function with arguments like these.
 
-    The function is traced, not run. A loop of known length counts its length; a loop whose length depends on data cannot
-    be counted and is refused where it holds products.
+    The function is traced, not run. A loop of known length counts its length. A loop whose length depends on data
+    cannot be counted: it is refused where it holds products.
 
-    >>> count_flops(lambda a, b: a @ b, jax.ShapeDtypeStruct((2, 3), "float32"), jax.ShapeDtypeStruct((3, 5), "float32"))
+    >>> a, b = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((2, 3), (3, 5)))
+    >>> count_flops(lambda a, b: a @ b, a, b)
     60
     """
     return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)

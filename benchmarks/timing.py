@@ -5,25 +5,26 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+Key = TypeVar("Key")
 
-def take_turns(contestants: Mapping[str, Callable[[], object]], repeats: int, warm: int = 1) -> dict[str, list[float]]:
+
+def take_turns(contestants: Mapping[Key, Callable[[], object]], repeats: int, warm: int = 1) -> dict[Key, list[float]]:
     """Seconds of every contestant in every round; each must return something to wait for, or have finished.
 
-    `warm` rounds before are not counted. Each round begins with another contestant, so that none always follows the same
-    one.
+    `warm` rounds before are not counted. Each round begins with another contestant.
 
     >>> seconds = take_turns({"a": lambda: None, "b": lambda: None}, repeats=3)
     >>> [len(found) for found in seconds.values()]
     [3, 3]
     """
     names = list(contestants)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[Key, list[float]] = {name: [] for name in names}
     for turn in range(-warm, repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start = time.perf_counter()

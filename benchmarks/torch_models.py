@@ -1,14 +1,15 @@
-"""The MLP autoencoder and the masked autoencoder in PyTorch, written as a PyTorch user would: the yardstick of `train_step`.
+"""The MLP autoencoder and the masked autoencoder in PyTorch, as a PyTorch user would write them: what is to be beaten.
 
-The same arithmetic as `mae_align.models`, written from He et al. (2022): same shapes, same losses, AdamW with clipping by the
-global norm, random patches by sorting noise. Where PyTorch has something faster it is used: fused attention
-(`scaled_dot_product_attention`), fused AdamW, autocast for bf16. PyTorch is no dependency of this project: only `train_step
---torch` and a test that is skipped without it import this module.
+The same arithmetic as `mae_align.models`, after He et al. (2022): same shapes and losses, random patches by sorting
+noise, AdamW on the same parameters, clipping by the global norm. Where PyTorch has something faster it is used: fused
+attention (`scaled_dot_product_attention`), fused AdamW, autocast for bf16. PyTorch is no dependency of this project:
+only `train_step --torch` and a test that is skipped without it import this module.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,9 +67,8 @@ class MLP(nn.Module):
         pixels = normalize.mean.numel()
         self.normalize, self.approximate = normalize, approximate
         sizes = (pixels, *hidden, latent)
-        self.down = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
-        back = sizes[::-1]
-        self.up = nn.ModuleList(nn.Linear(a, b) for a, b in zip(back, back[1:], strict=False))
+        self.down = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+        self.up = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes[::-1]))
 
     def _run(self, layers: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
         for index, layer in enumerate(layers):

@@ -1,19 +1,19 @@
 """How fast is a training step, of what the machine can do, and how does it compare?
 
     python -m benchmarks.train_step                                  # four networks, float32 and bf16; some minutes
-    python -m benchmarks.train_step --networks mlp vit --torch       # beside PyTorch
+    python -m benchmarks.train_step --networks MLP VIT --torch       # beside PyTorch
     python -m benchmarks.train_step --tiny --torch                   # a minute: that it runs, not how fast
 
 Whatever is compared takes turns in one run: medians over the rounds, ratios within a round. Prints
 
-- the matmul rate of this machine in JAX, float32 and bf16 apart: the best of all products of square matrices in the run;
+- the matmul rate of this machine in JAX, float32 and bf16 apart: the best product of square matrices in the run;
 - of each network, images/s and the share of that rate. The operations of a step are those of the matrix products and
-  convolutions in its traced gradient, counted from their shapes (`benchmarks.flops`): elementwise work and the optimizer
+  convolutions in its traced gradient, counted from their shapes (`benchmarks.flops`): elementwise work and optimizer
   take time and count nothing. A bf16 network is held against the bf16 rate;
-- of a smaller network of each kind, 8 members in each of the two programs of `mae_align.programs` against 8 runs one after
-  the other. That is the evidence for the choice there;
-- with `--torch`, the same MLP and masked autoencoder in PyTorch (`benchmarks.torch_models`), where it is installed, with
-  one thread per core as JAX has it.
+- of a smaller network of each kind, 8 members in each of the two programs of `mae_align.programs` against 8 runs one
+  after the other. That is the evidence for the choice there;
+- with `--torch`, the same MLP and masked autoencoder in PyTorch (`benchmarks.torch_models`), where it is installed,
+  with one thread per core as JAX has it.
 
 A step is all of it: gather the batch, draw masks, gradient, clip, AdamW. Compilation is timed apart. One device.
 """
@@ -216,7 +216,9 @@ def measure_networks(config: Config, images: np.ndarray) -> list[Row]:
     rates = {name: MatmulRate(dtype, config.matmul_sizes) for name, dtype in _DTYPES.items()}
     chosen = {network: case for network, case in cases(config.tiny).items() if network in config.networks}
     runs = {
-        (network, name): JaxRun(case, images, dtype) for network, case in chosen.items() for name, dtype in _DTYPES.items()
+        (network, name): JaxRun(case, images, dtype)
+        for network, case in chosen.items()
+        for name, dtype in _DTYPES.items()
     }
     contestants: dict[Any, Callable[[], object]] = {**rates, **runs}
     seconds = take_turns(contestants, config.repeats)

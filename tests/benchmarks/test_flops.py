@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import itertools
 from typing import Any
 
 import jax
@@ -43,8 +44,9 @@ def test_convolutions_and_their_gradients(stride: int, padding: str, kernel: tup
     x, k = jnp.ones((4, 9, 8, 3)), jnp.ones((*kernel, 3, 5))
 
     def convolve(x: jax.Array, k: jax.Array) -> jax.Array:
+        layout, spread = ("NHWC", "HWIO", "NHWC"), (dilation, dilation)
         return jax.lax.conv_general_dilated(
-            x, k, (stride, stride), padding, rhs_dilation=(dilation, dilation), dimension_numbers=("NHWC", "HWIO", "NHWC")
+            x, k, (stride, stride), padding, rhs_dilation=spread, dimension_numbers=layout
         )
 
     def gradients(x: jax.Array, k: jax.Array, upstream: jax.Array) -> Any:
@@ -60,7 +62,7 @@ def test_convolutions_and_their_gradients(stride: int, padding: str, kernel: tup
 def test_mlp_by_formula() -> None:
     """2 m n per sample and layer, three times, less the gradient by the images."""
     batch, widths = 6, (192, 16, 5, 16, 192)
-    layers = [a * b for a, b in zip(widths, widths[1:], strict=False)]
+    layers = [a * b for a, b in itertools.pairwise(widths)]
     biases = 2 * batch * sum(widths[1:])  # their gradients are products with ones
     gradient, parameters = _gradient(MLPAutoencoder(PIXELS, hidden=(16,), latent=5, rngs=nnx.Rngs(0)))
     expected = 2 * batch * (3 * sum(layers) - layers[0]) + biases
@@ -111,7 +113,7 @@ def test_turns() -> None:
     """Warm rounds do not count; every round begins with another contestant."""
     calls: list[str] = []
     seconds = timing.take_turns({name: (lambda name=name: calls.append(name)) for name in "abc"}, repeats=3, warm=1)
-    assert "".join(calls) == "cab" "abc" "bca" "cab"
+    assert "".join(calls) == "cababcbcacab"
     assert {name: len(found) for name, found in seconds.items()} == dict(a=3, b=3, c=3)
     rate = timing.MatmulRate(jnp.float32, (64, 128), repeats=2)
     rate()

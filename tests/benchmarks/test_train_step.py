@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def test_networks(capsys: pytest.CaptureFixture[str]) -> None:
         assert row.compile_seconds > 0.0
     # 2 m n a layer and image, three times, without the gradient by the images; biases are products with ones.
     widths = (3072, 16, 4, 16, 3072)
-    layers = [a * b for a, b in zip(widths, widths[1:], strict=False)]
+    layers = [a * b for a, b in itertools.pairwise(widths)]
     expected = 2 * 16 * (3 * sum(layers) - layers[0]) + 2 * 16 * sum(widths[1:])
     assert rows[0].flops == rows[1].flops == expected
     printed = capsys.readouterr().out
