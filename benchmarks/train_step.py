@@ -153,15 +153,29 @@ def small_cases(tiny: bool) -> dict[Network, Case]:
     return {case.network: case for case in found}
 
 
+def step_flops(case: Case, pixels: Pixels) -> int:
+    """Operations of the products and convolutions in one step; traced, not run."""
+    model = nnx.eval_shape(lambda: case.make(pixels, jnp.float32)(nnx.Rngs(0)))
+    graph, parameters, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(parameters: nnx.State, rest: nnx.State, images: jax.Array) -> jax.Array:
+        model = nnx.merge(graph, parameters, rest, copy=True)
+        model.train()
+        return model.loss(images, jax.random.key(0))[0]
+
+    images = jax.ShapeDtypeStruct((case.batch, *pixels.image_shape), jnp.float32)
+    return count_flops(jax.grad(loss), parameters, rest, images)
+
+
 class JaxRun:
     """Training steps of an ensemble of one case; the first call compiles, in `compile_seconds`."""
 
     def __init__(
         self, case: Case, images: np.ndarray, dtype: Any, members: int = 1, program: Program | None = None
     ) -> None:
-        self.case, self.make = case, case.make(Pixels.from_images(images), dtype)
+        self.case = case
         self.training = Training(
-            self.make,
+            case.make(Pixels.from_images(images), dtype),
             reconstruct,
             adamw(_OPTIMIZER),
             batch_size=case.batch,
@@ -180,18 +194,6 @@ class JaxRun:
         """Steps of a timing; what to wait for."""
         self.state, metrics = self.training.advance(self.state, self.data, self.case.steps)
         return self.state.params, metrics
-
-    def flops(self) -> int:
-        """Operations of the products and convolutions in one step of one member."""
-        graph, parameters, rest = nnx.split(nnx.eval_shape(lambda: self.make(nnx.Rngs(0))), nnx.Param, ...)
-
-        def loss(parameters: nnx.State, rest: nnx.State, images: jax.Array) -> jax.Array:
-            model = nnx.merge(graph, parameters, rest, copy=True)
-            model.train()
-            return model.loss(images, jax.random.key(0))[0]
-
-        images = jax.ShapeDtypeStruct((self.case.batch, *self.training.image_shape), jnp.float32)
-        return count_flops(jax.grad(loss), parameters, rest, images)
 
     def parameters(self) -> int:
         """Trained numbers of one member."""
@@ -220,6 +222,7 @@ def measure_networks(config: Config, images: np.ndarray) -> list[Row]:
         for network, case in chosen.items()
         for name, dtype in _DTYPES.items()
     }
+    pixels = Pixels.from_images(images)
     contestants: dict[Any, Callable[[], object]] = {**rates, **runs}
     seconds = take_turns(contestants, config.repeats)
     for name, rate in rates.items():
@@ -229,7 +232,7 @@ def measure_networks(config: Config, images: np.ndarray) -> list[Row]:
         case = run.case
         if name == "float32":
             print(f"{case.describe()}; {run.parameters():,} parameters, {run.training.program.name}")
-        step, flops = statistics.median(seconds[network, name]) / case.steps, run.flops()
+        step, flops = statistics.median(seconds[network, name]) / case.steps, step_flops(case, pixels)
         share = flops / step / rates[name].best
         row = Row(network, name, step, case.batch / step, flops, share, run.compile_seconds)
         rows.append(row)
@@ -244,7 +247,8 @@ def measure_networks(config: Config, images: np.ndarray) -> list[Row]:
 def measure_ensembles(config: Config, images: np.ndarray) -> dict[tuple[Network, int, Program], float]:
     """Seconds of a step of a member: alone, and of an ensemble, in both programs; printed.
 
-    The ratio is to runs of one member after the other, each in its faster program.
+    The ratio is to runs of one member after the other, each in its faster program. One run is made as often as there
+    are members: they all cost the same.
     """
     print(f"{config.members} members in one call against {config.members} runs one after the other, float32:")
     found = {}
@@ -256,7 +260,6 @@ def measure_ensembles(config: Config, images: np.ndarray) -> dict[tuple[Network,
             for members in (1, config.members)
             for program in Program
         }
-        # As many steps for one member: a run as often as there are members.
         contestants = {
             key: (lambda run=run, times=config.members // key[0]: [run() for _ in range(times)][-1])
             for key, run in runs.items()

@@ -76,7 +76,7 @@ def test_masked_autoencoder_by_formula_and_xla() -> None:
         patch_size=2,
         mask_ratio=0.75,
         width=width,
-        depth=2,
+        depth=1,
         heads=4,
         decoder_width=narrow,
         decoder_depth=1,
@@ -88,7 +88,7 @@ def test_masked_autoencoder_by_formula_and_xla() -> None:
         return tokens * 12 * width**2 + 2 * tokens**2 * width
 
     embed = visible * values * width
-    products = embed + 2 * block(1 + visible, width) + (1 + visible) * width * narrow
+    products = embed + block(1 + visible, width) + (1 + visible) * width * narrow
     products += block(1 + patches, narrow) + patches * narrow * values
     expected = 2 * batch * (3 * products - embed)
     gradient, parameters = _gradient(model)
