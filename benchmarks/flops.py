@@ -62,17 +62,21 @@ def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
                 yield item
 
 
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
+
+
 def _of_dot(equation: core.JaxprEqn) -> int:
     (contracted, _), _ = equation.params["dimension_numbers"]
-    left = equation.invars[0].aval.shape
-    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    left = _shape(equation.invars[0])
+    return 2 * math.prod(_shape(equation.outvars[0])) * math.prod(left[axis] for axis in contracted)
 
 
 def _of_convolution(equation: core.JaxprEqn) -> int:
     params = equation.params
     numbers = params["dimension_numbers"]
-    image, kernel = (variable.aval.shape for variable in equation.invars[:2])
-    out = equation.outvars[0].aval.shape
+    image, kernel = map(_shape, equation.invars[:2])
+    out = _shape(equation.outvars[0])
     pairs = 1
     for axis in range(len(image) - 2):
         pairs *= _meetings(

@@ -145,9 +145,7 @@ class MaskedAutoencoder(nn.Module):
         """Mean squared error on the hidden patches. noise [b, patches]: the smallest ones stay visible."""
         patches = self.patchify(self.normalize(images))
         batch, count, size = patches.shape
-        if noise is None:
-            noise = torch.rand(batch, count)
-        order = noise.argsort(dim=1)
+        order = (torch.rand(batch, count) if noise is None else noise).argsort(dim=1)
         visible = self.sizes.visible
         patches = patches.gather(1, order[..., None].expand(-1, -1, size))
 

@@ -42,6 +42,7 @@ from mae_align.errors import InputError
 from mae_align.models import (
     VIT_NANO,
     VIT_TINY,
+    Autoencoder,
     ConvAutoencoder,
     MaskedAutoencoder,
     MLPAutoencoder,
@@ -106,7 +107,7 @@ class Case:
     batch: int
     steps: int
 
-    def make(self, pixels: Pixels, dtype: Any) -> Callable[[nnx.Rngs], nnx.Module]:
+    def make(self, pixels: Pixels, dtype: Any) -> Callable[[nnx.Rngs], Autoencoder]:
         """The network of given random numbers."""
         given = dict(self.arguments, dtype=dtype)
         return lambda rngs: _CLASSES[self.network](pixels, rngs=rngs, **given)
