@@ -79,7 +79,7 @@ class Config:
     """matched: all pixels, what the closed form solves; standard: hidden patches, normalised, as published."""
     seeds: tuple[int, ...] = (0, 1)
     """Seeds of the networks; trained together."""
-    network: NetworkConfig = NetworkConfig()
+    network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
     """The masked autoencoders."""
     ks: tuple[int, ...] = (8, 32, 128)
     """Numbers of features of the closed form, beside the mean over log k."""
@@ -206,7 +206,7 @@ class _Parts:
         self.identity = fingerprint(arrays, {"tasks": [task.name for task in run.probe_tasks]})
         self._store = PointStore(folder, self.identity)
 
-    def once(self, key: str, compute: Any) -> list[dict[str, Any]]:
+    def once(self, key: str, compute: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """The rows of that name: read where they are finished, computed and written where not."""
         found = self._store.load(key)
         if found is None:
