@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -66,7 +66,7 @@ class Run:
 
     Attributes:
         advance: (state, orders, source, num_steps) -> (state, orders, metrics [steps_per_call, E]); state and orders
-            are donated, rows of the metrics from the number of steps on are 0, `orders` is None for batches of a stream.
+            are donated, rows of the metrics from the number of steps on are 0, `orders` is None for a stream.
         lower: (state, orders, source) -> the program that is dispatched, lowered: its cost, memory and collectives.
     """
 
@@ -80,7 +80,7 @@ class Recipe:
 
     Attributes:
         graphdef: of the model. objective: see :data:`mae_align.train_state.Objective`. optimizer: of one member.
-        batch_size: B. mesh: with axes "ensemble" and "data".
+        batch_size: B. mesh: with axes "ensemble" and "data". compiler_options: of XLA, as `jax.jit` takes them.
     """
 
     graphdef: Any
@@ -88,6 +88,7 @@ class Recipe:
     optimizer: optax.GradientTransformation
     batch_size: int
     mesh: Mesh
+    compiler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def sharding(self, *axes: str | None) -> NamedSharding:
         """A sharding over the mesh, named axis by axis."""
@@ -97,6 +98,11 @@ class Recipe:
         """A host array on every device of the mesh; an explicit transfer, without a collective."""
         value = np.asarray(value)
         return place(value.shape, self.sharding(), lambda part: value[part])
+
+    def jit(self, function: Callable[..., Any], out_shardings: Any, donate_argnums: tuple[int, ...] = ()) -> Any:
+        """`jax.jit` with the options of this recipe."""
+        options = dict(self.compiler_options)
+        return jax.jit(function, out_shardings=out_shardings, donate_argnums=donate_argnums, compiler_options=options)
 
     def settled(self, out: T) -> T:
         """What was computed; waits for it on several devices of a CPU.
@@ -216,7 +222,7 @@ def _vmapped_scan(recipe: Recipe, layout: tuple[Any, Any, Any], steps_per_call: 
         blank = recipe.blank_metrics(state, orders, source, steps_per_call)
         return jax.lax.fori_loop(0, num_steps, body, (state, orders, blank))
 
-    compiled = jax.jit(train_steps, donate_argnums=(0, 1), out_shardings=layout)
+    compiled = recipe.jit(train_steps, layout, donate_argnums=(0, 1))
 
     def run(state: TrainState, orders: Orders | None, source: Source, num_steps: int) -> Made:
         return recipe.settled(compiled(state, orders, source, recipe.on_all(np.int32(num_steps))))
@@ -265,7 +271,7 @@ def _one_by_one(recipe: Recipe, layout: tuple[Any, Any, Any], steps_per_call: in
         return _moved(state, put(stack, moving), state.step + last), orders, after
 
     first = jax.jit(begin, out_shardings=layout[2])
-    compiled = jax.jit(train_step, donate_argnums=(0, 1, 2), out_shardings=layout)
+    compiled = recipe.jit(train_step, layout, donate_argnums=(0, 1, 2))
 
     def run(state: TrainState, orders: Orders | None, source: Source, num_steps: int) -> Made:
         turn = first(state, orders, source)
@@ -301,9 +307,9 @@ def compile_features(program: Program, recipe: Recipe) -> Callable[[TrainState, 
         return encode(params, rest, images)
 
     if program is Program.VMAPPED_SCAN:
-        every = jax.jit(of_all, out_shardings=recipe.sharding())
+        every = recipe.jit(of_all, recipe.sharding())
         return lambda state, images: np.asarray(every(state, images))
-    one = jax.jit(of_one, out_shardings=recipe.sharding())
+    one = recipe.jit(of_one, recipe.sharding())
 
     def one_by_one(state: TrainState, images: jax.Array) -> np.ndarray:
         turns = (recipe.on_all(np.int32(member)) for member in range(state.num_members))

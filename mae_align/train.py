@@ -9,7 +9,7 @@ on one machine, and members of the same seed see the same batches, masks and ini
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from mae_align.devices import train_mesh
+from mae_align.devices import is_cpu, train_mesh
 from mae_align.errors import InputError
 from mae_align.patches import ImageShape
 from mae_align.programs import Program, Recipe, choose_program, compile_features, compile_run, in_eval_mode, pick, place
@@ -66,6 +66,7 @@ class Training:
             "ensemble", the images of a batch over "data", on which parameters are copied.
         steps_per_call: most steps of one dispatch; default 64. The result does not depend on it.
         program: default: the faster one, :func:`mae_align.programs.choose_program`.
+        compiler_options: of XLA for the programs of steps and features, as `jax.jit` takes them.
 
     Raises:
         InputError: sizes that the mesh does not divide, or a model that keeps random numbers of its own.
@@ -103,6 +104,7 @@ class Training:
         mesh: Mesh | None = None,
         steps_per_call: int | None = None,
         program: Program | None = None,
+        compiler_options: Mapping[str, Any] | None = None,
     ) -> None:
         mesh = train_mesh() if mesh is None else mesh
         if tuple(mesh.axis_names) != ("ensemble", "data"):
@@ -131,7 +133,7 @@ class Training:
         self.batch_size, self.num_members, self.steps_per_call = batch_size, num_members, steps
         self.image_shape: ImageShape = tuple(model.image_shape)
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-        self._recipe = Recipe(graphdef, objective, optimizer, batch_size, mesh)
+        self._recipe = Recipe(graphdef, objective, optimizer, batch_size, mesh, compiler_options or {})
         self._make_model, self._num_classes = make_model, None
         if hasattr(model, "logits"):
             image = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
@@ -143,7 +145,9 @@ class Training:
         self.abstract_state: TrainState = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout
         )
-        self._init = jax.jit(self._initial, out_shardings=layout)
+        # It runs once, and XLA takes seconds to optimise random numbers for a CPU.
+        quick = {"xla_backend_optimization_level": 0} if is_cpu(mesh.devices.flat[0]) else None
+        self._init = jax.jit(self._initial, out_shardings=layout, compiler_options=quick)
         self._run = compile_run(program, self._recipe, layout, steps)
         self._blank = jax.jit(Orders.blank, static_argnums=1, out_shardings=self._recipe.sharding("ensemble"))
         self._order = jax.jit(permutations, static_argnums=2, out_shardings=self._recipe.sharding("ensemble"))

@@ -17,7 +17,7 @@ from mae_align.optimizer import adamw
 from mae_align.programs import Program, choose_program
 from mae_align.train import Training, reconstruct
 from mae_align.train_state import step_key, weights_key
-from tests.train_cases import BATCH, CONFIG, N, examples, guided, leaves, same_bits, training
+from tests.train_cases import BATCH, CONFIG, QUICK, N, examples, guided, leaves, same_bits, training
 
 MEMBERS = {"learning_rates": [1.0, 0.5, 2.0], "guidance": [0.0, 0.3, 1.0]}
 SEEDS = [5, 2**32 - 1, 5]
@@ -39,7 +39,7 @@ def ensemble():
 
 
 def test_a_member_moves_as_by_hand(ensemble):
-    """Member 1: its batches, masks, guidance, learning rate, clipping and decay, by a loop without any of the programs."""
+    """Member 1: its batches, masks, guidance, learning rate, clipping and decay, without any of the programs."""
     state, metrics = ensemble
     images, labels = examples()
     key = jax.random.key(SEEDS[1])
@@ -64,7 +64,8 @@ def test_a_member_moves_as_by_hand(ensemble):
         norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(grad)))
         for name, value in {"loss": loss, "gradient_norm": norm, **found}.items():
             np.testing.assert_allclose(metrics[name][step, 1], value, rtol=1e-5, err_msg=f"{name} of step {step}")
-        grad = jax.tree.map(lambda g, by=min(1.0, CONFIG.clip_norm / norm): g * by, grad)
+        shrink = min(1.0, CONFIG.clip_norm / norm)
+        grad = jax.tree.map(lambda g, by=shrink: g * by, grad)
         scaled, moments = adam.update(grad, moments)
         rate = 0.5 * CONFIG.learning_rate * min((step + 1) / CONFIG.warmup_steps, 1.0)
         if step >= CONFIG.warmup_steps:
@@ -89,10 +90,14 @@ def test_orders_are_permutations_of_seed_and_epoch(ensemble):
 
 def test_the_same_seed_is_the_same_run_bit_for_bit_however_it_is_cut(ensemble):
     state, metrics = ensemble
-    for which, calls in ((training(), (TOTAL,)), (training(), (1, 5, 7)), (training(steps=4), (9, 4))):
-        again, found = run(which, calls=calls)
+    for calls in ((TOTAL,), (1, 5, 7)):
+        again, found = run(training(), calls=calls)
         same_bits(state, again)
         assert all(np.array_equal(metrics[name], found[name]) for name in metrics)
+    # Calls of more steps than a dispatch has.
+    (one, whole), (two, parts) = (run(training(1, steps=4), [3], calls, guidance=[0.5]) for calls in ((TOTAL,), (9, 4)))
+    same_bits(one, two)
+    assert all(np.array_equal(whole[name], parts[name]) and len(whole[name]) == TOTAL for name in whole)
 
 
 def test_a_memo_of_one_run_does_not_reach_another(ensemble):
@@ -105,7 +110,9 @@ def test_a_memo_of_one_run_does_not_reach_another(ensemble):
 def test_a_member_is_a_run_of_it_alone(ensemble):
     state, metrics = ensemble
     for i in range(3):
-        alone, found = run(training(1), [SEEDS[i]], **{name: values[i : i + 1] for name, values in MEMBERS.items()})
+        alone, found = run(
+            training(1, steps=4), [SEEDS[i]], **{name: values[i : i + 1] for name, values in MEMBERS.items()}
+        )
         for name in metrics:
             np.testing.assert_allclose(found[name][:, 0], metrics[name][:, i], rtol=1e-5, atol=1e-7)
         for one, many in zip(leaves(alone.params), leaves(state.params), strict=True):
@@ -141,9 +148,6 @@ def test_a_second_call_compiles_nothing_and_no_call_transfers(program):
     # Donated: there is one copy of the state.
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old)) and int(state.step) == 9
     assert not data.images.is_deleted()
-    memory = which.lower(state, data).compile().memory_analysis()
-    size = sum(x.nbytes for x in jax.tree.leaves((state.params, state.rest, state.opt_state)))
-    assert memory.alias_size_in_bytes >= size
 
 
 def test_one_by_one_is_the_same_run(ensemble):
@@ -169,8 +173,6 @@ def test_program_choice():
 def test_metrics_have_a_row_for_each_step(ensemble):
     _, metrics = ensemble
     assert {value.shape for value in metrics.values()} == {(TOTAL, 3)}
-    _, found = run(training(steps=4), calls=(4,))
-    np.testing.assert_array_equal(found["loss"], metrics["loss"][:4])
 
 
 @pytest.mark.parametrize("program", Program)
@@ -192,21 +194,23 @@ def test_features_are_those_of_the_models(program, ensemble):
 def test_compute_in_bfloat16_keeps_parameters_in_float32():
     images = examples()[0]
 
-    def losses(dtype):
-        which = Training(
-            lambda rngs: MLPAutoencoder(Pixels.from_images(images), hidden=(), latent=4, dtype=dtype, rngs=rngs),
-            reconstruct,
-            adamw(dataclasses.replace(CONFIG, warmup_steps=0)),
-            batch_size=BATCH,
-            num_members=1,
-            mesh=train_mesh(devices=jax.devices()[:1]),
-        )
-        state = which.init([0])
-        assert {x.dtype.name for x in jax.tree.leaves((state.params, state.opt_state))} == {"float32", "int32"}
-        state, metrics = which.advance(state, which.put(images), 40)
-        assert {x.dtype.name for x in jax.tree.leaves((state.params, state.opt_state))} == {"float32", "int32"}
-        return np.asarray(metrics["loss"])
+    def make(dtype):
+        pixels = Pixels.from_images(images)
+        return lambda rngs: MLPAutoencoder(pixels, hidden=(), latent=4, dtype=dtype, rngs=rngs)
 
-    full, half = losses(jnp.float32), losses(jnp.bfloat16)
-    assert (full != half).any() and full[-5:].mean() < 0.8 * full[:5].mean()
-    np.testing.assert_allclose(half, full, rtol=0.05)
+    which = Training(
+        make(jnp.bfloat16),
+        reconstruct,
+        adamw(dataclasses.replace(CONFIG, warmup_steps=0)),
+        batch_size=BATCH,
+        num_members=1,
+        mesh=train_mesh(devices=jax.devices()[:1]),
+        compiler_options=QUICK,
+    )
+    state = which.init([0])
+    rows = np.asarray(which.order(state, 0, N))[0, :BATCH]
+    full = make(jnp.float32)(nnx.Rngs(weights_key(jax.random.key(0)))).loss(images[rows], jax.random.key(0))[0]
+    state, metrics = which.advance(state, which.put(images), 40)
+    assert {x.dtype.name for x in jax.tree.leaves((state.params, state.opt_state))} == {"float32", "int32"}
+    loss = np.asarray(metrics["loss"])[:, 0]
+    assert 0 < abs(loss[0] / full - 1) < 0.01 and loss[-5:].mean() < 0.8 * loss[:5].mean()
