@@ -137,8 +137,6 @@ def batches(
         >>> [len(batch.labels) for batch in stream]
         [1000, 438]
     """
-    import grain
-
     n = len(source)
     count = batches_per_epoch(
         n,
@@ -149,22 +147,97 @@ def batches(
     )
     if epochs is not None and epochs < 1:
         raise InputError(f"epochs {epochs}: give at least 1, or None for endless")
-    if seed is not None and not 0 <= seed < 2**32:
-        raise InputError(f"seed {seed}: give an integer from 0 to 2^32 - 1")
-    if threads is None:
-        threads = 0 if source.in_memory else os.cpu_count() or 1
-    if threads < 0:
-        raise InputError(f"threads {threads}: give at least 0")
+    _check_seed(seed)
+    threads = _threads(threads, source)
     if count == 0 and epochs is None:
         raise InputError(
             f"process {process_index} of {process_count} gets no batch of {batch_size} from {n} images: "
             "give a smaller batch_size, or fewer processes"
         )
-    order = grain.MapDataset.range(n)
-    if seed is not None:
-        order = order.shuffle(seed=seed)
     share = process_range(n, process_index, process_count)
-    positions = order[share.start : share.stop].batch(batch_size, drop_remainder=drop_remainder)
+    positions = _order(n, seed)[share.start : share.stop].batch(batch_size, drop_remainder=drop_remainder)
+    return _read(source, positions, epochs, threads)
+
+
+def global_batches(
+    source: ImageSource,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    seed: int | None = None,
+    threads: int | None = None,
+) -> grain.IterDataset[ImageBatch]:
+    """One process's part of every batch of an endless stream, for training in step with the other processes.
+
+    Batch s is the same set of images for every number of processes p; process i takes its rows i b / p to
+    (i + 1) b / p - 1. The images of an epoch that fill no batch are left out. The state of the iterator is a count of
+    batches, as in :func:`batches`, here equal in all processes and independent of their number.
+
+    Args:
+        source: images by position.
+        batch_size: b, of all processes together.
+        process_index: this process. process_count: of how many; divides ``batch_size``.
+        seed: of the shuffles, 0 <= seed < 2^32; None keeps the order of the source.
+        threads: as in :func:`batches`.
+
+    Returns:
+        A grain ``IterDataset`` of :class:`ImageBatch` of b / p images.
+
+    Raises:
+        InputError: fewer than b images, a batch that cannot be shared equally, sizes, seed or processes out of range.
+
+    Example:
+        >>> from mae_align.data import open_source
+        >>> parts = [
+        ...     next(
+        ...         iter(global_batches(open_source("digits", "train"), batch_size=6, process_index=i, process_count=2))
+        ...     )
+        ...     for i in (0, 1)
+        ... ]
+        >>> [part.indices.tolist() for part in parts]
+        [[0, 1, 2], [3, 4, 5]]
+    """
+    n = len(source)
+    part = process_range(batch_size, process_index, process_count)
+    if not 1 <= batch_size <= n:
+        raise InputError(f"batch_size {batch_size} of {n} images: give from 1 to {n}")
+    if batch_size % process_count:
+        raise InputError(f"batch_size {batch_size} for {process_count} processes: give a multiple of their number")
+    _check_seed(seed)
+    positions = _order(n, seed).batch(batch_size, drop_remainder=True)
+    # Before anything is read: a process reads its own rows alone.
+    mine = positions.map(lambda indices: indices[part.start : part.stop])
+    return _read(source, mine, None, _threads(threads, source))
+
+
+def _check_seed(seed: int | None) -> None:
+    if seed is not None and not 0 <= seed < 2**32:
+        raise InputError(f"seed {seed}: give an integer from 0 to 2^32 - 1")
+
+
+def _threads(threads: int | None, source: ImageSource) -> int:
+    """Threads that read ahead."""
+    if threads is None:
+        return 0 if source.in_memory else os.cpu_count() or 1
+    if threads < 0:
+        raise InputError(f"threads {threads}: give at least 0")
+    return threads
+
+
+def _order(n: int, seed: int | None) -> grain.MapDataset[int]:
+    """The positions of one epoch; repeated, each epoch has an order of its own."""
+    import grain
+
+    order = grain.MapDataset.range(n)
+    return order if seed is None else order.shuffle(seed=seed)
+
+
+def _read(
+    source: ImageSource, positions: grain.MapDataset[np.ndarray], epochs: int | None, threads: int
+) -> grain.IterDataset[ImageBatch]:
+    """The images at batches of positions, repeated."""
+    import grain
 
     def read(indices: np.ndarray) -> ImageBatch:
         indices = np.asarray(indices, np.int64)
