@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -116,8 +117,8 @@ class Checkpoints:
     ) -> Checkpoints:
         """Open the folder of a run, made if missing; all processes together.
 
-        Half-written checkpoints of a killed run are removed. Those with cut off or missing files are put aside as
-        ``damaged-STEP``, with a warning.
+        What a killed run has written or removed by half is removed. Other checkpoints with cut off or missing files
+        are put aside as ``damaged-STEP``, with a warning.
 
         Args:
             folder: seen by all processes.
@@ -313,27 +314,43 @@ def _claim(folder: Path, identity: str) -> str | None:
 
 def _put_aside_damaged(folder: Path) -> str | None:
     """Put checkpoints aside whose files are cut off or missing; what is wrong if no other is left, or None."""
-    steps = sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal())
-    whole = [step for step in steps if _is_whole(folder / str(step))]
-    damaged = sorted(set(steps) - set(whole))
-    if damaged and not whole:
-        return _none_left(folder, damaged)
-    for step in damaged:
-        _put_aside(folder, step, max(whole))
+    found = {int(entry.name): _condition(entry) for entry in folder.iterdir() if entry.name.isdecimal()}
+    whole = [step for step, condition in found.items() if condition is _Condition.WHOLE]
+    if found and not whole:
+        return _none_left(folder, list(found))
+    for step, condition in found.items():
+        if condition is _Condition.PARTIAL and step < max(whole):
+            # A run was killed while it removed the old one.
+            shutil.rmtree(folder / str(step))
+        elif condition is not _Condition.WHOLE:
+            _put_aside(folder, step, max(whole))
     return None
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether all files have the sizes they had when it was complete, and those that Orbax reads at once are JSON."""
+class _Condition(enum.Enum):
+    """Of the files of a checkpoint: all as they were; some missing and the others as they were; some changed."""
+
+    WHOLE = enum.auto()
+    PARTIAL = enum.auto()
+    CHANGED = enum.auto()
+
+
+def _condition(checkpoint: Path) -> _Condition:
+    """By size; and the files that Orbax reads at once are JSON."""
     try:
         for file in (checkpoint / "about" / "metadata", checkpoint / "metrics" / "metrics"):
             if file.exists():
                 json.loads(file.read_text(encoding="utf-8"))
         sizes = checkpoint / _SIZES
-        # A run that was killed just after a save has not written them.
-        return not sizes.exists() or json.loads(sizes.read_text(encoding="utf-8")) == _sizes(checkpoint)
+        if not sizes.exists():
+            # A run that was killed just after a save has not written them.
+            return _Condition.WHOLE if (checkpoint / "about" / "metadata").exists() else _Condition.PARTIAL
+        before, now = json.loads(sizes.read_text(encoding="utf-8")), _sizes(checkpoint)
     except (ValueError, OSError):
-        return False
+        return _Condition.CHANGED
+    if before == now:
+        return _Condition.WHOLE
+    return _Condition.PARTIAL if now.items() <= before.items() else _Condition.CHANGED
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:

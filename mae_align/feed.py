@@ -11,7 +11,6 @@ import numpy as np
 
 from mae_align.data.pipeline import global_batches
 from mae_align.data.source import ImageSource
-from mae_align.errors import InputError
 
 if TYPE_CHECKING:
     from mae_align.train import DeviceData, Training, TrainState
@@ -59,49 +58,33 @@ class ResidentImages:
 
 
 class StreamedBatches:
-    """Images read from disk (or memory) batch by batch; each process reads its part of every batch.
+    """Images read from disk (or memory) batch by batch; each process reads its rows of every batch.
 
-    Batch s is the same set of images for every number of processes and devices. Threads read ahead, and the
-    next batches are put together while the device computes, since its results are not waited for.
+    Batch s is the same set of images for every number of processes and devices, and for all members. Threads read
+    ahead, and the next batches are put together while the device computes, since its results are not waited for.
 
     Args:
+        training: whose batches these are.
         source: images by position.
-        batch_size: of all processes together; a multiple of their number.
         seed: of the order, drawn anew every epoch.
         threads: that read ahead, see :func:`mae_align.data.pipeline.global_batches`.
 
     Raises:
-        InputError: fewer images than a batch, a batch that processes cannot share, a seed out of range.
-
-    Example:
-        >>> from mae_align.data import open_source
-        >>> stream = StreamedBatches(open_source("digits", "train"), batch_size=32, seed=0)
-        >>> stream.take(2)[0].shape, stream.position()
-        ((2, 32, 8, 8, 1), {'next_index': 2})
+        InputError: fewer images than a batch, a seed out of range.
     """
 
-    def __init__(self, source: ImageSource, *, batch_size: int, seed: int, threads: int | None = None) -> None:
-        self._iterator = iter(
-            global_batches(
-                source,
-                batch_size=batch_size,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-                seed=seed,
-                threads=threads,
-            )
-        )
-        self.batch_size = batch_size
+    def __init__(self, training: Training, source: ImageSource, *, seed: int, threads: int | None = None) -> None:
+        rows = training.batch_rows
+        stream = global_batches(source, batch_size=training.batch_size, rows=rows, seed=seed, threads=threads)
+        self._iterator = iter(stream)
 
     def take(self, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """This process's part of the next batches: images [S, b, h, w, c] and labels [S, b] int32."""
+        """This process's rows of the next batches: images [S, b, h, w, c] and labels [S, b] int32."""
         parts = [next(self._iterator) for _ in range(num_steps)]
         return np.stack([part.images for part in parts]), np.stack([part.labels for part in parts]).astype(np.int32)
 
     def advance(self, training: Training, state: TrainState, num_steps: int) -> tuple[TrainState, Metrics]:
         """See :meth:`Feed.advance`."""
-        if training.batch_size != self.batch_size:
-            raise InputError(f"batches of {self.batch_size} images for a training of {training.batch_size}")
         return training.advance_batches(state, *self.take(num_steps))
 
     def position(self) -> dict[str, Any]:

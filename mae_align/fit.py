@@ -102,7 +102,7 @@ def fit(
     log: MetricLog | None = None,
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
-    steps_per_call: int = 10,
+    steps_per_call: int | None = None,
     log_every: int | None = None,
 ) -> TrainState:
     """Train up to a number of steps, from the latest checkpoint if there is one.
@@ -123,7 +123,7 @@ def fit(
         log: where metrics go; started here.
         evaluate: (state, step) -> values, numbers or one per member [E]; called by all processes.
         evaluate_every: steps from one evaluation to the next; None for the end only.
-        steps_per_call: steps per dispatch.
+        steps_per_call: steps per dispatch; None: those of ``training``.
         log_every: steps per line of metrics, which has their mean; None: ``steps_per_call``.
 
     Returns:
@@ -140,8 +140,8 @@ def fit(
             raise InputError(f"{name}={value}: give at least 1")
     schedule = Schedule(
         num_steps,
-        steps_per_call,
-        log_every or steps_per_call,
+        steps_per_call or training.steps_per_call,
+        log_every or steps_per_call or training.steps_per_call,
         None if evaluate is None else evaluate_every or num_steps,
         None if checkpoints is None else checkpoints.every,
     )

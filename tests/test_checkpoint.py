@@ -171,6 +171,18 @@ def test_a_file_of_any_kind_cut_off_or_lost_costs_the_newest_checkpoint_alone(tm
         assert {p.name for p in folder.iterdir()} == {"4", "6", "damaged-6", "identity.json"}
 
 
+@pytest.mark.parametrize("lost", ["state", "sizes.json and about"])
+def test_an_old_checkpoint_that_was_being_removed_is_removed(tmp_path, two_steps, lost):
+    """No warning: nothing that anyone wanted is lost."""
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    for name in lost.split(" and "):
+        path = tmp_path / "4" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with opened(tmp_path, keep_best=BestBy("loss")) as checkpoints:
+        assert checkpoints.steps() == [6] and checkpoints.restore(state(0)).step == 6
+    assert {p.name for p in tmp_path.iterdir()} == {"6", "identity.json"}
+
+
 def test_other_content_of_the_right_sizes_is_found_by_its_checksum(tmp_path, two_steps):
     """As when a disk gives back zeros or old blocks: here the arrays of another step."""
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from mae_align.data.pipeline import global_batches
 from mae_align.data.source import ArraySource
 from mae_align.errors import InputError
 from mae_align.feed import StreamedBatches
+from tests.toy_training import ToyTraining
 
 
 def numbered(n: int) -> ArraySource:
@@ -19,7 +22,8 @@ def numbered(n: int) -> ArraySource:
 @pytest.mark.parametrize("seed", [None, 5])
 def test_the_batches_of_all_processes_together_are_those_of_one(seed):
     def indices(i: int, count: int) -> np.ndarray:
-        stream = iter(global_batches(numbered(26), batch_size=6, process_index=i, process_count=count, seed=seed))
+        rows = slice(i * 6 // count, (i + 1) * 6 // count)
+        stream = iter(global_batches(numbered(26), batch_size=6, rows=rows, seed=seed))
         return np.stack([next(stream).indices for _ in range(9)])
 
     alone = indices(0, 1)
@@ -33,12 +37,13 @@ def test_the_batches_of_all_processes_together_are_those_of_one(seed):
 
 @pytest.mark.parametrize("threads", [0, 3])
 def test_a_stream_goes_back_to_any_place(threads):
-    stream = StreamedBatches(numbered(20), batch_size=4, seed=0, threads=threads)
+    training: Any = ToyTraining(batch_size=4)
+    stream = StreamedBatches(training, numbered(20), seed=0, threads=threads)
     images, labels = stream.take(12)
     assert images.shape == (12, 4, 2, 2, 1) and labels.dtype == np.int32
     np.testing.assert_array_equal(images[..., 0, 0, 0], labels)
     for place in (7, 0, 5):
-        other = StreamedBatches(numbered(20), batch_size=4, seed=0)
+        other = StreamedBatches(training, numbered(20), seed=0)
         if place:
             other.take(place)
         stream.seek(other.position())
@@ -49,9 +54,7 @@ def test_a_stream_goes_back_to_any_place(threads):
 def test_batches_that_cannot_be_made_are_refused():
     with pytest.raises(InputError, match="batch_size 7 of 6 images: give from 1 to 6"):
         global_batches(numbered(6), batch_size=7)
-    with pytest.raises(InputError, match="batch_size 5 for 2 processes: give a multiple"):
-        global_batches(numbered(6), batch_size=5, process_count=2)
+    with pytest.raises(InputError, match="rows 6:8 of batches of 6: give a range"):
+        global_batches(numbered(6), batch_size=6, rows=slice(6, 8))
     with pytest.raises(InputError, match="seed -1"):
         global_batches(numbered(6), batch_size=5, seed=-1)
-    with pytest.raises(InputError, match="process 2 of 2"):
-        global_batches(numbered(6), batch_size=4, process_index=2, process_count=2)

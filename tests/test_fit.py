@@ -31,13 +31,11 @@ from tests.toy_training import ToyState, ToyTraining, images_and_labels
 STEPS = 40
 
 
-def stream() -> StreamedBatches:
+def source(training: Any, streamed: bool) -> Any:
     images, labels = images_and_labels()
-    return StreamedBatches(ArraySource(images, labels, ("a", "b", "c"), "toy"), batch_size=8, seed=1)
-
-
-def source(training: ToyTraining, streamed: bool) -> Any:
-    return stream() if streamed else training.put(*images_and_labels())
+    if not streamed:
+        return training.put(images, labels)
+    return StreamedBatches(training, ArraySource(images, labels, ("a", "b", "c"), "toy"), seed=1)
 
 
 def run(folder: Path | None = None, *, training: ToyTraining | None = None, streamed: bool = False, **options: Any):
@@ -294,8 +292,3 @@ def test_a_checkpoint_past_the_end_is_refused(tmp_path):
     run(tmp_path)
     with pytest.raises(InputError, match=r"is at step 40, past num_steps=20: ask for more"):
         run(tmp_path, num_steps=20)
-
-
-def test_a_stream_for_another_batch_size_is_refused():
-    with pytest.raises(InputError, match="batches of 8 images for a training of 16"):
-        run(training=ToyTraining(batch_size=16), streamed=True)

@@ -36,7 +36,7 @@ class ToyData(NamedTuple):
     labels: jax.Array
 
 
-def images_and_labels(n: int = 64) -> tuple[np.ndarray, np.ndarray]:
+def images_and_labels(n: int = 640) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (n, *SHAPE), dtype=np.uint8), rng.integers(0, 3, n)
 
@@ -45,7 +45,7 @@ class ToyTraining:
     """Each member predicts the label from noisy pixels by weights w and an intercept b."""
 
     def __init__(self, *, batch_size: int = 8, members: int = 2, mesh: Mesh | None = None, rate: float = 0.05) -> None:
-        self.batch_size, self.num_members = batch_size, members
+        self.batch_size, self.num_members, self.steps_per_call = batch_size, members, 4
         self.mesh = mesh or Mesh(np.array(jax.devices()), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
         self.whole, self.rows = NamedSharding(self.mesh, P()), NamedSharding(self.mesh, P(None, "data"))
         self.optimizer = optax.adamw(rate, eps=1e-6)
@@ -59,6 +59,11 @@ class ToyTraining:
                 jax.jit(self._make, static_argnums=0, out_shardings=self.whole),
             )
         self._resident, self._streamed, self._initial = _programs[key]
+
+    @property
+    def batch_rows(self) -> slice:
+        part = self.batch_size // jax.process_count()
+        return slice(jax.process_index() * part, (jax.process_index() + 1) * part)
 
     def init(self, seeds: range) -> ToyState:
         return self._initial(seeds)

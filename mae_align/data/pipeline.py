@@ -163,51 +163,45 @@ def global_batches(
     source: ImageSource,
     *,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: slice = slice(None),
     seed: int | None = None,
     threads: int | None = None,
 ) -> grain.IterDataset[ImageBatch]:
-    """One process's part of every batch of an endless stream, for training in step with the other processes.
+    """Some rows of every batch of an endless stream, for processes that train in step.
 
-    Batch s is the same set of images for every number of processes p; process i takes its rows i b / p to
-    (i + 1) b / p - 1. The images of an epoch that fill no batch are left out. The state of the iterator is a count of
-    batches, as in :func:`batches`, here equal in all processes and independent of their number.
+    Batch s is the same set of images whoever reads which rows of it: for every number of processes. The images of an
+    epoch that fill no batch are left out. The state of the iterator is a count of batches, as in :func:`batches`, here
+    equal in all processes and independent of their number.
 
     Args:
         source: images by position.
         batch_size: b, of all processes together.
-        process_index: this process. process_count: of how many; divides ``batch_size``.
+        rows: those of this process, a range of 0..b - 1.
         seed: of the shuffles, 0 <= seed < 2^32; None keeps the order of the source.
         threads: as in :func:`batches`.
 
     Returns:
-        A grain ``IterDataset`` of :class:`ImageBatch` of b / p images.
+        A grain ``IterDataset`` of :class:`ImageBatch`.
 
     Raises:
-        InputError: fewer than b images, a batch that cannot be shared equally, sizes, seed or processes out of range.
+        InputError: fewer than b images, no rows, a seed out of range.
 
     Example:
         >>> from mae_align.data import open_source
-        >>> parts = [
-        ...     next(
-        ...         iter(global_batches(open_source("digits", "train"), batch_size=6, process_index=i, process_count=2))
-        ...     )
-        ...     for i in (0, 1)
-        ... ]
-        >>> [part.indices.tolist() for part in parts]
+        >>> digits = open_source("digits", "train")
+        >>> halves = [global_batches(digits, batch_size=6, rows=rows) for rows in (slice(0, 3), slice(3, 6))]
+        >>> [next(iter(half)).indices.tolist() for half in halves]
         [[0, 1, 2], [3, 4, 5]]
     """
     n = len(source)
-    part = process_range(batch_size, process_index, process_count)
     if not 1 <= batch_size <= n:
         raise InputError(f"batch_size {batch_size} of {n} images: give from 1 to {n}")
-    if batch_size % process_count:
-        raise InputError(f"batch_size {batch_size} for {process_count} processes: give a multiple of their number")
+    if not range(batch_size)[rows]:
+        raise InputError(f"rows {rows.start}:{rows.stop} of batches of {batch_size}: give a range within them")
     _check_seed(seed)
     positions = _order(n, seed).batch(batch_size, drop_remainder=True)
     # Before anything is read: a process reads its own rows alone.
-    mine = positions.map(lambda indices: indices[part.start : part.stop])
+    mine = positions.map(lambda indices: indices[rows])
     return _read(source, mine, None, _threads(threads, source))
 
 
