@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 import mae_align as ma
 from mae_align.data import stratified_split
@@ -86,6 +88,8 @@ class TrainConfig:
     """Test images in the picture of reconstructions."""
     ensemble_axis: int = 1
     """Devices over which the networks are spread; the others split each batch."""
+    stream: bool = False
+    """Read each batch from the host's memory, for images that do not fit on the devices; all networks see the same."""
     steps_per_call: int | None = None
     """Steps that are handed to the device at once; none for as many as serve."""
     out: str | None = None
@@ -223,6 +227,8 @@ def _option(name: str) -> str:
 class Parts:
     """Finished parts of the report on disk, so that a killed run computes none of them twice.
 
+    Of several processes the first has the files, and all of them get its parts.
+
     Args:
         folder: where they are kept. split: the data they belong to.
 
@@ -240,11 +246,23 @@ class Parts:
         Args:
             key: a file name. compute: gives numbers, text, and lists and mappings of them.
         """
-        if (found := self._store.load(key)) is None:
-            text = json.dumps(compute(), default=_plain)
-            found = {"json": np.array(text)}
-            self._store.save(key, found)
-        return json.loads(str(found["json"]))
+        found = self._store.load(key)
+        text = _of_first("" if found is None else str(found["json"]))
+        if not text:
+            text = _of_first(json.dumps(compute(), default=_plain))
+            self._store.save(key, {"json": np.array(text)})
+        return json.loads(text)
+
+
+def _of_first(text: str) -> str:
+    """The text that the first process has, in every process."""
+    if jax.process_count() == 1:
+        return text
+    encoded = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(encoded))))
+    padded = np.zeros(size, np.uint8)
+    padded[: len(encoded)] = encoded[:size]
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().decode()
 
 
 def _plain(value: object) -> Any:
