@@ -2,10 +2,12 @@
 
 from mae_align.models.base import Autoencoder, BottleneckAutoencoder, ModelKind
 from mae_align.models.classifier import Classifier, classification
+from mae_align.models.conv import ConvAutoencoder
 from mae_align.models.guided import GuidedAutoencoder, scale_gradient
 from mae_align.models.layers import gelu_exact
 from mae_align.models.mlp import MLPAutoencoder
 from mae_align.models.pixels import Constant, Pixels
+from mae_align.models.resnet import ResNetAutoencoder
 from mae_align.models.vit_mae import (
     VIT_BASE,
     VIT_LARGE,
@@ -30,6 +32,7 @@ __all__ = [
     "BottleneckAutoencoder",
     "Classifier",
     "Constant",
+    "ConvAutoencoder",
     "GuidedAutoencoder",
     "MLPAutoencoder",
     "MaskedAutoencoder",
@@ -37,6 +40,7 @@ __all__ = [
     "MaskedPrediction",
     "ModelKind",
     "Pixels",
+    "ResNetAutoencoder",
     "VitSize",
     "classification",
     "gelu_exact",

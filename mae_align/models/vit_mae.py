@@ -161,7 +161,7 @@ class MaskedAutoencoder(Autoencoder):
         ...     decoder_heads=2,
         ...     rngs=nnx.Rngs(0),
         ... )
-        >>> model.masking, model.encode(images).shape
+        >>> model.masking, jax.eval_shape(model.encode, images).shape
         (FixedCountPatchMasking(patch_size=(2, 2), fill=None, num_visible=4), (5, 8))
     """
 
