@@ -86,6 +86,8 @@ class TrainConfig:
     """Peak learning rates with labels; the best on validation images is reported."""
     pictures: int = 6
     """Test images in the picture of reconstructions."""
+    devices: int | None = None
+    """Devices to train on; none for all of them."""
     ensemble_axis: int = 1
     """Devices over which the networks are spread; the others split each batch."""
     stream: bool = False
@@ -96,7 +98,7 @@ class TrainConfig:
     """Run folder; none for runs/EXPERIMENT-DATA-HASH."""
 
 
-IGNORED = ("out", "ensemble_axis", "steps_per_call", "checkpoint_every", "probes", "ends")
+IGNORED = ("out", "devices", "ensemble_axis", "steps_per_call", "checkpoint_every", "probes", "ends")
 """Settings that do not change what is computed, only where, how fast, and what more."""
 
 
@@ -190,7 +192,7 @@ def check_numbers(config: TrainConfig) -> None:
     """
     at_least = {"batch_size": 2, "epochs": 1, "end_epochs": 1, "online_images": 2, "pictures": 1, "ensemble_axis": 1}
     at_least |= dict.fromkeys(("max_train", "max_test"), 2)
-    at_least |= dict.fromkeys(("evaluate_every", "checkpoint_every", "steps_per_call"), 1)
+    at_least |= dict.fromkeys(("evaluate_every", "checkpoint_every", "steps_per_call", "devices"), 1)
     for name, low in at_least.items():
         value = getattr(config, name)
         if value is not None and value < low:
@@ -216,6 +218,8 @@ def check_numbers(config: TrainConfig) -> None:
         if len(set(values)) < len(values):
             words = " ".join(str(value.value if isinstance(value, enum.Enum) else value) for value in values)
             raise ma.InputError(f"{_option(name)} {words} repeats a value: give each once")
+    if config.devices is not None and config.devices > len(jax.devices()):
+        raise ma.InputError(f"--devices {config.devices}: there are {len(jax.devices())}, give at most as many")
     if Probe.ridge not in config.probes:
         raise ma.InputError("--probes: ridge is the probe that choices are made by, leave it in")
 

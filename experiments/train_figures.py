@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,10 @@ from mae_align.plot import PALETTE, ordered_colors, panels
 
 # Values of a per-patch normalised image that are drawn black and white: nearly all lie between.
 _NORMALISED_RANGE = (-2.5, 2.5)
+# What hidden pixels are painted with: a colour that grey images do not have.
+_PAINT = np.array([0.74, 0.85, 0.93])
+# Of captions.
+_LETTERS_PER_INCH = 21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,47 +29,46 @@ class Column:
         title: what the images are.
         images: [images, h, w, c].
         low, high: the values drawn black and white.
+        hidden: [images, h, w] pixels that are not shown but painted over, or None.
     """
 
     title: str
     images: np.ndarray
     low: float
     high: float
+    hidden: np.ndarray | None = None
 
     @classmethod
-    def pixels(cls, title: str, images: np.ndarray, like: np.ndarray) -> Column:
-        """Images in stored units, drawn from the smallest to the largest value of the images ``like``.
-
-        8-bit images whose values go beyond 16 are drawn from 0 to 255.
-        """
-        if like.dtype == np.uint8 and like.max() > 16:
-            return cls(title, images, 0.0, 255.0)
-        return cls(title, images, float(like.min()), float(like.max()))
+    def pixels(cls, title: str, images: np.ndarray, like: np.ndarray, hidden: np.ndarray | None = None) -> Column:
+        """Images in stored units, drawn from the smallest to the largest value of the images ``like``."""
+        return cls(title, images, float(like.min()), float(like.max()), hidden)
 
     @classmethod
     def normalised(cls, title: str, images: np.ndarray) -> Column:
         """Images of which each patch has mean 0 and variance 1: grey is the mean of the patch."""
         return cls(title, images, *_NORMALISED_RANGE)
 
+    def drawn(self) -> np.ndarray:
+        """[images, h, w, 3] in 0..1."""
+        shown = np.clip((self.images.astype(np.float64) - self.low) / max(self.high - self.low, 1e-12), 0, 1)
+        # Of other numbers of channels than 3 the first is drawn, in grey.
+        shown = shown if shown.shape[-1] == 3 else np.repeat(shown[..., :1], 3, axis=-1)
+        return shown if self.hidden is None else np.where(self.hidden[..., None], _PAINT, shown)
+
 
 def picture_figure(columns: Sequence[Column], caption: str) -> Figure:
     """Images in rows, what was done to them in columns, and a caption that says what is shown."""
-    rows = len(columns[0].images)
-    figure, axes = panels(rows, len(columns), width=0.95, height=0.8)
+    rows, width = len(columns[0].images), max(1.05 * len(columns), 3.35)
+    figure, axes = panels(rows, len(columns), width=width / len(columns), height=0.85)
     for j, column in enumerate(columns):
-        shown = np.clip((column.images.astype(np.float64) - column.low) / max(column.high - column.low, 1e-12), 0, 1)
-        for i, image in enumerate(shown):
-            panel = axes[i, j]
-            if image.shape[-1] == 3:
-                panel.imshow(image, interpolation="nearest")
-            else:
-                panel.imshow(image[..., 0], cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
-            panel.set_axis_off()
+        for i, image in enumerate(column.drawn()):
+            axes[i, j].imshow(image, interpolation="nearest")
+            axes[i, j].set_axis_off()
         axes[0, j].set_title(column.title, fontsize=7)
-    figure.supxlabel(caption, fontsize=6.5)
-    # Room for the caption, which has several lines.
-    width, height = figure.get_size_inches()
-    figure.set_size_inches(max(width, 3.4), height + 0.13 * (2 + caption.count("\n")))
+    text = textwrap.fill(caption, round(_LETTERS_PER_INCH * width))
+    figure.supxlabel(text, fontsize=6.5)
+    # Room for titles and caption.
+    figure.set_size_inches(width, figure.get_size_inches()[1] + 0.12 * (3 + text.count("\n")))
     return figure
 
 
@@ -94,7 +98,7 @@ def training_figure(
             marker = "" if name == "loss" else "."
             panel.plot(steps * images_per_step, factor * values[:, j], marker=marker, color=colors[j], label=title)
         panel.set(xlabel="images seen", ylabel=label)
-        if name == "loss" and values.min() > 0:
+        if name == "loss" and np.nanmin(values) > 0:
             panel.set_yscale("log")
         if name == "probe_accuracy":
             styles = ((0, (4, 2)), (0, (1, 1)), (0, (4, 1, 1, 1)))
@@ -119,7 +123,9 @@ def _series(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[np.ndarray,
                 continue
             steps, values = found.setdefault(name, ([], []))
             steps.append(int(record["step"]))
-            values.append(np.atleast_1d(np.asarray(value, float)))
+            # What is not finite was written as null.
+            numbers = value if isinstance(value, list) else [value]
+            values.append(np.array([np.nan if number is None else number for number in numbers]))
     return {name: (np.array(steps), np.stack(values)) for name, (steps, values) in found.items()}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 import mae_align as ma
-from experiments.train_common import LabelledSplit, Run, TrainConfig
+from experiments.train_common import IGNORED, LabelledSplit, Run, TrainConfig
 from mae_align.checkpoint import Checkpoints
 from mae_align.data import ArraySource
 from mae_align.devices import train_mesh
@@ -94,7 +94,7 @@ def make_training(
         adamw(optimizer),
         batch_size=config.batch_size,
         num_members=len(rates),
-        mesh=train_mesh(config.ensemble_axis),
+        mesh=train_mesh(config.ensemble_axis, jax.devices()[: config.devices]),
         steps_per_call=_steps_per_call(config),
     )
 
@@ -151,8 +151,7 @@ def train(
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """What the parameters depend on."""
-    ignored = ("out", "ensemble_axis", "steps_per_call", "checkpoint_every", "evaluate_every", "probes", "ends")
-    return {key: repr(value) for key, value in dataclasses.asdict(config).items() if key not in ignored}
+    return {key: repr(value) for key, value in dataclasses.asdict(config).items() if key not in IGNORED}
 
 
 def _source(config: TrainConfig, split: LabelledSplit, training: Training) -> DeviceData | Feed:

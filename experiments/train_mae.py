@@ -1,11 +1,11 @@
 """What does a masked autoencoder learn, beside what its closed form says?
 
 Sec. 5 of Balestriero & LeCun (2024), arXiv 2402.11337, and He et al. (2022), arXiv 2111.06377. An ensemble of vision
-transformers that see some patches of an image and predict the others, trained side by side from several seeds and probed
-as they learn. At the end, in one report: the linear masked autoencoder in closed form for the same mask (Theorem 3),
-probes on the trained networks beside the same probes on raw pixels, on principal components and on the untrained
-networks, and on request (``--ends``) fine-tuning, training from scratch and a supervised network. Everything that is
-chosen is chosen on validation images, everything that is reported is measured on test images.
+transformers that see some patches of an image and predict the others, trained side by side from several seeds and
+probed as they learn. At the end, in one report: the linear masked autoencoder in closed form for the same mask
+(Theorem 3), probes on the trained networks beside the same probes on raw pixels, on principal components and on the
+untrained networks, and on request (``--ends``) fine-tuning, training from scratch and a supervised network. Everything
+that is chosen is chosen on validation images, everything that is reported is measured on test images.
 
     python -m experiments.train_mae                                                  # bundled digits
     python -m experiments.train_mae --preset cifar10 --data npz:FILE                 # 10,000 images of CIFAR-10
@@ -172,17 +172,14 @@ def describe(masking: FixedCountPatchMasking, split: LabelledSplit) -> str:
 def pictures(model: MaskedAutoencoder, images: np.ndarray, like: np.ndarray, seed: int) -> Figure:
     """Inputs, what the network sees of them, and what it predicts, in the units in which it does.
 
-    With normalised patches the network says nothing about the mean and the contrast of a hidden patch: its prediction is
-    shown beside the normalised target, and once more with the true mean and deviation of each patch lent to it.
+    With normalised patches the network says nothing about the mean and the contrast of a hidden patch: its prediction
+    is shown beside the normalised target, and once more with the true mean and contrast of each patch lent to it.
     """
     found = model.predict(jnp.asarray(images, jnp.float32), jax.random.key(seed))
     hidden = np.asarray(found.mask)[:, :, None]
     target = np.asarray(model.targets(images))
     pasted = np.where(hidden, np.asarray(found.prediction), target)
-    columns = [
-        Column.pixels("input", images, like),
-        Column.pixels("visible patches", np.asarray(found.masked_images), like),
-    ]
+    painted = np.asarray(model.unpatchify(jnp.broadcast_to(hidden, target.shape)))[..., 0]
 
     def in_pixels(patches: np.ndarray) -> np.ndarray:
         """Stored units; where targets are normalised per patch, with the statistics of the true patches."""
@@ -190,24 +187,28 @@ def pictures(model: MaskedAutoencoder, images: np.ndarray, like: np.ndarray, see
         restored = model.objective.pixels_of(jnp.asarray(patches), own)
         return np.asarray(model.pixels.restore(model.unpatchify(restored)))
 
+    columns = [
+        Column.pixels("input", images, like),
+        Column.pixels("visible patches", images, like, painted),
+    ]
     if model.objective == MaskedPatches(norm_pix=True):
         columns += [
-            Column.normalised("target:\npatches normalised", np.asarray(model.unpatchify(target))),
+            Column.normalised("target: patches\nnormalised", np.asarray(model.unpatchify(target))),
             Column.normalised("prediction, visible\npatches pasted", np.asarray(model.unpatchify(pasted))),
-            Column.pixels("the same, with true\nmeans and contrasts", in_pixels(pasted), like),
+            Column.pixels("the same, with\ntrue contrasts", in_pixels(pasted), like),
         ]
         caption = (
-            "The loss normalises each patch: the network predicts patterns of mean 0 and variance 1 in hidden patches,\n"
-            "grey is the mean of a patch. Visible patches are pasted from the input. The mean and contrast of each hidden\n"
-            "patch in the last column are those of the input: the network does not predict them."
+            "The loss normalises each patch: the network predicts patterns of mean 0 and variance 1 in hidden patches; "
+            "grey is the mean of a patch. Visible patches are pasted from the input. In the last column the mean and "
+            "the contrast of every hidden patch are those of the input: the network does not predict them."
         )
     else:
         columns += [
             Column.pixels("prediction\nof all patches", in_pixels(np.asarray(found.prediction)), like),
             Column.pixels("prediction, visible\npatches pasted", in_pixels(pasted), like),
         ]
-        caption = "Hidden patches are drawn as the mean image in the second column.\n" + (
-            "Visible patches count in the loss as hidden ones do."
+        caption = (
+            "The loss is on all pixels, of visible patches too."
             if isinstance(model.objective, AllPixels)
             else "The loss is on hidden patches alone: what is predicted for visible ones was never trained."
         )

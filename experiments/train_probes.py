@@ -17,11 +17,20 @@ from tqdm import tqdm
 import mae_align as ma
 from experiments.train_common import End, LabelledSplit, Parts, Probe, Run, TrainConfig
 from experiments.train_loop import FEATURE_BATCH, Ensemble, Problem, initial, make_training, train, with_encoder
-from experiments.train_report import NETWORK, RAW, SUPERVISED, UNTRAINED, Score, components
+from experiments.train_report import (
+    FINE_TUNED,
+    FROM_SCRATCH,
+    NETWORK,
+    RAW,
+    SUPERVISED,
+    UNTRAINED,
+    Score,
+    components,
+)
 from mae_align.data import average_pool
 from mae_align.models import Classifier
 from mae_align.probes import Rows, knn_probe, logistic_probe, mlp_probe, principal_components, raw_pixels, ridge_probe
-from mae_align.train import classify
+from mae_align.train import Training, classify
 
 _PROBES = {Probe.ridge: ridge_probe, Probe.logistic: logistic_probe, Probe.knn: knn_probe, Probe.mlp: mlp_probe}
 # Pixel values up to which probes are run on whole images; larger ones are pooled.
@@ -144,12 +153,23 @@ class EndTraining:
     best: list[int]
 
 
+def end_training(config: TrainConfig, split: LabelledSplit, problem: Problem, count: int) -> Training:
+    """The programs that train ``count`` networks with labels, one with each learning rate."""
+
+    def make_model(rngs: nnx.Rngs) -> Classifier:
+        return Classifier(problem.make_autoencoder(rngs), split.num_classes, rngs=rngs)
+
+    rates = [rate for _ in range(count) for rate in config.end_learning_rates]
+    return make_training(config, split, make_model, classify, rates, config.end_epochs)
+
+
 def train_end(
     end: End,
     config: TrainConfig,
     split: LabelledSplit,
     problem: Problem,
     pretrained: Ensemble,
+    training: Training,
     members: Sequence[int],
     folder: Path,
     parts: Parts,
@@ -162,12 +182,6 @@ def train_end(
     rates = config.end_learning_rates
     runs = [Run(problem.runs[m].seed, rate) for m in members for rate in rates]
 
-    def make_model(rngs: nnx.Rngs) -> Classifier:
-        return Classifier(problem.make_autoencoder(rngs), split.num_classes, rngs=rngs)
-
-    training = make_training(
-        config, split, make_model, classify, [run.learning_rate for run in runs], config.end_epochs
-    )
     state = initial(training, runs, [run.learning_rate for run in runs])
     if end is End.fine_tuning:
         state = with_encoder(state, pretrained.state, problem.inside, [m for m in members for _ in rates])
@@ -178,7 +192,7 @@ def train_end(
         mine = range(i * len(rates), (i + 1) * len(rates))
         found = parts.once(f"{end.value}-{member}", lambda mine=mine: _best(ensemble, split, mine, runs, config))
         best.append(int(found.pop("position")))
-        scores.append(Score(member, end.value, "", found))
+        scores.append(Score(member, FINE_TUNED if end is End.fine_tuning else FROM_SCRATCH, "", found))
     return EndTraining(scores, ensemble, best)
 
 
@@ -251,10 +265,16 @@ def all_scores(
         scores += probe_scores(config, split, kinds, parts, config.seed)
     ends: list[Score] = []
     wanted = config.ends or ()
+    # Both ends share their programs where they have equally many networks.
+    programs = functools.cache(lambda count: end_training(config, split, problem, count))
     if End.fine_tuning in wanted:
-        ends += train_end(End.fine_tuning, config, split, problem, trained, reported, folder, parts).scores
+        ends += train_end(
+            End.fine_tuning, config, split, problem, trained, programs(len(reported)), reported, folder, parts
+        ).scores
     if End.from_scratch in wanted or End.supervised in wanted:
-        made = train_end(End.from_scratch, config, split, problem, trained, firsts, folder, parts)
+        made = train_end(
+            End.from_scratch, config, split, problem, trained, programs(len(firsts)), firsts, folder, parts
+        )
         ends += made.scores if End.from_scratch in wanted else []
         if End.supervised in wanted:
 

@@ -17,6 +17,8 @@ NETWORK = "trained network"
 RAW = "raw pixels"
 UNTRAINED = "untrained network"
 SUPERVISED = "supervised network"
+FINE_TUNED = "fine-tuned"
+FROM_SCRATCH = "from scratch"
 
 _SCORES = ("accuracy_train", "accuracy_val", "accuracy_test", "r2_train", "r2_val", "r2_test", "strength")
 
@@ -61,18 +63,19 @@ class Results:
     num_test: int
     chance: float
 
+    def name(self, score: Score) -> str:
+        """What a score is compared as: with several guidance weights, networks that had one have it in their names."""
+        several = len({self.runs[i].guidance for i in self.chosen}) > 1
+        if several and score.features in (NETWORK, FINE_TUNED):
+            return f"{score.features}, guidance {self.runs[score.member].guidance:g}"
+        return score.features
+
     def groups(self) -> dict[str, list[Score]]:
         """Scores by what is compared: the trained networks of each guidance weight, and each baseline."""
-        reported = [self.runs[i] for i in self.chosen]
-        several = len({run.guidance for run in reported}) > 1
         found: dict[str, list[Score]] = {}
         for score in self.scores:
-            if score.features == NETWORK and score.member not in self.chosen:
-                continue
-            name = score.features
-            if several and name == NETWORK:
-                name = f"{NETWORK}, guidance {self.runs[score.member].guidance:g}"
-            found.setdefault(name, []).append(score)
+            if score.features != NETWORK or score.member in self.chosen:
+                found.setdefault(self.name(score), []).append(score)
         return found
 
     def accuracies(self) -> dict[str, dict[str, np.ndarray]]:
@@ -87,8 +90,10 @@ class Results:
 
     def end_accuracies(self) -> dict[str, np.ndarray]:
         """Test accuracies [networks] of each end."""
-        kinds = dict.fromkeys(score.features for score in self.ends)
-        return {k: np.array([s.values["accuracy_test"] for s in self.ends if s.features == k], float) for k in kinds}
+        names = dict.fromkeys(map(self.name, self.ends))
+        return {
+            name: np.array([s.values["accuracy_test"] for s in self.ends if self.name(s) == name]) for name in names
+        }
 
     @property
     def probes(self) -> list[str]:
