@@ -35,7 +35,6 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from mae_align.errors import InputError
 
-State = TypeVar("State")
 Result = TypeVar("Result")
 
 # Sizes of the files of a checkpoint, written into it when it is complete.
@@ -206,7 +205,7 @@ class Checkpoints:
         found = max(scores, key=lambda step: (scores[step], step), default=None)
         return None if found is None or scores[found] == -math.inf else found
 
-    def restore(self, like: State, step: int | None = None) -> Restored:
+    def restore(self, like: object, step: int | None = None) -> Restored:
         """Read a checkpoint back; all processes together.
 
         Args:
@@ -264,14 +263,14 @@ class Checkpoints:
     def _read(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> tuple[dict[str, jax.Array], Any] | None:
         """Arrays and position, or None where some process finds them damaged."""
         arguments = ocp.args.Composite(about=ocp.args.JsonRestore())
-        about: Any = _unless_damaged(lambda: self._manager.restore(step, args=arguments).about)
+        about: Any = _unless_damaged(lambda: self._manager.restore(step, args=arguments)["about"])
         known = isinstance(about, dict) and about.get("step") == step and {"layout", "checksum"} <= about.keys()
         if not _all_agree(known):
             return None
         if about["layout"] != _layout(wanted):
             raise InputError(f"checkpoint {step} in {self.folder} is of another model: {_difference(about, wanted)}")
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-        leaves = _unless_damaged(lambda: self._manager.restore(step, args=arguments).state)
+        leaves = _unless_damaged(lambda: self._manager.restore(step, args=arguments)["state"])
         if not _all_agree(leaves is not None) or leaves is None or int(_checksum(leaves)) != about["checksum"]:
             return None
         return leaves, about["position"]
@@ -314,7 +313,8 @@ def _claim(folder: Path, identity: str) -> str | None:
 
 def _put_aside_damaged(folder: Path) -> str | None:
     """Put checkpoints aside whose files are cut off or missing; what is wrong if no other is left, or None."""
-    found = {int(entry.name): _condition(entry) for entry in folder.iterdir() if entry.name.isdecimal()}
+    steps = sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal())
+    found = {step: _condition(folder / str(step), newest=step == steps[-1]) for step in steps}
     whole = [step for step, condition in found.items() if condition is _Condition.WHOLE]
     if found and not whole:
         return _none_left(folder, list(found))
@@ -335,7 +335,7 @@ class _Condition(enum.Enum):
     CHANGED = enum.auto()
 
 
-def _condition(checkpoint: Path) -> _Condition:
+def _condition(checkpoint: Path, newest: bool) -> _Condition:
     """By size; and the files that Orbax reads at once are JSON."""
     try:
         for file in (checkpoint / "about" / "metadata", checkpoint / "metrics" / "metrics"):
@@ -343,8 +343,8 @@ def _condition(checkpoint: Path) -> _Condition:
                 json.loads(file.read_text(encoding="utf-8"))
         sizes = checkpoint / _SIZES
         if not sizes.exists():
-            # A run that was killed just after a save has not written them.
-            return _Condition.WHOLE if (checkpoint / "about" / "metadata").exists() else _Condition.PARTIAL
+            # A run that is killed just after a save has not written them; before the next save it has.
+            return _Condition.WHOLE if newest else _Condition.PARTIAL
         before, now = json.loads(sizes.read_text(encoding="utf-8")), _sizes(checkpoint)
     except (ValueError, OSError):
         return _Condition.CHANGED
@@ -411,7 +411,7 @@ def _named(tree: object) -> dict[str, Any]:
 
 
 def _is_key(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _key_kind(leaf: jax.Array | jax.ShapeDtypeStruct) -> str:
@@ -442,7 +442,7 @@ def _abstract(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=leaf.sharding)
 
 
-def _as_in(like: State, leaves: dict[str, jax.Array]) -> State:
+def _as_in(like: object, leaves: dict[str, jax.Array]) -> Any:
     """The tree that was asked for, with keys typed again."""
 
     def leaf(path: Any, wanted: Any) -> jax.Array:

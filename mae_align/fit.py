@@ -114,6 +114,9 @@ def fit(
     :class:`Preempted` is raised. Ctrl-C (in one process) likewise, and raises ``KeyboardInterrupt``; a second one ends
     at once.
 
+    Dispatches end where something is due, so the periods are best multiples of each other: a stream compiles anew for
+    each number of steps.
+
     Args:
         training: what makes the steps.
         state: of ``training.init``; donated. Its shardings are those of a restored state.

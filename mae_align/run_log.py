@@ -53,8 +53,8 @@ class MetricLog:
         self._writer: SummaryWriter | None = None
         self._bar: tqdm | None = None
         self._texts: dict[str, str] = {}
-        self._before = self._begun = 0.0
-        self._images = 0
+        self._before = self._begun = self._last = 0.0
+        self._speed: float | None = None
 
     @property
     def file(self) -> Path:
@@ -75,7 +75,8 @@ class MetricLog:
             self._before = self._cut(step)
         except OSError as error:
             raise InputError(f"cannot write {self.file} ({error.strerror}): choose another folder") from error
-        self._begun = time.monotonic()
+        self._begun = self._last = time.monotonic()
+        self._speed = None
         # Files are named by the second, and a second one of that name would replace the first.
         suffix = f".{time.time_ns()}"
         self._writer = SummaryWriter(str(self.folder), purge_step=step + 1, filename_suffix=suffix)
@@ -106,14 +107,17 @@ class MetricLog:
         """Move the progress line to a step.
 
         Args:
-            step: steps done. loss: to show. images: that these steps have seen, of all members.
+            step: steps done. loss: to show. images: that all members have seen since the last call.
         """
         bar = self._bar
         if bar is None:
             return
-        seconds = time.monotonic() - self._begun
-        self._images += images
-        bar.set_postfix({"loss": f"{loss:.4g}", "images/s": f"{self._images / seconds:.0f}"} | self._texts, False)
+        now = time.monotonic()
+        speed = images / max(now - self._last, 1e-9)
+        # Of late, so that compiling at the start does not weigh on it for long.
+        self._speed = speed if self._speed is None else 0.7 * self._speed + 0.3 * speed
+        self._last = now
+        bar.set_postfix({"loss": f"{loss:.4g}", "images/s": f"{self._speed:.0f}"} | self._texts, False)
         bar.update(step - bar.n)
 
     def close(self) -> None:
@@ -123,7 +127,6 @@ class MetricLog:
         if self._writer is not None:
             self._writer.close()
         self._writer = self._bar = None
-        self._images = 0
 
     def __enter__(self) -> MetricLog:
         return self

@@ -171,7 +171,7 @@ def test_a_file_of_any_kind_cut_off_or_lost_costs_the_newest_checkpoint_alone(tm
         assert {p.name for p in folder.iterdir()} == {"4", "6", "damaged-6", "identity.json"}
 
 
-@pytest.mark.parametrize("lost", ["state", "sizes.json and about"])
+@pytest.mark.parametrize("lost", ["state", "sizes.json", "sizes.json and about"])
 def test_an_old_checkpoint_that_was_being_removed_is_removed(tmp_path, two_steps, lost):
     """No warning: nothing that anyone wanted is lost."""
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
@@ -255,9 +255,9 @@ def test_what_cannot_be_saved_exactly_is_refused(tmp_path):
             checkpoints.restore(state(0))
         with pytest.raises(InputError, match=r"no checkpoint of step 3"):
             checkpoints.restore(state(0), step=3)
-    for bad in ({"every": 0}, {"every": 1, "keep_latest": 0}):
+    for every, keep_latest in ((0, 1), (1, 0)):
         with pytest.raises(InputError, match="give at least 1 each"):
-            Checkpoints.open(tmp_path, identity="me", **bad)
+            Checkpoints.open(tmp_path, identity="me", every=every, keep_latest=keep_latest)
 
 
 def test_the_best_needs_a_metric_that_is_a_number():

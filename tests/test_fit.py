@@ -89,7 +89,7 @@ def whole(request, tmp_path_factory) -> tuple[bool, Path, ToyState, list[int]]:
     return request.param, folder, state, training.dispatches
 
 
-@pytest.mark.parametrize("step", [4, 12, 20, 28])
+@pytest.mark.parametrize("step", [4, 20])
 def test_stopped_by_sigterm_and_gone_on_the_end_is_the_same_bit_for_bit(tmp_path, whole, step):
     streamed, folder, expected, dispatches = whole
     first, second, before = ToyTraining(), ToyTraining(), signal.getsignal(signal.SIGTERM)
@@ -284,8 +284,9 @@ def test_a_second_run_compiles_nothing(tmp_path):
 
 @pytest.mark.parametrize("name", ["num_steps", "steps_per_call", "log_every", "evaluate_every"])
 def test_numbers_below_one_are_refused(name):
+    options: dict[str, Any] = {name: 0}
     with pytest.raises(InputError, match=rf"{name}=0: give at least 1"):
-        run(**{name: 0})
+        run(**options)
 
 
 def test_a_checkpoint_past_the_end_is_refused(tmp_path):
