@@ -20,7 +20,8 @@ import numpy as np
 import optax
 
 from mae_align.errors import InputError
-from mae_align.probes.inputs import Normalization, Rows, class_parts, name_of, per_feature
+from mae_align.probes.inputs import Normalization, Rows, name_of, per_feature
+from mae_align.probes.labelled import class_parts
 from mae_align.probes.result import ProbeResult, Protocol
 
 
