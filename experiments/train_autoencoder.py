@@ -139,21 +139,30 @@ def main(config: Config) -> None:
     def make_guided(rngs: nnx.Rngs) -> GuidedAutoencoder:
         return GuidedAutoencoder(make_autoencoder(rngs), split.num_classes, rngs=rngs)
 
-    runs = members(config, config.guidance)
-    if any(config.guidance):
-        problem = Problem(runs, make_autoencoder, make_guided, guide, "autoencoder")
-    else:
-        problem = Problem(runs, make_autoencoder, make_autoencoder, reconstruct)
+    def given(images: jax.Array, key: jax.Array) -> jax.Array:
+        """Images as the network gets them in training."""
+        return images if corruption is None else corruption.sample(key, images, jnp.asarray(pixels.mean))
+
+    def restore(model: Any, images: jax.Array, key: jax.Array) -> jax.Array:
+        return model.reconstruct(given(images, key))
+
+    runs, guided = members(config, config.guidance), any(config.guidance)
+    problem = Problem(
+        runs,
+        make_autoencoder,
+        make_guided if guided else make_autoencoder,
+        guide if guided else reconstruct,
+        restore,
+        "clean images" if corruption is None else "clean images from corrupted ones",
+        "autoencoder" if guided else "",
+    )
 
     def pictures(model: Any, images: np.ndarray, like: np.ndarray, seed: int) -> Figure:
-        clean = jnp.asarray(images, jnp.float32)
-        given = (
-            clean if corruption is None else corruption.sample(jax.random.key(seed), clean, jnp.asarray(pixels.mean))
-        )
+        shown = given(jnp.asarray(images, jnp.float32), jax.random.key(seed))
         columns = [Column.pixels("input", images, like)]
         if corruption is not None:
-            columns.append(Column.pixels("corrupted", np.asarray(given), like))
-        columns.append(Column.pixels("output", np.asarray(jax.jit(lambda m, x: m.reconstruct(x))(model, given)), like))
+            columns.append(Column.pixels("corrupted", np.asarray(shown), like))
+        columns.append(Column.pixels("output", np.asarray(jax.jit(lambda m, x: m.reconstruct(x))(model, shown)), like))
         what = "the input itself" if corruption is None else "the corrupted image; hidden patches hold the mean image"
         return picture_figure(columns, f"The network is given {what}, and was trained to return the clean one.")
 

@@ -19,6 +19,7 @@ from mae_align.data import ArraySource
 from mae_align.devices import train_mesh
 from mae_align.feed import Feed, StreamedBatches
 from mae_align.fit import Evaluate, fit
+from mae_align.metrics import rankme
 from mae_align.models import Autoencoder
 from mae_align.optimizer import OptimizerConfig, adamw
 from mae_align.probes import Rows, ridge_probe
@@ -39,12 +40,15 @@ class Problem:
     Attributes:
         runs: the members. make_autoencoder: the network without heads. make_model: what is trained, which may hold that
             network. objective: its loss. inside: name under which it does, empty where it is the model itself.
+        restore: (model, images [b, h, w, c] float32, key) -> what it makes of corrupted images. restores: in words.
     """
 
     runs: Sequence[Run]
     make_autoencoder: Callable[[nnx.Rngs], Autoencoder]
     make_model: Callable[[nnx.Rngs], nnx.Module]
     objective: Objective
+    restore: Callable[[Any, jax.Array, jax.Array], jax.Array]
+    restores: str
     inside: str = ""
 
 
@@ -158,7 +162,7 @@ def _source(config: TrainConfig, split: LabelledSplit, training: Training) -> De
     images, labels = split.train_images, split.train_labels
     if config.stream:
         source = ArraySource(images, labels, tuple(map(str, range(split.num_classes))), split.name)
-        return StreamedBatches(source, batch_size=config.batch_size, seed=config.seed)
+        return StreamedBatches(training, source, seed=config.seed)
     try:
         return training.put(images, labels)
     except ma.InputError as error:
@@ -197,7 +201,7 @@ class OnlineProbe:
             held_out = Rows(x_val, split.validation_labels[self.validation_rows])
             result = ridge_probe(x, labels, *held_out, num_classes=split.num_classes, val=held_out)
             found.append(result.accuracy_val)
-        return {"probe_accuracy": np.array(found)}
+        return {"probe_accuracy": np.array(found), "rankme": np.array([rankme(x) for x in validation])}
 
 
 def with_encoder(

@@ -37,6 +37,7 @@ from experiments.train_loop import Problem
 from experiments.train_main import run
 from mae_align.corruption import FixedCountPatchMasking
 from mae_align.models import AllPixels, MaskedAutoencoder, MaskedPatches, Pixels
+from mae_align.patches import patch_hw
 from mae_align.train import reconstruct
 
 
@@ -142,7 +143,7 @@ def main(config: Config) -> None:
             rngs=rngs,
         )
 
-    problem = Problem(members(config), make_model, make_model, reconstruct)
+    problem = Problem(members(config), make_model, make_model, reconstruct, restore, _RESTORES[config.objective])
     masking = nnx.eval_shape(lambda: make_model(nnx.Rngs(0))).masking
     title = (
         f"Masked autoencoder on {split.name}, {_size(config)}: {describe(masking, split)}, loss on "
@@ -158,13 +159,37 @@ _WORDS = {
 }
 
 
+_RESTORES = {
+    Objective.norm_pix: "hidden patches, with their true means and contrasts lent, beside visible ones as they are",
+    Objective.hidden: "hidden patches beside visible ones as they are",
+    Objective.matched: "all patches of masked images",
+}
+
+
+def restore(model: MaskedAutoencoder, images: jax.Array, key: jax.Array) -> jax.Array:
+    """What a network makes of masked images; visible patches as they are, unless the loss is on them too.
+
+    Args:
+        images: [b, h, w, c] in stored units. key: of the masks.
+
+    Returns:
+        [b, h, w, c] float32 in stored units.
+    """
+    found = model.predict(images, key)
+    own = model.patchify(model.pixels.normalize(images))
+    patches = model.objective.pixels_of(found.prediction, own)
+    if not isinstance(model.objective, AllPixels):
+        patches = jnp.where(found.mask[:, :, None], patches, own)
+    return model.pixels.restore(model.unpatchify(patches))
+
+
 def _size(config: Config) -> str:
     return f"width {config.width}, {config.depth} + {config.decoder_depth} blocks"
 
 
 def describe(masking: FixedCountPatchMasking, split: LabelledSplit) -> str:
     """The mask in words."""
-    (height, width), (ph, pw) = split.train_images.shape[1:3], masking.patch_size
+    (height, width), (ph, pw) = split.train_images.shape[1:3], patch_hw(masking.patch_size)
     number = height // ph * (width // pw)
     return f"{number - masking.num_visible} of {number} patches of {ph}x{pw} pixels hidden"
 
@@ -175,16 +200,16 @@ def pictures(model: MaskedAutoencoder, images: np.ndarray, like: np.ndarray, see
     With normalised patches the network says nothing about the mean and the contrast of a hidden patch: its prediction
     is shown beside the normalised target, and once more with the true mean and contrast of each patch lent to it.
     """
-    found = model.predict(jnp.asarray(images, jnp.float32), jax.random.key(seed))
-    hidden = np.asarray(found.mask)[:, :, None]
-    target = np.asarray(model.targets(images))
-    pasted = np.where(hidden, np.asarray(found.prediction), target)
+    given = jnp.asarray(images, jnp.float32)
+    found = model.predict(given, jax.random.key(seed))
+    hidden = found.mask[:, :, None]
+    target = model.targets(given)
+    pasted = jnp.where(hidden, found.prediction, target)
     painted = np.asarray(model.unpatchify(jnp.broadcast_to(hidden, target.shape)))[..., 0]
 
-    def in_pixels(patches: np.ndarray) -> np.ndarray:
+    def in_pixels(patches: jax.Array) -> np.ndarray:
         """Stored units; where targets are normalised per patch, with the statistics of the true patches."""
-        own = model.patchify(model.pixels.normalize(images))
-        restored = model.objective.pixels_of(jnp.asarray(patches), own)
+        restored = model.objective.pixels_of(patches, model.patchify(model.pixels.normalize(given)))
         return np.asarray(model.pixels.restore(model.unpatchify(restored)))
 
     columns = [
@@ -204,7 +229,7 @@ def pictures(model: MaskedAutoencoder, images: np.ndarray, like: np.ndarray, see
         )
     else:
         columns += [
-            Column.pixels("prediction\nof all patches", in_pixels(np.asarray(found.prediction)), like),
+            Column.pixels("prediction\nof all patches", in_pixels(found.prediction), like),
             Column.pixels("prediction, visible\npatches pasted", in_pixels(pasted), like),
         ]
         caption = (

@@ -14,6 +14,7 @@ from experiments.run_folder import RunFolder, atomic_path, netcdf3_ready
 from experiments.train_common import IGNORED, LabelledSplit, Parts, Probe, TrainConfig
 from experiments.train_figures import accuracy_figure, training_figure
 from experiments.train_loop import Ensemble, OnlineProbe, Problem, initial, make_training, steps_of, train
+from experiments.train_measures import Measured, Report, measure, report_sentences
 from experiments.train_probes import all_scores
 from experiments.train_report import NETWORK, Results, Score, comparisons, table_text
 from mae_align.corruption import Corruption
@@ -48,11 +49,13 @@ def run(
     probe = OnlineProbe.of(training, split, config.online_images, config.seed)
     state = train(config, split, training, state, config.epochs, folder.shared, parts.identity, probe)
     trained = Ensemble(training, state)
+    measured = Measured.of(split, corruption)
     scores, ends, chosen = all_scores(
-        config, split, problem, trained, lambda found: _chosen(problem, found), folder.shared / "ends", parts
+        config, measured, problem, trained, lambda found: _chosen(problem, found), folder.shared / "ends", parts
     )
-    results = Results(runs, chosen, scores, ends, [], len(split.test_labels), split.chance)
-    _write(folder, title, config, split, trained, results, pictures)
+    report = measure(problem, measured, trained, chosen, scores, parts, config.seed)
+    results = Results(runs, chosen, scores, ends, report.rows, len(split.test_labels), split.chance)
+    _write(folder, title, config, split, trained, results, report, pictures)
 
 
 def _chosen(problem: Problem, scores: Sequence[Score]) -> list[int]:
@@ -75,12 +78,14 @@ def _write(
     split: LabelledSplit,
     trained: Ensemble,
     results: Results,
+    report: Report,
     pictures: Pictures,
 ) -> None:
     model = trained.training.model(trained.state, results.chosen[0])
     if jax.process_index() > 0:
         return
     folder.save_table("results", results.rows())
+    folder.save_table("report", report.rows)
     with atomic_path(folder.path / "results.nc") as file:
         netcdf3_ready(results.dataset()).to_netcdf(file, engine="scipy")
     lines = (folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -105,6 +110,8 @@ def _write(
         table_text(results),
         "",
         *comparisons(results),
+        "",
+        *report_sentences(report, len(split.train_labels)),
         "",
         "Figures: " + "  ".join(str(path) for path in figures),
     ]

@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-import mae_align as ma
 from experiments.train_common import End, LabelledSplit, Parts, Probe, Run, TrainConfig
 from experiments.train_loop import FEATURE_BATCH, Ensemble, Problem, initial, make_training, train, with_encoder
+from experiments.train_measures import Measured
 from experiments.train_report import (
     FINE_TUNED,
     FROM_SCRATCH,
@@ -27,14 +27,11 @@ from experiments.train_report import (
     Score,
     components,
 )
-from mae_align.data import average_pool
 from mae_align.models import Classifier
 from mae_align.probes import Rows, knn_probe, logistic_probe, mlp_probe, principal_components, raw_pixels, ridge_probe
 from mae_align.train import Training, classify
 
 _PROBES = {Probe.ridge: ridge_probe, Probe.logistic: logistic_probe, Probe.knn: knn_probe, Probe.mlp: mlp_probe}
-# Pixel values up to which probes are run on whole images; larger ones are pooled.
-_MOST_PIXELS = 12_288
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,27 +111,16 @@ def network_features(name: str, ensemble: Callable[[], Ensemble], split: Labelle
     return [Features(name, member, lambda i=i: everything().member(i)) for i, member in enumerate(members)]
 
 
-def plain_features(split: LabelledSplit, count: int) -> list[Features]:
-    """Raw pixels and the first ``count`` principal components, of images pooled to at most 12,288 values."""
-    height, width, channels = split.train_images.shape[1:]
-    factors = [f for f in range(1, height + 1) if height % f == 0 and width % f == 0]
-    factor = next((f for f in factors if height * width * channels <= _MOST_PIXELS * f * f), factors[-1])
-
-    def pooled(images: np.ndarray) -> np.ndarray:
-        return images if factor == 1 else average_pool(images, factor)
-
-    @functools.cache
-    def moments() -> ma.Moments:
-        return ma.Moments.from_arrays(pooled(split.train_images))
-
-    note = "" if factor == 1 else f", pooled {factor}x{factor}"
-    count = min(count, height * width * channels // factor**2)
+def plain_features(measured: Measured, count: int) -> list[Features]:
+    """Raw pixels and the first ``count`` principal components."""
+    split, pool = measured.split, measured.pool
+    count = min(count, np.prod(pool(split.train_images[:1]).shape[1:]).item())
     return [
-        Features(RAW + note, -1, lambda: Encoded.of(lambda x: raw_pixels(pooled(x)), split)),
+        Features(RAW + measured.note, -1, lambda: Encoded.of(lambda x: raw_pixels(pool(x)), split)),
         Features(
-            components(count) + note,
+            components(count) + measured.note,
             -1,
-            lambda: Encoded.of(lambda x: principal_components(moments(), pooled(x), count), split),
+            lambda: Encoded.of(lambda x: principal_components(measured.train, pool(x), count), split),
         ),
     ]
 
@@ -236,7 +222,7 @@ def _accuracy(ensemble: Ensemble, member: int, images: np.ndarray, labels: np.nd
 
 def all_scores(
     config: TrainConfig,
-    split: LabelledSplit,
+    measured: Measured,
     problem: Problem,
     trained: Ensemble,
     chosen: Callable[[Sequence[Score]], list[int]],
@@ -248,7 +234,7 @@ def all_scores(
     Args:
         chosen: picks these members from the scores of the trained networks.
     """
-    runs = problem.runs
+    split, runs = measured.split, problem.runs
     latent = len(trained.features(split.test_images[:1])[0, 0])
     firsts = [i for i, run in enumerate(runs) if run.seed not in {other.seed for other in runs[:i]}]
 
@@ -261,7 +247,7 @@ def all_scores(
     # By kind, so that only one ensemble's features are held at a time.
     scores = probe_scores(config, split, networks, parts, config.seed)
     reported = chosen(scores)
-    for kinds in (plain_features(split, latent), start):
+    for kinds in (plain_features(measured, latent), start):
         scores += probe_scores(config, split, kinds, parts, config.seed)
     ends: list[Score] = []
     wanted = config.ends or ()

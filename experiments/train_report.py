@@ -52,7 +52,8 @@ class Results:
     Attributes:
         runs: the members. chosen: positions of those that are reported on, the best learning rate of each guidance.
         scores: of the probes, of all members. ends: of whole networks trained with labels.
-        measures: one row of the shared report per member. num_test: test images. chance: accuracy of one answer.
+        measures: one row of the shared report for each chosen member. num_test: test images.
+        chance: accuracy of always giving the same answer.
     """
 
     runs: Sequence[Run]
@@ -150,10 +151,11 @@ class Results:
                     if score.features == kind:
                         array[score.member, list(result.end.values).index(kind)] = score.values[name]
                 result[f"end_{name}"] = (("member", "end"), array)
-        numbers = [name for name, value in self.measures[0].items() if _is_number(value)] if self.measures else []
-        for name in numbers:
+        for name in [name for name, value in self.measures[0].items() if _is_number(value)]:
             if name not in result.variables:
-                result[name] = ("member", [float(row[name]) for row in self.measures])
+                values = np.full(len(members), np.nan)
+                values[list(self.chosen)] = [row[name] for row in self.measures]
+                result[name] = ("member", values)
         return result.assign_attrs(num_test=self.num_test, chance=self.chance)
 
 

@@ -12,8 +12,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray as xr
@@ -25,7 +27,8 @@ from experiments.launch import launch
 from experiments.train_common import End, LabelledSplit, Probe
 from experiments.train_figures import Column
 from experiments.train_mae import PRESETS, Config, main
-from mae_align.models import AllPixels, MaskedAutoencoder, MaskedPatches, Pixels
+from mae_align.models import AllPixels, MaskedAutoencoder, MaskedPatches, Pixels, VitSize
+from mae_align.probes import ridge_probe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -141,7 +144,7 @@ def test_goes_on_with_what_is_missing_on_another_mesh(run, tmp_path, capsys, mon
 
     def ridge(*arguments, **settings):
         counted.append(settings["features"])
-        return ma.probes.ridge_probe(*arguments, **settings)
+        return ridge_probe(*arguments, **settings)
 
     monkeypatch.setitem(train_probes._PROBES, Probe.ridge, ridge)
     config = dataclasses.replace(
@@ -176,7 +179,7 @@ def test_killed_twice_it_ends_with_the_same_numbers(run, tmp_path):
 
 
 def network(objective: MaskedPatches | AllPixels, images: np.ndarray) -> MaskedAutoencoder:
-    sizes = {"width": 8, "depth": 1, "heads": 2, "decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2}
+    sizes: Any = vars(VitSize(8, 1, 2, 8, 1, 2))
     model = MaskedAutoencoder(
         Pixels.from_images(images), patch_size=2, mask_ratio=0.75, objective=objective, rngs=nnx.Rngs(0), **sizes
     )
@@ -190,13 +193,13 @@ def test_pictures_show_what_the_network_predicts(objective, monkeypatch):
     model, drawn = network(objective, images), []
     monkeypatch.setattr(train_mae, "picture_figure", lambda columns, caption: drawn.append((columns, caption)))
     train_mae.pictures(model, images, images, seed=3)
-    (columns, caption), found = drawn[0], model.predict(images, jax.random.key(3))
+    (columns, caption), found = drawn[0], model.predict(jnp.asarray(images), jax.random.key(3))
     shown = {column.title.split("\n")[0]: column.images for column in columns}
     hidden = np.asarray(columns[1].hidden)
     assert hidden.sum(axis=(1, 2)).tolist() == [48] * 5
-    np.testing.assert_array_equal(model.patchify(hidden[..., None])[:, :, 0], found.mask)
+    np.testing.assert_array_equal(model.patchify(jnp.asarray(hidden[..., None]))[:, :, 0], found.mask)
     if objective == MaskedPatches(True):
-        patches = np.asarray(model.patchify(shown["target: patches"]))
+        patches = np.asarray(model.patchify(jnp.asarray(shown["target: patches"])))
         np.testing.assert_allclose(patches.mean(2), 0, atol=1e-5)
         pasted = shown["prediction, visible"]
         np.testing.assert_array_equal(pasted[~hidden], shown["target: patches"][~hidden])
