@@ -72,7 +72,7 @@ class TrainConfig:
     """Compute in bfloat16, parameters and losses in float32: for accelerators."""
     evaluate_every: int | None = None
     """Steps between online probes; none for ten times in a run."""
-    online_images: int = 5000
+    online_images: int = 2000
     """Most training images, and most validation images, that an online probe looks at."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; none for once an epoch, but at least 100 steps."""
