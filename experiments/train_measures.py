@@ -18,6 +18,7 @@ from experiments.train_report import NETWORK, Score
 from mae_align.corruption import Corruption, PatchMask
 from mae_align.data import average_pool
 from mae_align.metrics import Outputs, report_row
+from mae_align.moments import group_of
 from mae_align.patches import patch_hw
 from mae_align.predictions import KS, closed_form_row
 
@@ -70,7 +71,8 @@ class Measured:
     def test(self) -> ma.Moments:
         """Of the test images and labels, in groups for standard errors."""
         split = self.split
-        groups = max(2, min(_GROUPS, len(split.test_labels) // 2))
+        numbers = range(min(_GROUPS, len(split.test_labels)), 0, -1)
+        groups = next(g for g in numbers if len(set(group_of(np.arange(len(split.test_labels)), g))) == g)
         images = self.pool(split.test_images)
         return ma.Moments.from_arrays(images, split.test_labels, num_classes=split.num_classes, groups=groups)
 
