@@ -228,6 +228,7 @@ def report_row(
     ks: Sequence[int] = KS,
     share: float = 0.9,
     num_bands: int = 8,
+    closed_form: Mapping[str, float | int | str] | None = None,
 ) -> Row:
     """One row: a trained network and its data, what the closed form says and what was measured.
 
@@ -238,6 +239,8 @@ def report_row(
         targets, eval_targets: [n] and [m] as probes take them. eval_images: [m, h, w, c].
         probes: by name, which becomes the prefix of their cells.
         ks: numbers of features of the closed form. share, num_bands: see :func:`reconstruction_errors`.
+        closed_form: the cells of :func:`mae_align.predictions.closed_form_row` where several networks share them;
+            None: computed, which is most of the cost.
 
     Returns:
         ``identity``, latent, rankme (of held-out features), feature_r2, feature_eval_r2, the cells of
@@ -264,7 +267,7 @@ def report_row(
         identity,
         {"latent": outputs.features.shape[1], "rankme": rankme(outputs.eval_features)},
         {"feature_r2": own.r2, "feature_eval_r2": own.eval_r2},
-        closed_form_row(moments, corruption, eval_moments, ks),
+        closed_form_row(moments, corruption, eval_moments, ks) if closed_form is None else closed_form,
         {"reconstruction_mse": error.mse, "reconstruction_error": error.total},
         {"reconstruction_error_top": error.top, "reconstruction_error_bottom": error.bottom},
         {f"reconstruction_error_band{i}": float(value) for i, value in enumerate(error.bands)},
