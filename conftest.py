@@ -6,7 +6,10 @@ whatever file pytest is asked to run.
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # One BLAS thread: JAX's CPU solvers run in SciPy's OpenBLAS, and two threads under eight virtual
 # devices are 10 to 20 times slower. OpenBLAS reads it once, when it is loaded; the subprocesses of
@@ -14,6 +17,15 @@ import os
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 # The tests are written for the CPU; an explicit JAX_PLATFORMS still wins.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the time goes into compiling small programs: XLA's first pass alone makes them a third sooner, and what one
+# worker or subprocess has compiled the others of this run read. Anything set outside wins.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.mkdtemp(prefix="mae_align-tests-")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 

@@ -163,5 +163,5 @@ def _check_schedule(learning_rate: float, warmup_steps: int, total_steps: int) -
         raise InputError(f"learning_rate={learning_rate}: give a positive number")
     if not (total_steps >= 1 and 0 <= warmup_steps < total_steps):
         raise InputError(
-            f"{warmup_steps} warm-up steps of {total_steps} steps: give at least one step and a shorter warm-up"
+            f"total_steps={total_steps}, warmup_steps={warmup_steps}: give at least one step and a shorter warm-up"
         )

@@ -16,7 +16,7 @@ from mae_align.optimizer import OptimizerConfig, adamw
 from mae_align.train import Training, reconstruct
 from tests import oracles
 
-K, STEPS = 4, 900
+K, STEPS = 4, 1200
 SAMPLE = oracles.draw(0, 128)
 IMAGES = SAMPLE.images.astype(np.float32)
 MOMENTS = ma.Moments.from_arrays(IMAGES, SAMPLE.labels)
@@ -24,10 +24,10 @@ PIXELS = Pixels.of(MOMENTS)
 SCALE = float(PIXELS.scale)
 
 
-def trained(make_model, objective) -> tuple[Training, object]:
+def trained(make_model, objective, learning_rate: float = 2e-2) -> tuple[Training, object]:
     """Full batches, the learning rate down to 0: its decay averages the masks out."""
     config = OptimizerConfig(
-        total_steps=STEPS, learning_rate=2e-2, warmup_steps=20, weight_decay=0.0, b2=0.999, clip_norm=None
+        total_steps=STEPS, learning_rate=learning_rate, warmup_steps=20, weight_decay=0.0, b2=0.999, clip_norm=None
     )
     training = Training(
         make_model,
@@ -57,7 +57,7 @@ def test_theorem_3(corruption):
     def linear(rngs: nnx.Rngs) -> MLPAutoencoder:
         return MLPAutoencoder(PIXELS, hidden=(), activation=None, latent=K, corruption=corruption, rngs=rngs)
 
-    training, state = trained(linear, reconstruct)
+    training, state = trained(linear, reconstruct, 3e-2)
     best = ma.denoising_autoencoder(MOMENTS, corruption, K, pixel_noise=0.0).loss
     found = corruption.moments(CleanImages(MOMENTS.sxx, MOMENTS.mean_x, MOMENTS.image_shape))
     gram, cross = found.keep * found.gram, found.keep * found.cross
@@ -92,7 +92,7 @@ def supervise_and_reconstruct(model, images, labels, key, member):
 
 
 def test_theorem_1():
-    training, state = trained(Supervised, supervise_and_reconstruct)
+    training, state = trained(Supervised, supervise_and_reconstruct, 5e-2)
     lam = LAM / SCALE**2
     best = ma.supervised_autoencoder(MOMENTS, lam, K, pixel_noise=0.0).loss
     # Both parts count: neither PCA nor least squares alone is the answer.
