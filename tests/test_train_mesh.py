@@ -1,4 +1,4 @@
-"""One device, eight virtual devices and two processes train alike; run as a script, this file is one of the processes."""
+"""One device, eight virtual ones and two processes train alike; run as a script, this file is one of the processes."""
 
 from __future__ import annotations
 
