@@ -1,4 +1,4 @@
-"""One device, eight virtual devices and two processes train alike; run as a script, this file is one of the processes."""
+"""One device, eight virtual ones and two processes train alike; run as a script, this file is one of the processes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,6 @@ CASES = {
 }
 
 
-def labels_of(which: Training) -> np.ndarray | None:
-    """The transformer has no head."""
-    return None if which in (training(2, **case) for case in CASES.values() if "vit" in case) else examples()[1]
-
-
 def stream(which: Training) -> tuple[np.ndarray, np.ndarray]:
     """Three batches, the rows of this process."""
     images, labels = examples()
@@ -41,7 +36,7 @@ def stream(which: Training) -> tuple[np.ndarray, np.ndarray]:
 def curve(which: Training, steps: int = STEPS) -> tuple[np.ndarray, np.ndarray]:
     """Loss [steps, E] of a run, and features [E, N, k] at its end."""
     state = which.init(SEEDS, **MEMBERS)
-    state, metrics = which.advance(state, which.put(examples()[0], labels_of(which)), steps)
+    state, metrics = which.advance(state, which.put(*examples()), steps)
     return np.asarray(metrics["loss"]), which.features(state, examples()[0], 16)
 
 
