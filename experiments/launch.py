@@ -49,7 +49,7 @@ def launch(
 
     Raises:
         SystemExit: Status 2 for bad options and for an `InputError` (one line on standard error),
-            130 for an interrupt, 0 after `--help`.
+            130 for an interrupt, 143 for a training that SIGTERM stopped, 0 after `--help`.
     """
     try:
         config = _parse(main, config_class, presets, sys.argv[1:] if argv is None else list(argv))
@@ -64,6 +64,14 @@ def launch(
         # A progress bar leaves the cursor in its line.
         print("\ninterrupted: the same command goes on where it stopped", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        # Loaded already where it can have been raised; other experiments do without.
+        from mae_align.fit import Preempted
+
+        if not isinstance(error, Preempted):
+            raise
+        print(f"\n{error}", file=sys.stderr)
+        raise SystemExit(error.status) from None
 
 
 def _parse(

@@ -190,10 +190,12 @@ class RunFolder:
     Attributes:
         path: The folder.
         resumed: Whether an earlier run of the same configuration left it.
+        shared: The folder of the first process, in every process: for what all of them write together.
     """
 
     path: Path
     resumed: bool
+    shared: Path
 
     @classmethod
     def open(
@@ -232,6 +234,7 @@ class RunFolder:
             path = Path("runs", f"{experiment}-{file_name_part(dataset_label)}-{digest}")
         else:
             path = Path(out).expanduser()
+        shared = path
         if jax.process_index() > 0:
             path = Path(tempfile.mkdtemp())
             atexit.register(shutil.rmtree, path, ignore_errors=True)
@@ -240,7 +243,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             if config_path.exists():
                 _check_same_run(config_path, json.loads(text))
-                return cls(path, resumed=True)
+                return cls(path, resumed=True, shared=shared)
             if any(not entry.name.endswith(_TEMPORARY_SUFFIX) for entry in path.iterdir()):
                 raise InputError(
                     f"{path} is not the folder of a run (it has files but no config.json): choose another --out"
@@ -251,7 +254,7 @@ class RunFolder:
             raise InputError(f"{path} is a file, not a folder: choose another --out") from None
         except OSError as error:
             raise InputError(f"cannot use the folder {path} ({error.strerror}): choose another --out") from error
-        return cls(path, resumed=False)
+        return cls(path, resumed=False, shared=shared)
 
     @property
     def points(self) -> Path:

@@ -5,7 +5,7 @@ have one axis, "data", of type Auto (:func:`data_mesh`). Sums over images need n
 are summed as integers, float32 ones in pairs of float32); float64 images are summed in float64. Solves run in float64
 unless float32 is asked for, on the default backend where it has float64 and on the host CPU where it does not (TPU). On
 a CPU each solve uses one BLAS thread, because LAPACK's symmetric eigensolver hardly scales with threads; parallelism
-comes from a pool of one worker per usable core.
+comes from a pool of one worker per usable core. Networks train on a mesh of two axes (:func:`train_mesh`).
 """
 
 from __future__ import annotations
@@ -134,6 +134,26 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:  # pyright: 
         OrderedDict(...)
     """
     return Mesh(np.array(jax.devices() if devices is None else devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def train_mesh(ensemble: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:  # pyright: ignore[reportInvalidTypeForm]
+    """A mesh of axes "ensemble" x "data": networks are split over the first, the rows of a batch over the second.
+
+    Args:
+        ensemble: Length of the first axis; it divides the number of devices.
+        devices: In this order, the second axis fastest. None: all devices of all processes.
+
+    Raises:
+        InputError: If `ensemble` does not divide the number of devices.
+
+    Example:
+        >>> dict(train_mesh(devices=jax.devices()[:1]).shape)
+        {'ensemble': 1, 'data': 1}
+    """
+    found = np.array(jax.devices() if devices is None else devices)
+    if ensemble < 1 or len(found) % ensemble:
+        raise InputError(f"ensemble={ensemble} does not divide {len(found)} devices: choose a divisor of them")
+    return Mesh(found.reshape(ensemble, -1), ("ensemble", "data"), axis_types=(AxisType.Auto,) * 2)
 
 
 def has_float64(device: jax.Device) -> bool:  # pyright: ignore[reportInvalidTypeForm]

@@ -137,8 +137,6 @@ def batches(
         >>> [len(batch.labels) for batch in stream]
         [1000, 438]
     """
-    import grain
-
     n = len(source)
     count = batches_per_epoch(
         n,
@@ -149,22 +147,91 @@ def batches(
     )
     if epochs is not None and epochs < 1:
         raise InputError(f"epochs {epochs}: give at least 1, or None for endless")
-    if seed is not None and not 0 <= seed < 2**32:
-        raise InputError(f"seed {seed}: give an integer from 0 to 2^32 - 1")
-    if threads is None:
-        threads = 0 if source.in_memory else os.cpu_count() or 1
-    if threads < 0:
-        raise InputError(f"threads {threads}: give at least 0")
+    _check_seed(seed)
+    threads = _threads(threads, source)
     if count == 0 and epochs is None:
         raise InputError(
             f"process {process_index} of {process_count} gets no batch of {batch_size} from {n} images: "
             "give a smaller batch_size, or fewer processes"
         )
-    order = grain.MapDataset.range(n)
-    if seed is not None:
-        order = order.shuffle(seed=seed)
     share = process_range(n, process_index, process_count)
-    positions = order[share.start : share.stop].batch(batch_size, drop_remainder=drop_remainder)
+    positions = _order(n, seed)[share.start : share.stop].batch(batch_size, drop_remainder=drop_remainder)
+    return _read(source, positions, epochs, threads)
+
+
+def global_batches(
+    source: ImageSource,
+    *,
+    batch_size: int,
+    rows: slice = slice(None),
+    seed: int | None = None,
+    threads: int | None = None,
+) -> grain.IterDataset[ImageBatch]:
+    """Some rows of every batch of an endless stream, for processes that train in step.
+
+    Batch s is the same set of images whoever reads which rows of it: for every number of processes. The images of an
+    epoch that fill no batch are left out. The state of the iterator is a count of batches, as in :func:`batches`, here
+    equal in all processes and independent of their number.
+
+    Args:
+        source: images by position.
+        batch_size: b, of all processes together.
+        rows: those of this process, a range of 0..b - 1.
+        seed: of the shuffles, 0 <= seed < 2^32; None keeps the order of the source.
+        threads: as in :func:`batches`.
+
+    Returns:
+        A grain ``IterDataset`` of :class:`ImageBatch`.
+
+    Raises:
+        InputError: fewer than b images, no rows, a seed out of range.
+
+    Example:
+        >>> from mae_align.data import open_source
+        >>> digits = open_source("digits", "train")
+        >>> halves = [global_batches(digits, batch_size=6, rows=rows) for rows in (slice(0, 3), slice(3, 6))]
+        >>> [next(iter(half)).indices.tolist() for half in halves]
+        [[0, 1, 2], [3, 4, 5]]
+    """
+    n = len(source)
+    if not 1 <= batch_size <= n:
+        raise InputError(f"batch_size {batch_size} of {n} images: give from 1 to {n}")
+    if not range(batch_size)[rows]:
+        raise InputError(f"rows {rows.start}:{rows.stop} of batches of {batch_size}: give a range within them")
+    _check_seed(seed)
+    positions = _order(n, seed).batch(batch_size, drop_remainder=True)
+    # Before anything is read: a process reads its own rows alone.
+    mine = positions.map(lambda indices: indices[rows])
+    return _read(source, mine, None, _threads(threads, source))
+
+
+def _check_seed(seed: int | None) -> None:
+    if seed is not None and not 0 <= seed < 2**32:
+        raise InputError(f"seed {seed}: give an integer from 0 to 2^32 - 1")
+
+
+def _threads(threads: int | None, source: ImageSource) -> int:
+    """Threads that read ahead."""
+    if threads is None:
+        return 0 if source.in_memory else os.cpu_count() or 1
+    if threads < 0:
+        raise InputError(f"threads {threads}: give at least 0")
+    return threads
+
+
+def _order(n: int, seed: int | None) -> grain.MapDataset[int]:
+    """The positions of one epoch; repeated, each epoch has an order of its own."""
+    import grain
+
+    order = grain.MapDataset.range(n)
+    return order if seed is None else order.shuffle(seed=seed)
+
+
+def _read(
+    source: ImageSource, positions: grain.MapDataset[np.ndarray], epochs: int | None, threads: int
+) -> grain.IterDataset[ImageBatch]:
+    """The images at batches of positions, repeated."""
+    import grain
 
     def read(indices: np.ndarray) -> ImageBatch:
         indices = np.asarray(indices, np.int64)

@@ -1,0 +1,203 @@
+"""What does an autoencoder learn, beside what its closed form says, and what does a little guidance change?
+
+Sec. 5 of Balestriero & LeCun (2024), arXiv 2402.11337. Dense, convolutional or residual autoencoders with a
+bottleneck, plain or denoising (hidden patches, Gaussian noise), trained side by side: one for every seed, learning rate
+and guidance weight. With guidance g the loss is reconstruction + g cross-entropy of a linear head on the code; at 0 the
+head only watches. At the end, in one report: the closed form for the same corruption (Theorem 3), probes on the trained
+networks beside the same probes on raw pixels, on principal components and on the untrained networks, and on request
+(``--ends``) fine-tuning, training from scratch and a supervised network. Everything that is chosen is chosen on
+validation images, everything that is reported is measured on test images.
+
+    python -m experiments.train_autoencoder                                          # bundled digits
+    python -m experiments.train_autoencoder --guidance 0 0.1 --data idx:DIR          # Fashion-MNIST, guided or not
+    python -m experiments.train_autoencoder --corruption gaussian_noise --sigma 4
+    python -m experiments.train_autoencoder --preset paper --data folder:DIR         # ResNet-34 at 224 pixels
+
+Of several learning rates the best on validation images is reported. The run folder holds config.json, metrics.jsonl,
+TensorBoard event files, checkpoints, the report as CSV and netCDF, and figures. Killed at any moment, also by SIGTERM,
+the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from matplotlib.figure import Figure
+
+import mae_align as ma
+from experiments.launch import launch
+from experiments.train_common import LabelledSplit, TrainConfig, check_numbers, members
+from experiments.train_figures import Column, picture_figure
+from experiments.train_loop import Problem
+from experiments.train_main import run
+from mae_align.corruption import Corruption
+from mae_align.models import (
+    ConvAutoencoder,
+    GuidedAutoencoder,
+    MLPAutoencoder,
+    Pixels,
+    ResNetAutoencoder,
+)
+from mae_align.models.base import BottleneckAutoencoder
+from mae_align.train import guide, reconstruct
+
+
+class Network(enum.Enum):
+    """Kinds of networks."""
+
+    mlp = "mlp"
+    conv = "conv"
+    resnet = "resnet"
+
+
+class Noise(enum.Enum):
+    """What is done to the input; the target is the clean image."""
+
+    none = "none"
+    patches = "patches"
+    gaussian_noise = "gaussian_noise"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(TrainConfig):
+    """Settings of autoencoders."""
+
+    network: Network = Network.mlp
+    """Dense layers, strided convolutions, or residual blocks."""
+    latent: int = 16
+    """Width of the code, the number of features."""
+    widths: tuple[int, ...] = (256,)
+    """Widths of dense layers, or channels after each halving by convolutions; blocks of each residual stage."""
+    resnet_width: int = 64
+    """Channels of the first residual stage; each further one has twice as many."""
+    stem_stride: int = 1
+    """Stride of the first convolution of a residual network: 4 for images of 224 pixels."""
+    corruption: Noise = Noise.patches
+    """What is done to the input: nothing, independently hidden patches, or Gaussian noise."""
+    patch_size: int = 2
+    """Side of the square patches, in pixels."""
+    mask_ratio: float = 0.5
+    """Probability with which each patch is hidden: from 0 to below 1."""
+    sigma: float = 2.0
+    """Standard deviation of the noise, in the units of the stored pixels (0 to 255 for most 8-bit images)."""
+    guidance: tuple[float, ...] = (0.0,)
+    """Weights of the cross-entropy of a linear head beside the reconstruction; one network for each."""
+
+
+PRESETS = {
+    "laptop": Config(epochs=60),
+    "paper": Config(
+        data="folder:imagenette2",
+        image_size=224,
+        validation_fraction=0.1,
+        seeds=(0,),
+        learning_rates=(2e-4,),
+        epochs=1000,
+        weight_decay=0.0,
+        beta2=0.999,
+        bfloat16=True,
+        network=Network.resnet,
+        latent=512,
+        widths=(3, 4, 6, 3),
+        stem_stride=4,
+        corruption=Noise.none,
+        guidance=(0.0, 0.01),
+    ),
+}
+
+
+def main(config: Config) -> None:
+    """Train and report on a configuration.
+
+    Raises:
+        InputError: bad settings or data, before any long work.
+    """
+    check_numbers(config)
+    _check(config)
+    split = LabelledSplit.load(config)
+    pixels = Pixels.from_images(split.train_images)
+    corruption = _corruption(config)
+
+    def make_autoencoder(rngs: nnx.Rngs) -> BottleneckAutoencoder:
+        common: dict[str, Any] = {"latent": config.latent, "corruption": corruption, "rngs": rngs}
+        common["dtype"] = jnp.bfloat16 if config.bfloat16 else jnp.float32
+        if config.network is Network.mlp:
+            return MLPAutoencoder(pixels, hidden=config.widths, **common)
+        if config.network is Network.conv:
+            return ConvAutoencoder(pixels, widths=config.widths, **common)
+        return ResNetAutoencoder(
+            pixels, blocks=config.widths, width=config.resnet_width, stem_stride=config.stem_stride, **common
+        )
+
+    def make_guided(rngs: nnx.Rngs) -> GuidedAutoencoder:
+        return GuidedAutoencoder(make_autoencoder(rngs), split.num_classes, rngs=rngs)
+
+    def given(images: jax.Array, key: jax.Array) -> jax.Array:
+        """Images as the network gets them in training."""
+        return images if corruption is None else corruption.sample(key, images, jnp.asarray(pixels.mean))
+
+    def restore(model: Any, images: jax.Array, key: jax.Array) -> jax.Array:
+        return model.reconstruct(given(images, key))
+
+    runs, guided = members(config, config.guidance), any(config.guidance)
+    problem = Problem(
+        runs,
+        make_autoencoder,
+        make_guided if guided else make_autoencoder,
+        guide if guided else reconstruct,
+        restore,
+        "clean images" if corruption is None else "clean images from corrupted ones",
+        "autoencoder" if guided else "",
+    )
+
+    def pictures(model: Any, images: np.ndarray, like: np.ndarray, seed: int) -> Figure:
+        shown = given(jnp.asarray(images, jnp.float32), jax.random.key(seed))
+        columns = [Column.pixels("input", images, like)]
+        if corruption is not None:
+            columns.append(Column.pixels("corrupted", np.asarray(shown), like))
+        columns.append(Column.pixels("output", np.asarray(jax.jit(lambda m, x: m.reconstruct(x))(model, shown)), like))
+        what = "the input itself" if corruption is None else "the corrupted image; hidden patches hold the mean image"
+        return picture_figure(columns, f"The network is given {what}, and was trained to return the clean one.")
+
+    widths = " ".join(map(str, config.widths))
+    title = f"Autoencoder ({config.network.value} {widths}, code {config.latent}) on {split.name}: {_words(config)}"
+    run("train_autoencoder", title, config, split, problem, corruption, pictures)
+
+
+def _corruption(config: Config) -> Corruption | None:
+    if config.corruption is Noise.patches:
+        return ma.PatchMasking(config.patch_size, config.mask_ratio)
+    return ma.GaussianNoise(config.sigma) if config.corruption is Noise.gaussian_noise else None
+
+
+def _words(config: Config) -> str:
+    """The corruption in words."""
+    if config.corruption is Noise.patches:
+        return (
+            f"patches of {config.patch_size}x{config.patch_size} pixels hidden with probability {config.mask_ratio:g}"
+        )
+    return f"noise of {config.sigma:g} pixel units" if config.corruption is Noise.gaussian_noise else "clean inputs"
+
+
+def _check(config: Config) -> None:
+    """Refuse what the models do not."""
+    if not 0 <= config.mask_ratio < 1:
+        raise ma.InputError(f"--mask-ratio {config.mask_ratio:g}: give a number from 0 to below 1")
+    if not (math.isfinite(config.sigma) and config.sigma > 0):
+        raise ma.InputError(f"--sigma {config.sigma:g}: give a number over 0")
+    for weight in config.guidance:
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ma.InputError(f"--guidance {weight:g}: give finite weights of at least 0")
+    if len(set(config.guidance)) < len(config.guidance):
+        raise ma.InputError(f"--guidance {' '.join(map(str, config.guidance))} repeats a value: give each once")
+
+
+if __name__ == "__main__":
+    launch(main, Config, PRESETS)

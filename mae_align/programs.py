@@ -1,0 +1,335 @@
+"""The compiled programs that make training steps, and the choice between them by model kind and backend.
+
+`Program.VMAPPED_SCAN` is one program for all members and many steps. `Program.ONE_BY_ONE` is one program for one step
+of one member, called from the host again and again. On a CPU, convolutions fall off two cliffs: under `vmap` over
+weights they run at about an eighth of their rate, and their gradients inside a loop of XLA 18 to 45 times slower than
+outside. Matrix products lose nothing by either, and accelerators have neither cliff; `benchmarks/train_step.py`
+measures both.
+
+The number of steps of a call is a number on the device, not a constant of the program: one compiled program serves any
+of them, and a run has the same bits however it is cut into calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mae_align.devices import is_cpu
+from mae_align.models import ModelKind
+from mae_align.train_data import Source
+from mae_align.train_state import Member, Metrics, Objective, Orders, TrainState, step_key
+
+T = TypeVar("T")
+
+
+class Program(enum.Enum):
+    """How the steps of an ensemble are laid out in compiled programs."""
+
+    VMAPPED_SCAN = enum.auto()
+    ONE_BY_ONE = enum.auto()
+
+
+def choose_program(kind: ModelKind, platform: str) -> Program:
+    """The faster program for a kind of model on a backend.
+
+    Args:
+        kind: what a step of the model is made of. platform: of the devices, as `jax.Device.platform`.
+
+    Returns:
+        ONE_BY_ONE for convolutions on a CPU, VMAPPED_SCAN otherwise; the module says why.
+
+    Example:
+        >>> choose_program(ModelKind.MATMUL, "cpu").name, choose_program(ModelKind.CONVOLUTION, "cpu").name
+        ('VMAPPED_SCAN', 'ONE_BY_ONE')
+    """
+    return Program.ONE_BY_ONE if (kind, platform) == (ModelKind.CONVOLUTION, "cpu") else Program.VMAPPED_SCAN
+
+
+# What a step changes of one member: parameters, other variables, optimiser state.
+Moving = tuple[nnx.State, nnx.State, optax.OptState]
+Made = tuple[TrainState, Orders | None, Metrics]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """What makes steps.
+
+    Attributes:
+        advance: (state, orders, source, num_steps) -> (state, orders, metrics [steps_per_call, E]); state and orders
+            are donated, rows of the metrics from the number of steps on are 0, `orders` is None for a stream.
+        lower: (state, orders, source) -> the program that is dispatched, lowered: its cost, memory and collectives.
+    """
+
+    advance: Callable[[TrainState, Orders | None, Source, int], Made]
+    lower: Callable[[TrainState, Orders | None, Source], jax.stages.Lowered]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recipe:
+    """What a training step is made of.
+
+    Attributes:
+        graphdef: of the model. objective: see :data:`mae_align.train_state.Objective`. optimizer: of one member.
+        batch_size: B. mesh: with axes "ensemble" and "data". compiler_options: of XLA, as `jax.jit` takes them.
+    """
+
+    graphdef: Any
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    batch_size: int
+    mesh: Mesh
+    compiler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def sharding(self, *axes: str | None) -> NamedSharding:
+        """A sharding over the mesh, named axis by axis."""
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+    def on_all(self, value: np.ndarray | np.generic) -> jax.Array:
+        """A host array on every device of the mesh; an explicit transfer, without a collective."""
+        value = np.asarray(value)
+        return place(value.shape, self.sharding(), lambda part: value[part])
+
+    def jit(self, function: Callable[..., Any], out_shardings: Any, donate_argnums: tuple[int, ...] = ()) -> Any:
+        """`jax.jit` with the options of this recipe."""
+        options = dict(self.compiler_options)
+        return jax.jit(function, out_shardings=out_shardings, donate_argnums=donate_argnums, compiler_options=options)
+
+    def settled(self, out: T) -> T:
+        """What was computed; waits for it on several devices of a CPU.
+
+        There programs with collectives share one pool of threads, and with a hundred of them queued they can wait for
+        each other for ever. Nothing is lost: every core is busy anyway.
+        """
+        if is_cpu(self.mesh.devices.flat[0]) and self.mesh.devices.size > 1:
+            jax.block_until_ready(out)
+        return out
+
+    def step(
+        self,
+        moving: Moving,
+        key: jax.Array,
+        member: Member,
+        rows: jax.Array | None,
+        source: Source,
+        step: jax.Array,
+        index: jax.Array,
+    ) -> tuple[Moving, Metrics]:
+        """One step of one member.
+
+        Args:
+            moving: of this member. key: its key. member: its scalars. rows: its order of the images.
+            source: of batches. step: of the run. index: of this step in this call.
+
+        Returns:
+            What moved, and float32 scalars: loss, norm of the gradient before clipping, the objective's metrics.
+        """
+        params, rest, opt_state = moving
+        batch = source.batch(rows, step, index, self.batch_size)
+        images, labels = jax.lax.with_sharding_constraint(batch, self.sharding("data"))
+        images = images.astype(jnp.float32)
+
+        def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[Metrics, nnx.State]]:
+            # A copy: batch statistics are written into the model, not into what is being differentiated.
+            model = nnx.merge(self.graphdef, params, rest, copy=True)
+            model.train()
+            loss, metrics = self.objective(model, images, labels, step_key(key, step), member)
+            _, _, rest_after = nnx.split(model, nnx.Param, ...)
+            return loss, (metrics, rest_after)
+
+        (loss, (metrics, rest)), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
+        updates, opt_state = self.optimizer.update(gradient, opt_state, params)
+        params = jax.tree.map(lambda p, update: p + member.learning_rate * update, params, updates)
+        found = {"loss": loss, "gradient_norm": optax.tree.norm(gradient), **metrics}
+        found = {name: jnp.asarray(value, jnp.float32) for name, value in found.items()}
+        return (params, rest, opt_state), found
+
+    def all_members(
+        self, state: TrainState, rows: jax.Array | None, source: Source, index: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        """One step of every member, metrics [E]."""
+
+        def one(moving: Moving, key: jax.Array, member: Member, rows: jax.Array | None) -> tuple[Moving, Metrics]:
+            return self.step(moving, key, member, rows, source, state.step, index)
+
+        step = jax.vmap(one, spmd_axis_name="ensemble")
+        moving, found = step((state.params, state.rest, state.opt_state), state.keys, state.member, rows)
+        return _moved(state, moving, state.step + 1), found
+
+    def blank_metrics(self, state: TrainState, orders: Orders | None, source: Source, steps: int) -> Metrics:
+        """Zeros [steps, E] for each metric."""
+        rows = None if orders is None else orders.rows
+        _, found = jax.eval_shape(self.all_members, state, rows, source, jnp.zeros((), jnp.int32))
+        return {name: jnp.zeros((steps, state.num_members), jnp.float32) for name in found}
+
+    def epoch(self, step: jax.Array, orders: Orders) -> jax.Array:
+        """The pass over the images that a step belongs to; what does not fill a batch is left out."""
+        return step // (orders.rows.shape[1] // self.batch_size)
+
+
+def place(shape: tuple[int, ...], sharding: NamedSharding, read: Callable[[Any], np.ndarray]) -> jax.Array:
+    """A global array of what each process has on the host; explicit transfers, without a collective.
+
+    Args:
+        shape: of the global array. sharding: of it. read: from a global index (a tuple of slices) to that part of it;
+            asked for the parts on this process's devices only.
+
+    Example:
+        >>> from mae_align.devices import train_mesh
+        >>> everywhere = NamedSharding(train_mesh(devices=jax.devices()[:1]), PartitionSpec())
+        >>> place((2,), everywhere, np.arange(2).__getitem__).tolist()
+        [0, 1]
+    """
+    parts = sharding.addressable_devices_indices_map(shape).items()
+    arrays = [jax.device_put(read(part), device) for device, part in parts]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def compile_run(program: Program, recipe: Recipe, state_shardings: Any, steps_per_call: int) -> Run:
+    """What makes up to `steps_per_call` steps at a time.
+
+    Args:
+        program: see :class:`Program`. recipe: of a step. state_shardings: of a :class:`TrainState`.
+        steps_per_call: most steps of a call.
+    """
+    orders = recipe.sharding("ensemble")
+    layout = (state_shardings, orders, recipe.sharding())
+    if program is Program.ONE_BY_ONE:
+        return _one_by_one(recipe, layout, steps_per_call)
+    return _vmapped_scan(recipe, layout, steps_per_call)
+
+
+def _vmapped_scan(recipe: Recipe, layout: tuple[Any, Any, Any], steps_per_call: int) -> Run:
+    def train_steps(state: TrainState, orders: Orders | None, source: Source, num_steps: jax.Array) -> Made:
+        def body(index: jax.Array, carry: Made) -> Made:
+            state, orders, metrics = carry
+            rows = None
+            if orders is not None:
+                orders = orders.at(state.keys, recipe.epoch(state.step, orders))
+                rows = orders.rows
+            state, found = recipe.all_members(state, rows, source, index)
+            return state, orders, {name: metrics[name].at[index].set(found[name]) for name in metrics}
+
+        blank = recipe.blank_metrics(state, orders, source, steps_per_call)
+        return jax.lax.fori_loop(0, num_steps, body, (state, orders, blank))
+
+    compiled = recipe.jit(train_steps, layout, donate_argnums=(0, 1))
+
+    def run(state: TrainState, orders: Orders | None, source: Source, num_steps: int) -> Made:
+        return recipe.settled(compiled(state, orders, source, recipe.on_all(np.int32(num_steps))))
+
+    def lower(state: TrainState, orders: Orders | None, source: Source) -> jax.stages.Lowered:
+        return compiled.lower(state, orders, source, recipe.on_all(np.int32(1)))
+
+    return Run(run, lower)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Turn:
+    """Where a call stands: metrics so far, the step of this call and the member that come next."""
+
+    metrics: Metrics
+    index: jax.Array
+    member: jax.Array
+
+
+def _one_by_one(recipe: Recipe, layout: tuple[Any, Any, Any], steps_per_call: int) -> Run:
+    def begin(state: TrainState, orders: Orders | None, source: Source) -> _Turn:
+        zero = jnp.zeros((), jnp.int32)
+        return _Turn(recipe.blank_metrics(state, orders, source, steps_per_call), zero, zero)
+
+    def train_step(
+        state: TrainState, orders: Orders | None, turn: _Turn, source: Source
+    ) -> tuple[TrainState, Orders | None, _Turn]:
+        def own(tree: Any, keepdims: bool = False) -> Any:
+            return pick(tree, turn.member, keepdims)
+
+        def put(tree: Any, part: Any) -> Any:
+            return jax.tree.map(lambda x, p: jax.lax.dynamic_update_index_in_dim(x, p, turn.member, 0), tree, part)
+
+        rows = None
+        if orders is not None:
+            part = own(orders, keepdims=True).at(own(state.keys, keepdims=True), recipe.epoch(state.step, orders))
+            orders, rows = put(orders, part), part.rows[0]
+        stack = (state.params, state.rest, state.opt_state)
+        moving, found = recipe.step(
+            own(stack), own(state.keys), own(state.member), rows, source, state.step, turn.index
+        )
+        last = (turn.member == state.num_members - 1).astype(jnp.int32)
+        metrics = {name: turn.metrics[name].at[turn.index, turn.member].set(found[name]) for name in turn.metrics}
+        after = _Turn(metrics, turn.index + last, (turn.member + 1) * (1 - last))
+        return _moved(state, put(stack, moving), state.step + last), orders, after
+
+    first = jax.jit(begin, out_shardings=layout[2])
+    compiled = recipe.jit(train_step, layout, donate_argnums=(0, 1, 2))
+
+    def run(state: TrainState, orders: Orders | None, source: Source, num_steps: int) -> Made:
+        turn = first(state, orders, source)
+        for _ in range(num_steps * state.num_members):
+            state, orders, turn = recipe.settled(compiled(state, orders, turn, source))
+        return state, orders, turn.metrics
+
+    def lower(state: TrainState, orders: Orders | None, source: Source) -> jax.stages.Lowered:
+        return compiled.lower(state, orders, first(state, orders, source), source)
+
+    return Run(run, lower)
+
+
+def compile_features(program: Program, recipe: Recipe) -> Callable[[TrainState, jax.Array], np.ndarray]:
+    """The function that takes features of a batch with every member.
+
+    Args:
+        program: of the training; convolutions on a CPU are no faster side by side here either. recipe: of it.
+
+    Returns:
+        A function (state, images [b, h, w, c] split over "data") -> [E, b, k] float32 on the host.
+    """
+
+    def encode(params: nnx.State, rest: nnx.State, images: jax.Array) -> jax.Array:
+        model = in_eval_mode(recipe.graphdef, params, rest)
+        return model.features(images.astype(jnp.float32)).astype(jnp.float32)
+
+    def of_all(state: TrainState, images: jax.Array) -> jax.Array:
+        return jax.vmap(encode, (0, 0, None), spmd_axis_name="ensemble")(state.params, state.rest, images)
+
+    def of_one(state: TrainState, images: jax.Array, member: jax.Array) -> jax.Array:
+        params, rest = pick((state.params, state.rest), member)
+        return encode(params, rest, images)
+
+    if program is Program.VMAPPED_SCAN:
+        every = recipe.jit(of_all, recipe.sharding())
+        return lambda state, images: np.asarray(every(state, images))
+    one = recipe.jit(of_one, recipe.sharding())
+
+    def one_by_one(state: TrainState, images: jax.Array) -> np.ndarray:
+        turns = (recipe.on_all(np.int32(member)) for member in range(state.num_members))
+        return np.stack([np.asarray(one(state, images, turn)) for turn in turns])
+
+    return one_by_one
+
+
+def in_eval_mode(graphdef: Any, params: nnx.State, rest: nnx.State) -> Any:
+    """The network of one member's variables, a copy, in eval mode."""
+    model = nnx.merge(graphdef, params, rest, copy=True)
+    model.eval()
+    return model
+
+
+def pick(tree: Any, member: jax.Array, keepdims: bool = False) -> Any:
+    """One member of every array of a tree, or with `keepdims` a stack of it alone."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, member, keepdims=keepdims), tree)
+
+
+def _moved(state: TrainState, moving: Moving, step: jax.Array) -> TrainState:
+    params, rest, opt_state = moving
+    return dataclasses.replace(state, step=step, params=params, rest=rest, opt_state=opt_state)

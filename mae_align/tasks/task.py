@@ -1,0 +1,55 @@
+"""One task: targets for some rows of a data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import numpy as np
+
+
+class TaskKind(enum.Enum):
+    """What a task asks for; the value is the word in tables."""
+
+    FINE_LABELS = "fine labels"
+    COARSE_LABELS = "coarse labels"
+    CLASS_SUBSET = "class subset"
+    CLASS_PAIR = "class pair"
+    BRIGHTNESS = "brightness"
+    CONTRAST = "contrast"
+    POSITION = "position"
+    TOP_COMPONENTS = "top components"
+    BOTTOM_COMPONENTS = "bottom components"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """Targets for some rows of a data set.
+
+    Attributes:
+        name: for tables; unique within :func:`standard_tasks`. kind: what it asks for.
+        train_targets, test_targets: [n'] int64 labels in 0..num_classes - 1, or [n', q] float64 numbers with mean 0
+            and variance 1 in training; one per row below.
+        num_classes: for labels; None for numbers.
+        train_rows, test_rows: [n'] int64 positions of the images they belong to, ascending.
+        restricted: whether some images are left out.
+
+    Example:
+        >>> rows = np.arange(3)
+        >>> Task("sign", TaskKind.FINE_LABELS, rows % 2, rows % 2, 2, rows, rows, restricted=False).is_classes
+        True
+    """
+
+    name: str
+    kind: TaskKind
+    train_targets: np.ndarray
+    test_targets: np.ndarray
+    num_classes: int | None
+    train_rows: np.ndarray
+    test_rows: np.ndarray
+    restricted: bool
+
+    @property
+    def is_classes(self) -> bool:
+        """Whether the targets are class labels."""
+        return self.num_classes is not None

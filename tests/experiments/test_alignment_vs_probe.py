@@ -1,0 +1,146 @@
+"""Trained networks against the closed form, end to end on a few digits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import experiments.alignment_vs_probe as module
+from experiments.alignment_cells import Cell, Loss, NetworkConfig, closed_form, probe_tasks
+from experiments.alignment_vs_probe import PRESETS, Config, main
+from experiments.alignment_vs_probe_table import KEYS, read_table
+from experiments.launch import launch
+from mae_align import FixedCountPatchMasking, InputError, Moments, denoising_autoencoder, encoder_curves, load_dataset
+from mae_align.data import ImageDataset
+from mae_align.tasks import Task, TaskKind
+
+TINY = Config(
+    max_train=100,
+    max_test=120,
+    patch_sizes=(4,),
+    mask_ratios=(0.25, 0.5, 0.75),
+    losses=(Loss.matched,),
+    ks=(8, 32),
+    # No blocks: their compilation would take most of the time.
+    network=NetworkConfig(8, 0, 2, 8, 0, 2, epochs=2, batch_size=25),
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("alignment") / "run"
+    main(dataclasses.replace(TINY, out=str(out)))
+    return out
+
+
+def test_one_row_for_each_task_network_and_mask(run):
+    rows = read_table(run / "rows.csv")
+    keys = [tuple(row[key] for key in KEYS) for row in rows]
+    assert len(set(keys)) == len(keys)
+    tasks = {row["task"] for row in rows}
+    assert len(tasks) >= 10
+    assert len(rows) == len(tasks) * 3 * 2
+    for row in rows:
+        assert row["realized_ratio"] == row["mask_ratio"]  # four patches
+        assert -1.0 < row["closed_eval_r2_logmean"] <= 1.0
+        assert row["probe_r2_test"] <= 1.0
+        assert 1.0 <= row["rankme"] <= 8.0
+        # Of the 120 test images, the probes see one half (a task of some classes: fewer).
+        assert row["probe_n_test"] <= 60
+    assert {"agreement.csv", "baselines.csv", "summary.txt", "gains-digits.png"} <= {p.name for p in run.iterdir()}
+
+
+def test_goes_on_with_what_is_finished(run, monkeypatch, capsys):
+    (run / "summary.txt").unlink()
+    before = (run / "rows.csv").read_bytes()
+    monkeypatch.setattr(module, "train", None)
+    main(dataclasses.replace(TINY, out=str(run)))
+    assert (run / "rows.csv").read_bytes() == before
+    assert (run / "summary.txt").exists()
+
+
+def test_the_analysis_alone_of_a_table(run, tmp_path):
+    out = tmp_path / "again"
+    main(Config(analyse_only=str(run / "rows.csv"), out=str(out)))
+    assert (out / "agreement.csv").read_bytes() == (run / "agreement.csv").read_bytes()
+
+
+def test_closed_form_of_a_task_on_some_images_uses_the_encoder_of_all():
+    data = load_dataset("digits")
+    data = ImageDataset(
+        data.train_images[:300],
+        data.train_labels[:300],
+        data.test_images[:200],
+        data.test_labels[:200],
+        data.class_names,
+        "few digits",
+    )
+    train, test = (np.flatnonzero(labels < 2) for labels in (data.train_labels, data.test_labels))
+    pair = Task(
+        "0, 1", TaskKind.CLASS_PAIR, data.train_labels[train], data.test_labels[test], 2, train, test, restricted=True
+    )
+    rows = [np.arange(300), np.arange(200)]
+    whole = Task(
+        "all", TaskKind.FINE_LABELS, data.train_labels, data.test_labels, data.num_classes, *rows, restricted=False
+    )
+    mask, moments = FixedCountPatchMasking(4, 2), Moments.from_arrays(data.train_images)
+    found = closed_form(moments, mask, data, [pair, whole], (5,))
+    encoder = denoising_autoencoder(moments, mask, 5).encoder
+    for task in (pair, whole):
+        fitted = Moments.from_arrays(
+            data.train_images[task.train_rows], task.train_targets, num_classes=task.num_classes
+        )
+        held_out = Moments.from_arrays(
+            data.test_images[task.test_rows], task.test_targets, num_classes=task.num_classes, groups=2
+        )
+        inside, outside = encoder_curves(fitted, encoder, eval_moments=held_out)
+        assert outside is not None
+        assert found[task.name]["closed_r2_k5"] == pytest.approx(inside.r2[4], abs=1e-9)
+        assert found[task.name]["closed_eval_r2_k5"] == pytest.approx(outside.r2[4], abs=1e-9)
+
+
+def test_a_task_on_some_classes_is_probed_on_its_images_alone():
+    rng = np.random.default_rng(0)
+    labels = np.arange(90) % 3
+    features = rng.normal(size=(90, 4)) + 5.0 * np.eye(4)[labels]
+    some = np.flatnonzero(labels > 0)
+    tasks = [
+        Task("all", TaskKind.FINE_LABELS, labels, labels, 3, np.arange(90), np.arange(90), restricted=False),
+        Task("1, 2", TaskKind.CLASS_PAIR, labels[some] - 1, labels[some] - 1, 2, some, some, restricted=True),
+    ]
+    found = probe_tasks(features, features, tasks, "made up")
+    assert found["1, 2"].protocol.n_test == 60
+    assert found["all"].protocol.n_test == 90
+    assert found["1, 2"].accuracy_test > 0.9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--mask-ratios", "0.5"], "at least two different ratios"),
+        (["--patch-sizes", "3"], "does not divide"),
+        (["--seeds", "1", "1"], "repeats a value"),
+        (["--mask-ratios", "0.5", "1.0"], "mask ratio 1"),
+        (["--analyse-only", "nowhere.csv"], "nowhere.csv"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(arguments, says, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        launch(main, Config, PRESETS, [*arguments, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.glob("run/networks"))
+
+
+def test_cells_have_names_of_their_own():
+    names = {Cell(p, r, loss).key for p in (2, 4) for r in (0.25, 0.5) for loss in Loss}
+    assert len(names) == 8
+
+
+def test_input_error_is_the_packages_own():
+    with pytest.raises(InputError):
+        main(dataclasses.replace(TINY, max_train=3))
