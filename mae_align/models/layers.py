@@ -26,7 +26,7 @@ xavier_uniform = nnx.initializers.xavier_uniform()
 def gelu_exact(x: jax.Array) -> jax.Array:
     """x Phi(x) by the error function, as the published masked autoencoder has it.
 
-    ``jax.nn.gelu`` is the tanh form: within 5e-4 of this, and cheaper.
+    ``jax.nn.gelu`` is the tanh form: within 5e-4 of this, at about the same cost.
 
     Args:
         x: any shape.
