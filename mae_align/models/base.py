@@ -12,7 +12,7 @@ from flax import nnx
 
 from mae_align.corruption import Corruption
 from mae_align.errors import InputError
-from mae_align.models.pixels import Constant, Pixels
+from mae_align.models.pixels import Array, Constant, Pixels
 from mae_align.patches import ImageShape
 
 Metrics = dict[str, jax.Array]
@@ -50,7 +50,7 @@ class Autoencoder(nnx.Module):
         """The normalisation of this model."""
         return Pixels(self.pixel_mean[...], self.pixel_scale[...])
 
-    def check_shape(self, images: jax.Array) -> None:
+    def check_shape(self, images: Array) -> None:
         """Refuse images of another shape.
 
         Raises:
@@ -62,7 +62,7 @@ class Autoencoder(nnx.Module):
             )
 
     @abc.abstractmethod
-    def encode(self, images: jax.Array) -> jax.Array:
+    def encode(self, images: Array) -> jax.Array:
         """Features of the images as given.
 
         Args:
@@ -76,7 +76,7 @@ class Autoencoder(nnx.Module):
         """
 
     @abc.abstractmethod
-    def reconstruct(self, images: jax.Array) -> jax.Array:
+    def reconstruct(self, images: Array) -> jax.Array:
         """Reconstruction from the images as given.
 
         Args:
@@ -90,7 +90,7 @@ class Autoencoder(nnx.Module):
         """
 
     @abc.abstractmethod
-    def loss(self, images: jax.Array, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(self, images: Array, key: jax.Array) -> tuple[jax.Array, Metrics]:
         """Training loss, a mean over batch and pixels in normalised units.
 
         Args:
@@ -103,7 +103,7 @@ class Autoencoder(nnx.Module):
             InputError: images of another shape.
         """
 
-    def loss_and_features(self, images: jax.Array, key: jax.Array) -> tuple[jax.Array, Metrics, jax.Array]:
+    def loss_and_features(self, images: Array, key: jax.Array) -> tuple[jax.Array, Metrics, jax.Array]:
         """:meth:`loss` and :meth:`encode` of the clean images, for training with a head on the features.
 
         Args:
@@ -115,7 +115,7 @@ class Autoencoder(nnx.Module):
         loss, metrics = self.loss(images, key)
         return loss, metrics, self.encode(images)
 
-    def features(self, images: jax.Array) -> jax.Array:
+    def features(self, images: Array) -> jax.Array:
         """:meth:`encode`: what probes are given."""
         return self.encode(images)
 
@@ -143,29 +143,29 @@ class BottleneckAutoencoder(Autoencoder):
     def decoder(self, code: jax.Array) -> jax.Array:
         """Normalised images [b, h, w, c] of a code [b, k], in the compute dtype."""
 
-    def encode(self, images: jax.Array) -> jax.Array:
+    def encode(self, images: Array) -> jax.Array:
         """Code of the images as given, [b, k] float32; see :meth:`Autoencoder.encode`."""
         self.check_shape(images)
         return self.encoder(self.pixels.normalize(images)).astype(jnp.float32)
 
-    def reconstruct(self, images: jax.Array) -> jax.Array:
+    def reconstruct(self, images: Array) -> jax.Array:
         """Decoded code of the images as given, [b, h, w, c] float32; see :meth:`Autoencoder.reconstruct`."""
         self.check_shape(images)
         return self.pixels.restore(self.decoder(self.encoder(self.pixels.normalize(images))))
 
-    def loss(self, images: jax.Array, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(self, images: Array, key: jax.Array) -> tuple[jax.Array, Metrics]:
         """|x - f(x')|^2 / d, mean over the batch; see :meth:`Autoencoder.loss`."""
         loss, _ = self._loss_and_code(images, key)
         return loss, {"reconstruction": loss}
 
-    def loss_and_features(self, images: jax.Array, key: jax.Array) -> tuple[jax.Array, Metrics, jax.Array]:
+    def loss_and_features(self, images: Array, key: jax.Array) -> tuple[jax.Array, Metrics, jax.Array]:
         """One pass where nothing is corrupted: the features are the code that is decoded."""
         if self.corruption is not None:
             return super().loss_and_features(images, key)
         loss, code = self._loss_and_code(images, key)
         return loss, {"reconstruction": loss}, code.astype(jnp.float32)
 
-    def _loss_and_code(self, images: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _loss_and_code(self, images: Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         self.check_shape(images)
         pixels = self.pixels
         target = source = pixels.normalize(images)

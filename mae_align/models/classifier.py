@@ -9,6 +9,7 @@ from flax import nnx
 from mae_align.errors import InputError
 from mae_align.models.base import Autoencoder, Metrics, ModelKind
 from mae_align.models.layers import Dense
+from mae_align.models.pixels import Array
 from mae_align.patches import ImageShape
 
 
@@ -29,7 +30,7 @@ class ClassHead(Dense):
         super().__init__(features, num_classes, kernel_init=nnx.initializers.normal(0.01), rngs=rngs)
 
 
-def classification(logits: jax.Array, labels: jax.Array) -> Metrics:
+def classification(logits: jax.Array, labels: Array) -> Metrics:
     """Cross-entropy in nats and accuracy, means over the batch.
 
     Args:
@@ -83,15 +84,15 @@ class Classifier(nnx.Module):
         """(h, w, c)."""
         return self.autoencoder.image_shape
 
-    def features(self, images: jax.Array) -> jax.Array:
+    def features(self, images: Array) -> jax.Array:
         """Features of the encoder, [b, k] float32."""
         return self.autoencoder.features(images)
 
-    def logits(self, images: jax.Array) -> jax.Array:
+    def logits(self, images: Array) -> jax.Array:
         """[b, classes] float32."""
         return self.head(self.features(images))
 
-    def loss(self, images: jax.Array, labels: jax.Array, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(self, images: Array, labels: Array, key: jax.Array) -> tuple[jax.Array, Metrics]:
         """Cross-entropy in nats.
 
         Args:

@@ -8,6 +8,7 @@ from flax import nnx
 
 from mae_align.models.base import Autoencoder, Metrics, ModelKind
 from mae_align.models.classifier import ClassHead, classification
+from mae_align.models.pixels import Array
 from mae_align.patches import ImageShape
 
 
@@ -77,21 +78,19 @@ class GuidedAutoencoder(nnx.Module):
         """(h, w, c)."""
         return self.autoencoder.image_shape
 
-    def features(self, images: jax.Array) -> jax.Array:
+    def features(self, images: Array) -> jax.Array:
         """Features of the autoencoder, [b, k] float32."""
         return self.autoencoder.features(images)
 
-    def reconstruct(self, images: jax.Array) -> jax.Array:
+    def reconstruct(self, images: Array) -> jax.Array:
         """Reconstruction of the autoencoder, [b, h, w, c] float32 in stored pixel units."""
         return self.autoencoder.reconstruct(images)
 
-    def logits(self, images: jax.Array) -> jax.Array:
+    def logits(self, images: Array) -> jax.Array:
         """Logits of the head, [b, classes] float32."""
         return self.head(self.features(images))
 
-    def loss(
-        self, images: jax.Array, labels: jax.Array, key: jax.Array, weight: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
+    def loss(self, images: Array, labels: Array, key: jax.Array, weight: jax.Array) -> tuple[jax.Array, Metrics]:
         """Reconstruction + weight * cross-entropy.
 
         Args:

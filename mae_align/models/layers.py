@@ -142,6 +142,19 @@ class LayerNorm(nnx.Module):
         return out.astype(self.dtype).reshape(x.shape)
 
 
+def check_heads(width: int, heads: int) -> None:
+    """Refuse heads that do not divide the width.
+
+    Raises:
+        InputError: see above.
+
+    Example:
+        >>> check_heads(8, 2)
+    """
+    if heads < 1 or width % heads:
+        raise InputError(f"{heads} heads do not divide the width {width}: choose a divisor of the width")
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention, softmax(q k^T / sqrt(head)) v, over [batch * heads, tokens, head].
 
@@ -157,8 +170,7 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, width: int, heads: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
-        if heads < 1 or width % heads:
-            raise InputError(f"{heads} heads do not divide the width {width}: choose a divisor of the width")
+        check_heads(width, heads)
         self.qkv = Dense(width, 3 * width, dtype=dtype, rngs=rngs)
         self.out = Dense(width, width, dtype=dtype, rngs=rngs)
         self.heads = heads
@@ -169,7 +181,7 @@ class Attention(nnx.Module):
         size = width // self.heads
         split = self.qkv(x).reshape(batch, tokens, 3, self.heads, size).transpose(2, 0, 3, 1, 4)
         query, key, value = split.reshape(3, batch * self.heads, tokens, size)
-        scores = jnp.matmul(query, key.swapaxes(1, 2), preferred_element_type=jnp.float32) / math.sqrt(size)
+        scores = (query @ key.swapaxes(1, 2)).astype(jnp.float32) / math.sqrt(size)
         mixed = jax.nn.softmax(scores, axis=-1).astype(value.dtype) @ value
         joined = mixed.reshape(batch, self.heads, tokens, size).swapaxes(1, 2).reshape(batch, tokens, width)
         return self.out(joined)

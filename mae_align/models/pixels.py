@@ -14,6 +14,8 @@ from mae_align.errors import InputError
 from mae_align.moments import Moments
 from mae_align.patches import ImageShape
 
+# Images, labels and constants may be NumPy's.
+Array = jax.Array | np.ndarray
 # Images of one sum in float64.
 _CHUNK = 1024
 
@@ -40,8 +42,8 @@ class Pixels:
         (2.0, [[[[1.0]]]])
     """
 
-    mean: np.ndarray | jax.Array
-    scale: np.ndarray | jax.Array
+    mean: Array
+    scale: Array
 
     @classmethod
     def of(cls, moments: Moments) -> Pixels:
@@ -97,7 +99,7 @@ class Pixels:
         height, width, channels = self.mean.shape
         return height, width, channels
 
-    def normalize(self, images: np.ndarray | jax.Array) -> jax.Array:
+    def normalize(self, images: Array) -> jax.Array:
         """(images - mean) / scale.
 
         Args:
@@ -112,7 +114,7 @@ class Pixels:
         """
         return (jnp.asarray(images).astype(jnp.float32) - jnp.asarray(self.mean)[None]) / self.scale
 
-    def restore(self, normalized: jax.Array) -> jax.Array:
+    def restore(self, normalized: Array) -> jax.Array:
         """Mean + scale * normalized, the inverse of :meth:`normalize`.
 
         Args:

@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 from mae_align.corruption import FixedCountPatchMasking
 from mae_align.errors import InputError
 from mae_align.models.base import Autoencoder, Metrics, ModelKind
-from mae_align.models.layers import Activation, Block, Dense, LayerNorm
-from mae_align.models.pixels import Constant, Pixels
+from mae_align.models.layers import Activation, Block, Dense, LayerNorm, check_heads
+from mae_align.models.pixels import Array, Constant, Pixels
 from mae_align.patches import PatchSize, patch_hw
 
 # Added to the variance of a patch before its root, as in the published code.
@@ -123,7 +123,7 @@ class MaskedPrediction(NamedTuple):
 
     mask: jax.Array
     prediction: jax.Array
-    masked_images: jax.Array
+    masked_images: Array
 
 
 class MaskedAutoencoder(Autoencoder):
@@ -196,6 +196,10 @@ class MaskedAutoencoder(Autoencoder):
                 f"depth={depth}, decoder_depth={decoder_depth}, mlp_ratio={mlp_ratio}: give depths of 0 or more and a "
                 "ratio of 1 or more"
             )
+        check_heads(width, heads)
+        check_heads(decoder_width, decoder_heads)
+        self.positions = Constant(jnp.asarray(sincos_positions(self.grid, width)))
+        self.decoder_positions = Constant(jnp.asarray(sincos_positions(self.grid, decoder_width)))
 
         def blocks(count: int, width: int, heads: int) -> nnx.List[Block]:
             return nnx.List(
@@ -204,12 +208,10 @@ class MaskedAutoencoder(Autoencoder):
 
         token = nnx.initializers.normal(0.02)
         self.embed = Dense(self.patch_dim, width, dtype=dtype, rngs=rngs)
-        self.positions = Constant(jnp.asarray(sincos_positions(self.grid, width)))
         self.class_token = nnx.Param(token(rngs.params(), (width,), jnp.float32))
         self.blocks = blocks(depth, width, heads)
         self.norm = LayerNorm(width, dtype=dtype)
         self.decoder_embed = Dense(width, decoder_width, dtype=dtype, rngs=rngs)
-        self.decoder_positions = Constant(jnp.asarray(sincos_positions(self.grid, decoder_width)))
         self.mask_token = nnx.Param(token(rngs.params(), (decoder_width,), jnp.float32))
         self.decoder_blocks = blocks(decoder_depth, decoder_width, decoder_heads)
         self.decoder_norm = LayerNorm(decoder_width, dtype=dtype)
@@ -247,7 +249,7 @@ class MaskedAutoencoder(Autoencoder):
         parts = patches.reshape(len(patches), down, across, ph, pw, -1).swapaxes(2, 3)
         return parts.reshape(len(patches), *self.image_shape)
 
-    def targets(self, images: jax.Array) -> jax.Array:
+    def targets(self, images: Array) -> jax.Array:
         """What the decoder is to predict, for every patch.
 
         Args:
@@ -261,12 +263,12 @@ class MaskedAutoencoder(Autoencoder):
         """
         return self.objective.targets(self._patches(images))
 
-    def encode(self, images: jax.Array) -> jax.Array:
+    def encode(self, images: Array) -> jax.Array:
         """Mean over all patches of the encoder's output, nothing masked; see :meth:`Autoencoder.encode`."""
         tokens = self._encode_tokens(self._patches(images), self.positions[...][None])
         return tokens[:, 1:].astype(jnp.float32).mean(axis=1)
 
-    def reconstruct(self, images: jax.Array) -> jax.Array:
+    def reconstruct(self, images: Array) -> jax.Array:
         """Decoder's output with no patch hidden; see :meth:`Autoencoder.reconstruct`.
 
         A loss on hidden patches never trained the decoder for this. With ``norm_pix`` the mean and the deviation of a
@@ -277,7 +279,7 @@ class MaskedAutoencoder(Autoencoder):
         predicted = self._decode_tokens(tokens, self.decoder_positions[...][None])
         return self.pixels.restore(self.unpatchify(self.objective.pixels_of(predicted, patches)))
 
-    def predict(self, images: jax.Array, key: jax.Array) -> MaskedPrediction:
+    def predict(self, images: Array, key: jax.Array) -> MaskedPrediction:
         """Mask images as the loss does with this key, and predict every patch.
 
         Args:
@@ -296,7 +298,7 @@ class MaskedAutoencoder(Autoencoder):
         masked = self.unpatchify(jnp.where(mask[:, :, None], 0.0, self._patches(images)))
         return MaskedPrediction(mask, predicted, self.pixels.restore(masked))
 
-    def loss(self, images: jax.Array, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(self, images: Array, key: jax.Array) -> tuple[jax.Array, Metrics]:
         """Mean squared error over hidden patches, or over all pixels; see :meth:`Autoencoder.loss`.
 
         The masks are those of ``masking.sample_kept(key, b, N)``.
@@ -310,7 +312,7 @@ class MaskedAutoencoder(Autoencoder):
         loss = jnp.mean(jnp.square(predicted - self.objective.targets(ordered)))
         return loss, {"reconstruction": loss}
 
-    def _patches(self, images: jax.Array) -> jax.Array:
+    def _patches(self, images: Array) -> jax.Array:
         self.check_shape(images)
         return self.patchify(self.pixels.normalize(images))
 
