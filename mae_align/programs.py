@@ -3,8 +3,8 @@
 `Program.VMAPPED_SCAN` is one program for all members and many steps. `Program.ONE_BY_ONE` is one program for one step
 of one member, called from the host again and again. On a CPU, convolutions fall off two cliffs: under `vmap` over
 weights they run at about an eighth of their rate, and their gradients inside a loop of XLA 18 to 45 times slower than
-outside. Matrix products lose nothing by either, and accelerators have neither cliff. `benchmarks/train_step.py` measures
-both.
+outside. Matrix products lose nothing by either, and accelerators have neither cliff; `benchmarks/train_step.py`
+measures both.
 
 The number of steps of a call is a number on the device, not a constant of the program: one compiled program serves any
 of them, and a run has the same bits however it is cut into calls.
@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,12 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mae_align.devices import is_cpu
 from mae_align.models import ModelKind
 from mae_align.train_data import Source
 from mae_align.train_state import Member, Metrics, Objective, Orders, TrainState, step_key
+
+T = TypeVar("T")
 
 
 class Program(enum.Enum):
@@ -54,8 +57,21 @@ def choose_program(kind: ModelKind, platform: str) -> Program:
 
 # What a step changes of one member: parameters, other variables, optimiser state.
 Moving = tuple[nnx.State, nnx.State, optax.OptState]
-# (state, orders, source, num_steps) -> (state, orders, metrics of [steps, E]); gives away state and orders.
-Run = Callable[[TrainState, Orders | None, Source, int], tuple[TrainState, Orders | None, Metrics]]
+Made = tuple[TrainState, Orders | None, Metrics]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """What makes steps.
+
+    Attributes:
+        advance: (state, orders, source, num_steps) -> (state, orders, metrics [steps_per_call, E]); state and orders
+            are donated, rows of the metrics from the number of steps on are 0, `orders` is None for a stream.
+        lower: (state, orders, source) -> the program that is dispatched, lowered: its cost, memory and collectives.
+    """
+
+    advance: Callable[[TrainState, Orders | None, Source, int], Made]
+    lower: Callable[[TrainState, Orders | None, Source], jax.stages.Lowered]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,7 +80,7 @@ class Recipe:
 
     Attributes:
         graphdef: of the model. objective: see :data:`mae_align.train_state.Objective`. optimizer: of one member.
-        batch_size: B. mesh: with axes "ensemble" and "data".
+        batch_size: B. mesh: with axes "ensemble" and "data". compiler_options: of XLA, as `jax.jit` takes them.
     """
 
     graphdef: Any
@@ -72,6 +88,7 @@ class Recipe:
     optimizer: optax.GradientTransformation
     batch_size: int
     mesh: Mesh
+    compiler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def sharding(self, *axes: str | None) -> NamedSharding:
         """A sharding over the mesh, named axis by axis."""
@@ -81,6 +98,21 @@ class Recipe:
         """A host array on every device of the mesh; an explicit transfer, without a collective."""
         value = np.asarray(value)
         return place(value.shape, self.sharding(), lambda part: value[part])
+
+    def jit(self, function: Callable[..., Any], out_shardings: Any, donate_argnums: tuple[int, ...] = ()) -> Any:
+        """`jax.jit` with the options of this recipe."""
+        options = dict(self.compiler_options)
+        return jax.jit(function, out_shardings=out_shardings, donate_argnums=donate_argnums, compiler_options=options)
+
+    def settled(self, out: T) -> T:
+        """What was computed; waits for it on several devices of a CPU.
+
+        There programs with collectives share one pool of threads, and with a hundred of them queued they can wait for
+        each other for ever. Nothing is lost: every core is busy anyway.
+        """
+        if is_cpu(self.mesh.devices.flat[0]) and self.mesh.devices.size > 1:
+            jax.block_until_ready(out)
+        return out
 
     def step(
         self,
@@ -111,14 +143,15 @@ class Recipe:
             model = nnx.merge(self.graphdef, params, rest, copy=True)
             model.train()
             loss, metrics = self.objective(model, images, labels, step_key(key, step), member)
-            return loss, (metrics, nnx.split(model, nnx.Param, ...)[2])
+            _, _, rest_after = nnx.split(model, nnx.Param, ...)
+            return loss, (metrics, rest_after)
 
         (loss, (metrics, rest)), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
         updates, opt_state = self.optimizer.update(gradient, opt_state, params)
-        updates = jax.tree.map(lambda update: member.learning_rate * update, updates)
+        params = jax.tree.map(lambda p, update: p + member.learning_rate * update, params, updates)
         found = {"loss": loss, "gradient_norm": optax.tree.norm(gradient), **metrics}
         found = {name: jnp.asarray(value, jnp.float32) for name, value in found.items()}
-        return (optax.apply_updates(params, updates), rest, opt_state), found
+        return (params, rest, opt_state), found
 
     def all_members(
         self, state: TrainState, rows: jax.Array | None, source: Source, index: jax.Array
@@ -162,15 +195,11 @@ def place(shape: tuple[int, ...], sharding: NamedSharding, read: Callable[[Any],
 
 
 def compile_run(program: Program, recipe: Recipe, state_shardings: Any, steps_per_call: int) -> Run:
-    """The function that makes up to `steps_per_call` steps.
+    """What makes up to `steps_per_call` steps at a time.
 
     Args:
         program: see :class:`Program`. recipe: of a step. state_shardings: of a :class:`TrainState`.
-        steps_per_call: rows of the metrics it returns; those from the number of steps on are 0.
-
-    Returns:
-        A function (state, orders, source, num_steps) -> (state, orders, metrics of [steps_per_call, E]). State and
-        orders are donated. `orders` is None for :class:`mae_align.train_state.Batches`.
+        steps_per_call: most steps of a call.
     """
     orders = recipe.sharding("ensemble")
     layout = (state_shardings, orders, recipe.sharding())
@@ -180,10 +209,8 @@ def compile_run(program: Program, recipe: Recipe, state_shardings: Any, steps_pe
 
 
 def _vmapped_scan(recipe: Recipe, layout: tuple[Any, Any, Any], steps_per_call: int) -> Run:
-    def train_steps(
-        state: TrainState, orders: Orders | None, source: Source, num_steps: jax.Array
-    ) -> tuple[TrainState, Orders | None, Metrics]:
-        def body(index: jax.Array, carry: tuple[TrainState, Orders | None, Metrics]):
+    def train_steps(state: TrainState, orders: Orders | None, source: Source, num_steps: jax.Array) -> Made:
+        def body(index: jax.Array, carry: Made) -> Made:
             state, orders, metrics = carry
             rows = None
             if orders is not None:
@@ -195,12 +222,15 @@ def _vmapped_scan(recipe: Recipe, layout: tuple[Any, Any, Any], steps_per_call: 
         blank = recipe.blank_metrics(state, orders, source, steps_per_call)
         return jax.lax.fori_loop(0, num_steps, body, (state, orders, blank))
 
-    compiled = jax.jit(train_steps, donate_argnums=(0, 1), out_shardings=layout)
+    compiled = recipe.jit(train_steps, layout, donate_argnums=(0, 1))
 
-    def run(state: TrainState, orders: Orders | None, source: Source, num_steps: int):
-        return compiled(state, orders, source, recipe.on_all(np.int32(num_steps)))
+    def run(state: TrainState, orders: Orders | None, source: Source, num_steps: int) -> Made:
+        return recipe.settled(compiled(state, orders, source, recipe.on_all(np.int32(num_steps))))
 
-    return run
+    def lower(state: TrainState, orders: Orders | None, source: Source) -> jax.stages.Lowered:
+        return compiled.lower(state, orders, source, recipe.on_all(np.int32(1)))
+
+    return Run(run, lower)
 
 
 @jax.tree_util.register_dataclass
@@ -222,7 +252,7 @@ def _one_by_one(recipe: Recipe, layout: tuple[Any, Any, Any], steps_per_call: in
         state: TrainState, orders: Orders | None, turn: _Turn, source: Source
     ) -> tuple[TrainState, Orders | None, _Turn]:
         def own(tree: Any, keepdims: bool = False) -> Any:
-            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, turn.member, keepdims=keepdims), tree)
+            return pick(tree, turn.member, keepdims)
 
         def put(tree: Any, part: Any) -> Any:
             return jax.tree.map(lambda x, p: jax.lax.dynamic_update_index_in_dim(x, p, turn.member, 0), tree, part)
@@ -241,15 +271,63 @@ def _one_by_one(recipe: Recipe, layout: tuple[Any, Any, Any], steps_per_call: in
         return _moved(state, put(stack, moving), state.step + last), orders, after
 
     first = jax.jit(begin, out_shardings=layout[2])
-    compiled = jax.jit(train_step, donate_argnums=(0, 1, 2), out_shardings=layout)
+    compiled = recipe.jit(train_step, layout, donate_argnums=(0, 1, 2))
 
-    def run(state: TrainState, orders: Orders | None, source: Source, num_steps: int):
+    def run(state: TrainState, orders: Orders | None, source: Source, num_steps: int) -> Made:
         turn = first(state, orders, source)
         for _ in range(num_steps * state.num_members):
-            state, orders, turn = compiled(state, orders, turn, source)
+            state, orders, turn = recipe.settled(compiled(state, orders, turn, source))
         return state, orders, turn.metrics
 
-    return run
+    def lower(state: TrainState, orders: Orders | None, source: Source) -> jax.stages.Lowered:
+        return compiled.lower(state, orders, first(state, orders, source), source)
+
+    return Run(run, lower)
+
+
+def compile_features(program: Program, recipe: Recipe) -> Callable[[TrainState, jax.Array], np.ndarray]:
+    """The function that takes features of a batch with every member.
+
+    Args:
+        program: of the training; convolutions on a CPU are no faster side by side here either. recipe: of it.
+
+    Returns:
+        A function (state, images [b, h, w, c] split over "data") -> [E, b, k] float32 on the host.
+    """
+
+    def encode(params: nnx.State, rest: nnx.State, images: jax.Array) -> jax.Array:
+        model = in_eval_mode(recipe.graphdef, params, rest)
+        return model.features(images.astype(jnp.float32)).astype(jnp.float32)
+
+    def of_all(state: TrainState, images: jax.Array) -> jax.Array:
+        return jax.vmap(encode, (0, 0, None), spmd_axis_name="ensemble")(state.params, state.rest, images)
+
+    def of_one(state: TrainState, images: jax.Array, member: jax.Array) -> jax.Array:
+        params, rest = pick((state.params, state.rest), member)
+        return encode(params, rest, images)
+
+    if program is Program.VMAPPED_SCAN:
+        every = recipe.jit(of_all, recipe.sharding())
+        return lambda state, images: np.asarray(every(state, images))
+    one = recipe.jit(of_one, recipe.sharding())
+
+    def one_by_one(state: TrainState, images: jax.Array) -> np.ndarray:
+        turns = (recipe.on_all(np.int32(member)) for member in range(state.num_members))
+        return np.stack([np.asarray(one(state, images, turn)) for turn in turns])
+
+    return one_by_one
+
+
+def in_eval_mode(graphdef: Any, params: nnx.State, rest: nnx.State) -> Any:
+    """The network of one member's variables, a copy, in eval mode."""
+    model = nnx.merge(graphdef, params, rest, copy=True)
+    model.eval()
+    return model
+
+
+def pick(tree: Any, member: jax.Array, keepdims: bool = False) -> Any:
+    """One member of every array of a tree, or with `keepdims` a stack of it alone."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, member, keepdims=keepdims), tree)
 
 
 def _moved(state: TrainState, moving: Moving, step: jax.Array) -> TrainState:

@@ -9,7 +9,7 @@ on one machine, and members of the same seed see the same batches, masks and ini
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,10 +19,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from mae_align.devices import train_mesh
+from mae_align.devices import is_cpu, train_mesh
 from mae_align.errors import InputError
 from mae_align.patches import ImageShape
-from mae_align.programs import Program, Recipe, choose_program, compile_run, place
+from mae_align.programs import Program, Recipe, choose_program, compile_features, compile_run, in_eval_mode, pick, place
 from mae_align.train_data import Batches, DeviceData, check_examples, check_fits
 from mae_align.train_state import (
     Member,
@@ -66,6 +66,7 @@ class Training:
             "ensemble", the images of a batch over "data", on which parameters are copied.
         steps_per_call: most steps of one dispatch; default 64. The result does not depend on it.
         program: default: the faster one, :func:`mae_align.programs.choose_program`.
+        compiler_options: of XLA for the programs of steps and features, as `jax.jit` takes them.
 
     Raises:
         InputError: sizes that the mesh does not divide, or a model that keeps random numbers of its own.
@@ -103,6 +104,7 @@ class Training:
         mesh: Mesh | None = None,
         steps_per_call: int | None = None,
         program: Program | None = None,
+        compiler_options: Mapping[str, Any] | None = None,
     ) -> None:
         mesh = train_mesh() if mesh is None else mesh
         if tuple(mesh.axis_names) != ("ensemble", "data"):
@@ -117,7 +119,7 @@ class Training:
                     f"{name}={value} is not divisible by the {mesh.shape[axis]} devices of the mesh's {axis!r} axis: "
                     "choose a multiple of them, or a smaller mesh"
                 )
-        model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
+        model: Any = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
         if jax.tree.leaves(nnx.state(model, nnx.RngState)):
             raise InputError("the model keeps random numbers of its own: let it draw from the key of its loss instead")
         if program is None:
@@ -131,11 +133,11 @@ class Training:
         self.batch_size, self.num_members, self.steps_per_call = batch_size, num_members, steps
         self.image_shape: ImageShape = tuple(model.image_shape)
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-        self._recipe = Recipe(graphdef, objective, optimizer, batch_size, mesh)
+        self._recipe = Recipe(graphdef, objective, optimizer, batch_size, mesh, compiler_options or {})
         self._make_model, self._num_classes = make_model, None
         if hasattr(model, "logits"):
             image = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
-            logits = jax.eval_shape(lambda p, r, x: nnx.merge(graphdef, p, r).logits(x), params, rest, image)
+            logits = jax.eval_shape(lambda p, r, x: in_eval_mode(graphdef, p, r).logits(x), params, rest, image)
             self._num_classes = int(logits.shape[1])
         members = np.zeros(num_members, np.uint32), np.ones((2, num_members), np.float32)
         shapes = jax.eval_shape(self._initial, *members)
@@ -143,13 +145,15 @@ class Training:
         self.abstract_state: TrainState = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout
         )
-        self._init = jax.jit(self._initial, out_shardings=layout)
+        # It runs once, and XLA takes seconds to optimise random numbers for a CPU.
+        quick = {"xla_backend_optimization_level": 0} if is_cpu(mesh.devices.flat[0]) else None
+        self._init = jax.jit(self._initial, out_shardings=layout, compiler_options=quick)
         self._run = compile_run(program, self._recipe, layout, steps)
         self._blank = jax.jit(Orders.blank, static_argnums=1, out_shardings=self._recipe.sharding("ensemble"))
         self._order = jax.jit(permutations, static_argnums=2, out_shardings=self._recipe.sharding("ensemble"))
         self._joined = jax.jit(_joined, static_argnums=1, out_shardings=self._recipe.sharding())
-        self._pick = jax.jit(_picked, out_shardings=self._recipe.sharding())
-        self._encode = jax.jit(self._encoder(), out_shardings=self._recipe.sharding())
+        self._pick = jax.jit(pick, out_shardings=self._recipe.sharding())
+        self._encode = compile_features(program, self._recipe)
         # Where each number of images stands in its order: a memo of what follows from state and step.
         self._orders: dict[int, Orders] = {}
 
@@ -174,7 +178,8 @@ class Training:
 
         Args:
             seeds: E of them, in 0..2^32 - 1; they may be equal.
-            learning_rates: E factors on the optimiser's learning rate, default 1. guidance: E weights of the labels for :func:`guide`, default 0.
+            learning_rates: E factors on the optimiser's learning rate, default 1.
+            guidance: E weights of the labels for :func:`guide`, default 0.
 
         Returns:
             The state, its member axis split over "ensemble".
@@ -253,11 +258,22 @@ class Training:
             orders = self._orders.pop(n, None)
             if orders is None:
                 orders = self._blank(state.keys, n)
-            state, orders, metrics = self._run(state, orders, data, count)
+            state, orders, metrics = self._run.advance(state, orders, data, count)
             assert orders is not None
             self._orders[n] = orders
             found.append(metrics)
         return state, self._whole(found, num_steps)
+
+    def lower(self, state: TrainState, data: DeviceData) -> jax.stages.Lowered:
+        """The program that :meth:`advance` dispatches, lowered; nothing runs.
+
+        `.compile()` of it tells its cost, memory and collectives: of one step of all members, or of one of them where
+        they train one by one. Operations of a loop are counted once.
+
+        Args:
+            state, data: as for :meth:`advance`; both stay.
+        """
+        return self._run.lower(state, self._blank(state.keys, len(data.images)), data)
 
     def _check_state(self, state: TrainState, num_steps: int) -> None:
         if num_steps < 1:
@@ -296,13 +312,14 @@ class Training:
                 f"batches of shape {list(images.shape)} but labels {list(np.shape(labels))}: one per image"
             )
         flat = None if labels is None else np.asarray(labels).reshape(-1, *np.shape(labels)[2:])
-        checked = check_examples(images.reshape(-1, *images.shape[2:]), flat, self.image_shape, self._num_classes)
+        data, classes = check_examples(images.reshape(-1, *images.shape[2:]), flat, self.image_shape, self._num_classes)
         found, start = [], 0
         for count in _parts(len(images), self.steps_per_call):
             part = slice(start * rows, (start + count) * rows)
             start += count
-            batches = Batches(*(self._split(array, part, count) for array in checked))
-            state, _, metrics = self._run(state, None, batches, count)
+            classes_part = None if classes is None else self._split(classes[part], count)
+            batches = Batches(self._split(data[part], count), classes_part)
+            state, _, metrics = self._run.advance(state, None, batches, count)
             found.append(metrics)
         return state, self._whole(found, len(images))
 
@@ -310,14 +327,12 @@ class Training:
     def batch_rows(self) -> slice:
         """The rows of each batch of a stream that this process gives to :meth:`advance_batches`."""
         spans = self._recipe.sharding("data").addressable_devices_indices_map((self.batch_size,)).values()
-        starts, stops = zip(*(span[0].indices(self.batch_size)[:2] for span in spans), strict=True)
-        return slice(min(starts), max(stops))
+        ranges = [span[0].indices(self.batch_size) for span in spans if span is not None]
+        return slice(min(start for start, _, _ in ranges), max(stop for _, stop, _ in ranges))
 
-    def _split(self, array: np.ndarray | None, part: slice, count: int) -> jax.Array | None:
-        """Rows of `count` batches on the devices, split over "data"."""
-        if array is None:
-            return None
-        local, first = array[part].reshape(count, -1, *array.shape[1:]), self.batch_rows.start
+    def _split(self, array: np.ndarray, count: int) -> jax.Array:
+        """This process's rows of `count` batches on the devices, split over "data"."""
+        local, first = array.reshape(count, -1, *array.shape[1:]), self.batch_rows.start
 
         def read(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[1].indices(self.batch_size)
@@ -325,7 +340,7 @@ class Training:
 
         return place((count, self.batch_size, *array.shape[1:]), self._recipe.sharding(None, "data"), read)
 
-    def model(self, state: TrainState, member: int) -> nnx.Module:
+    def model(self, state: TrainState, member: int) -> Any:
         """A copy of one member's network in eval mode, on the default device.
 
         Args:
@@ -338,9 +353,7 @@ class Training:
             raise InputError(f"member {member}: there are members 0 to {self.num_members - 1}")
         parts = self._pick((state.params, state.rest), self._recipe.on_all(np.int32(member)))
         # By way of the host: on one device whatever the mesh.
-        model = nnx.merge(self._recipe.graphdef, *jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), parts), copy=True)
-        model.eval()
-        return model
+        return in_eval_mode(self._recipe.graphdef, *jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), parts))
 
     def features(self, state: TrainState, images: np.ndarray, batch_size: int) -> np.ndarray:
         """Features of every member, in eval mode, of images as given.
@@ -359,31 +372,13 @@ class Training:
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size}: give at least 1")
         size = math.ceil(batch_size / self.mesh.shape["data"]) * self.mesh.shape["data"]
-        one_by_one = self.program is Program.ONE_BY_ONE
-        turns = [self._recipe.on_all(np.int32(i)) for i in range(self.num_members)] if one_by_one else [None]
-        found: list[list[np.ndarray]] = [[] for _ in turns]
+        found: list[np.ndarray] = []
         for start in range(0, len(images), size):
             part = images[start : start + size]
             rows = np.concatenate([part, np.repeat(part[:1], size - len(part), axis=0)])
             batch = place(rows.shape, self._recipe.sharding("data"), rows.__getitem__)
-            for chunks, turn in zip(found, turns, strict=True):
-                chunks.append(np.asarray(self._encode(state.params, state.rest, batch, turn))[:, : len(part)])
-        return np.concatenate([np.concatenate(chunks, axis=1) for chunks in found])
-
-    def _encoder(self) -> Callable[..., jax.Array]:
-        """(params, rest, images, member or None) -> features [E, b, k], or [1, b, k] of that member."""
-
-        def encode(params: nnx.State, rest: nnx.State, images: jax.Array) -> jax.Array:
-            model = nnx.merge(self._recipe.graphdef, params, rest, copy=True)
-            model.eval()
-            return model.features(images.astype(jnp.float32)).astype(jnp.float32)
-
-        def features(params: nnx.State, rest: nnx.State, images: jax.Array, member: jax.Array | None) -> jax.Array:
-            if member is not None:
-                return encode(*_picked((params, rest), member), images)[None]
-            return jax.vmap(encode, (0, 0, None), spmd_axis_name="ensemble")(params, rest, images)
-
-        return features
+            found.append(self._encode(state, batch)[:, : len(part)])
+        return np.concatenate(found, axis=1)
 
 
 def _parts(total: int, most: int) -> Iterator[int]:
@@ -394,7 +389,3 @@ def _parts(total: int, most: int) -> Iterator[int]:
 
 def _joined(found: list[Metrics], num_steps: int) -> Metrics:
     return {name: jnp.concatenate([metrics[name] for metrics in found])[:num_steps] for name in found[0]}
-
-
-def _picked(tree: Any, member: jax.Array) -> Any:
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, member, keepdims=False), tree)
