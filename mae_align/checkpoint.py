@@ -14,13 +14,9 @@ from __future__ import annotations
 
 import enum
 import itertools
-import json
 import logging
 import math
-import os
-import shutil
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -33,12 +29,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from mae_align.checkpoint_files import claim, none_left, put_aside, put_aside_damaged, write_sizes
 from mae_align.errors import InputError
 
 Result = TypeVar("Result")
 
-# Sizes of the files of a checkpoint, written into it when it is complete.
-_SIZES = "sizes.json"
 # Calls of reached_preemption: JAX wants every process to count them alike, without gaps, all its life.
 _preemption_checks = itertools.count(1)
 
@@ -141,7 +136,7 @@ class Checkpoints:
             raise InputError(f"every={every}, keep_latest={keep_latest}: give at least 1 each")
         # Orbax wants an absolute path.
         folder = Path(folder).expanduser().absolute()
-        refusal = (_claim(folder, identity) or _put_aside_damaged(folder)) if jax.process_index() == 0 else None
+        refusal = (claim(folder, identity) or put_aside_damaged(folder)) if jax.process_index() == 0 else None
         if not _all_agree(refusal is None):
             raise InputError(refusal or f"process 0 cannot use the folder {folder}: see its message")
         _quiet_orbax()
@@ -231,12 +226,12 @@ class Checkpoints:
                 continue
             for damaged in candidates[:i]:
                 if jax.process_index() == 0:
-                    _put_aside(self.folder, damaged, candidate)
+                    put_aside(self.folder, damaged, candidate)
             if i > 0:
                 _all_agree(True)
                 self._manager.reload()
             return Restored(candidate, _as_in(like, found[0]), found[1])
-        raise InputError(_none_left(self.folder, candidates))
+        raise InputError(none_left(self.folder, candidates))
 
     def reached_preemption(self) -> bool:
         """Whether all processes are to save and end now, because one of them got SIGTERM.
@@ -253,7 +248,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
             for step in self.steps():
-                _write_sizes(self.folder / str(step))
+                write_sizes(self.folder / str(step))
 
     def close(self) -> None:
         """Wait for what is being saved, and end the background threads."""
@@ -290,98 +285,6 @@ def _quiet_orbax() -> None:
     logging.getLogger("absl").setLevel(max(logging.WARNING, logging.getLogger("absl").level))
 
 
-def _claim(folder: Path, identity: str) -> str | None:
-    """Write or compare identity.json; what is wrong, or None."""
-    mark = folder / "identity.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if mark.exists():
-            found = json.loads(mark.read_text(encoding="utf-8"))["identity"]
-            other = "holds checkpoints of another computation (other data or settings)"
-            return None if found == identity else f"{folder} {other}: choose another folder or delete it"
-        if any(entry.name.isdecimal() for entry in folder.iterdir()):
-            return f"{folder} has checkpoints but no identity.json: choose another folder or delete it"
-        unfinished = mark.with_name(".identity.json.tmp")
-        unfinished.write_text(json.dumps({"identity": identity}) + "\n", encoding="utf-8")
-        os.replace(unfinished, mark)
-    except OSError as error:
-        return f"cannot use the folder {folder} ({error.strerror}): choose another"
-    except (ValueError, KeyError, TypeError):
-        return f"{mark} is damaged: delete the folder {folder} and run again"
-    return None
-
-
-def _put_aside_damaged(folder: Path) -> str | None:
-    """Put checkpoints aside whose files are cut off or missing; what is wrong if no other is left, or None."""
-    steps = sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal())
-    found = {step: _condition(folder / str(step), newest=step == steps[-1]) for step in steps}
-    whole = [step for step, condition in found.items() if condition is _Condition.WHOLE]
-    if found and not whole:
-        return _none_left(folder, list(found))
-    for step, condition in found.items():
-        if condition is _Condition.PARTIAL and step < max(whole):
-            # A run was killed while it removed the old one.
-            shutil.rmtree(folder / str(step))
-        elif condition is not _Condition.WHOLE:
-            _put_aside(folder, step, max(whole))
-    return None
-
-
-class _Condition(enum.Enum):
-    """Of the files of a checkpoint: all as they were; some missing and the others as they were; some changed."""
-
-    WHOLE = enum.auto()
-    PARTIAL = enum.auto()
-    CHANGED = enum.auto()
-
-
-def _condition(checkpoint: Path, newest: bool) -> _Condition:
-    """By size; and the files that Orbax reads at once are JSON."""
-    try:
-        for file in (checkpoint / "about" / "metadata", checkpoint / "metrics" / "metrics"):
-            if file.exists():
-                json.loads(file.read_text(encoding="utf-8"))
-        sizes = checkpoint / _SIZES
-        if not sizes.exists():
-            # A run that is killed just after a save has not written them; before the next save it has.
-            return _Condition.WHOLE if newest else _Condition.PARTIAL
-        before, now = json.loads(sizes.read_text(encoding="utf-8")), _sizes(checkpoint)
-    except (ValueError, OSError):
-        return _Condition.CHANGED
-    if before == now:
-        return _Condition.WHOLE
-    return _Condition.PARTIAL if now.items() <= before.items() else _Condition.CHANGED
-
-
-def _sizes(checkpoint: Path) -> dict[str, int]:
-    files = (path for path in checkpoint.rglob("*") if path.is_file() and not path.name.startswith(_SIZES))
-    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
-
-
-def _write_sizes(checkpoint: Path) -> None:
-    target = checkpoint / _SIZES
-    if target.exists() or not checkpoint.is_dir():
-        return
-    unfinished = checkpoint / f"{_SIZES}.tmp"
-    unfinished.write_text(json.dumps(_sizes(checkpoint)), encoding="utf-8")
-    os.replace(unfinished, target)
-
-
-def _put_aside(folder: Path, step: int, used: int) -> None:
-    """Move a damaged checkpoint out of the way of the one that will have its step, and say so."""
-    place = _free(folder / f"damaged-{step}")
-    os.replace(folder / str(step), place)
-    message = (
-        f"checkpoint {step} in {folder} is damaged and now called {place.name}: step {used} is the newest whole one"
-    )
-    warnings.warn(message, stacklevel=4)
-
-
-def _none_left(folder: Path, damaged: Sequence[int]) -> str:
-    listed = ", ".join(map(str, sorted(damaged)))
-    return f"{folder}: every checkpoint ({listed}) is damaged: delete the folder to start anew"
-
-
 def _unless_damaged(read: Callable[[], Result]) -> Result | None:
     """What a function reads, or None where files are not what they should be, for which there are many errors."""
     try:
@@ -398,11 +301,6 @@ def _all_agree(mine: bool) -> bool:
     if jax.process_count() == 1:
         return mine
     return bool(np.asarray(multihost_utils.process_allgather(np.array(mine))).all())
-
-
-def _free(path: Path) -> Path:
-    """The path itself, or with a number behind where that is taken."""
-    return next(p for i in itertools.count() if not (p := Path(f"{path}-{i}") if i else path).exists())
 
 
 def _named(tree: object) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def numbers(state: Any) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in leaves]
 
 
-def assert_same(a: ToyState, b: ToyState) -> None:
+def assert_same(a: Any, b: Any) -> None:
     for x, y in zip(numbers(a), numbers(b), strict=True):
         np.testing.assert_array_equal(x, y, strict=True)
 
@@ -82,7 +82,7 @@ def at(step: int, number: signal.Signals) -> Any:
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["resident", "streamed"])
-def whole(request, tmp_path_factory) -> tuple[bool, Path, ToyState, list[int]]:
+def whole(request, tmp_path_factory) -> tuple[bool, Path, Any, list[int]]:
     """A run that is never interrupted."""
     folder, training = tmp_path_factory.mktemp("whole"), ToyTraining()
     state = run(folder, training=training, streamed=request.param, evaluate=at(0, signal.SIGTERM), evaluate_every=4)
