@@ -187,7 +187,7 @@ def reconstruction_errors(
     if whole.shape[1] > top.shape[1]:
         bottom = _ratio(error[2] - error[1], energy[2] - energy[1])
     total = _ratio(error[0], energy[0])
-    return SubspaceErrors(error[0] / x.size, total, _ratio(error[1], energy[1]), bottom, bands, top.shape[1])
+    return SubspaceErrors(float(error[0] / x.size), total, _ratio(error[1], energy[1]), bottom, bands, top.shape[1])
 
 
 def _ratio(error: float, energy: float) -> float:
