@@ -16,7 +16,7 @@ from mae_align.optimizer import OptimizerConfig, adamw
 from mae_align.train import Training, reconstruct
 from tests import oracles
 
-K, STEPS = 4, 1200
+K, STEPS = 4, 1000
 SAMPLE = oracles.draw(0, 128)
 IMAGES = SAMPLE.images.astype(np.float32)
 MOMENTS = ma.Moments.from_arrays(IMAGES, SAMPLE.labels)
@@ -92,7 +92,7 @@ def supervise_and_reconstruct(model, images, labels, key, member):
 
 
 def test_theorem_1():
-    training, state = trained(Supervised, supervise_and_reconstruct, 5e-2)
+    training, state = trained(Supervised, supervise_and_reconstruct, 2e-1)
     lam = LAM / SCALE**2
     best = ma.supervised_autoencoder(MOMENTS, lam, K, pixel_noise=0.0).loss
     # Both parts count: neither PCA nor least squares alone is the answer.

@@ -27,6 +27,7 @@ PIXELS = Pixels.from_images(IMAGES)
 TINY = Config(repeats=2, images=32, members=2, matmul_sizes=(64,), tiny=True)
 
 
+@pytest.mark.slow
 def test_networks(capsys: pytest.CaptureFixture[str]) -> None:
     """Shares follow from what is printed beside them."""
     rows = train_step.measure_networks(Config(**{**vars(TINY), "networks": (Network.MLP,)}), IMAGES)
@@ -46,6 +47,7 @@ def test_networks(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{100 * rows[1].share:5.1f}% of matmul" in printed
 
 
+@pytest.mark.slow
 def test_ensembles(capsys: pytest.CaptureFixture[str]) -> None:
     found = train_step.measure_ensembles(Config(**{**vars(TINY), "networks": (Network.MLP,)}), IMAGES)
     assert set(found) == {(Network.MLP, members, program) for members in (1, 2) for program in Program}

@@ -35,6 +35,7 @@ def run(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_one_row_for_each_task_network_and_mask(run):
     rows = read_table(run / "rows.csv")
     keys = [tuple(row[key] for key in KEYS) for row in rows]
@@ -52,6 +53,7 @@ def test_one_row_for_each_task_network_and_mask(run):
     assert {"agreement.csv", "baselines.csv", "summary.txt", "gains-digits.png"} <= {p.name for p in run.iterdir()}
 
 
+@pytest.mark.slow
 def test_goes_on_with_what_is_finished(run, monkeypatch, capsys):
     (run / "summary.txt").unlink()
     before = (run / "rows.csv").read_bytes()
@@ -61,6 +63,7 @@ def test_goes_on_with_what_is_finished(run, monkeypatch, capsys):
     assert (run / "summary.txt").exists()
 
 
+@pytest.mark.slow
 def test_the_analysis_alone_of_a_table(run, tmp_path):
     out = tmp_path / "again"
     main(Config(analyse_only=str(run / "rows.csv"), out=str(out)))

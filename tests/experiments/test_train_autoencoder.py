@@ -46,6 +46,7 @@ def table(folder: Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_the_better_learning_rate_of_each_guidance_is_reported(run):
     trained = [row for row in table(run, "results") if row["features"] == "trained network"]
     assert {(row["learning_rate"], row["guidance"]) for row in trained} == {
@@ -62,6 +63,7 @@ def test_the_better_learning_rate_of_each_guidance_is_reported(run):
     assert len([row for row in table(run, "results") if row["features"] == "untrained network"]) == 1
 
 
+@pytest.mark.slow
 def test_guidance_is_in_the_loss_and_its_head_watches_without(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "loss" in line][-1]
@@ -71,6 +73,7 @@ def test_guidance_is_in_the_loss_and_its_head_watches_without(run):
     assert entropy[1] < np.log(10) - 0.05
 
 
+@pytest.mark.slow
 def test_report_row_is_of_the_networks_reconstructions(run):
     """Error of the closed form's own kind: in units of the variance, of corrupted test images."""
     row = table(run, "report")[0]
@@ -87,6 +90,7 @@ def test_report_row_is_of_the_networks_reconstructions(run):
     assert float(row["closed_r2_k8"]) == pytest.approx(closed, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -77,6 +77,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_run_leaves_everything_in_its_folder(run):
     names = {path.name for path in run.iterdir() if not path.name.startswith("events.")}
     figures = {f"{name}.{kind}" for name in ("training", "reconstructions", "accuracy") for kind in ("png", "pdf")}
@@ -91,6 +92,7 @@ def test_run_leaves_everything_in_its_folder(run):
     assert probed == [10, 20, 30]
 
 
+@pytest.mark.slow
 def test_every_baseline_stands_beside_the_networks(run):
     table = {(row["features"], row["probe"], row["member"]) for row in rows(run)}
     members = ("seed 0", "seed 1")
@@ -111,6 +113,7 @@ def test_every_baseline_stands_beside_the_networks(run):
     assert "most frequent class" in summary and "+-" in summary
 
 
+@pytest.mark.slow
 def test_raw_pixels_score_is_that_of_a_plain_ridge_regression(run):
     split = LabelledSplit.load(TINY)
     (row,) = [row for row in rows(run) if (row["features"], row["probe"]) == ("raw pixels", "ridge")]
@@ -135,6 +138,7 @@ def test_parts_of_the_data_are_apart():
     assert {x.tobytes() for x in split.test_images} <= {x.tobytes() for x in data.test_images}
 
 
+@pytest.mark.slow
 def test_goes_on_with_what_is_missing_on_another_mesh(run, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
@@ -155,6 +159,7 @@ def test_goes_on_with_what_is_missing_on_another_mesh(run, tmp_path, capsys, mon
     assert capsys.readouterr().out.splitlines()[3:-3] == (run / "summary.txt").read_text().splitlines()[3:-3]
 
 
+@pytest.mark.slow
 def test_killed_twice_it_ends_with_the_same_numbers(run, tmp_path):
     folder = tmp_path / "run"
     # As many devices as this process has: the number of threads of each is part of the rounding.
@@ -253,6 +258,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(capsys, tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_other_settings_need_another_folder(run, capsys):
     with pytest.raises(SystemExit):
         launch(main, Config, PRESETS, [*options(TINY), "--seed", "1", "--out", str(run)])
