@@ -16,7 +16,7 @@ from mae_align.optimizer import OptimizerConfig, adamw
 from mae_align.train import Training, reconstruct
 from tests import oracles
 
-K, STEPS = 4, 1000
+K = 4
 SAMPLE = oracles.draw(0, 128)
 IMAGES = SAMPLE.images.astype(np.float32)
 MOMENTS = ma.Moments.from_arrays(IMAGES, SAMPLE.labels)
@@ -24,10 +24,10 @@ PIXELS = Pixels.of(MOMENTS)
 SCALE = float(PIXELS.scale)
 
 
-def trained(make_model, objective, learning_rate: float = 2e-2) -> tuple[Training, object]:
+def trained(make_model, objective, learning_rate: float, steps: int) -> tuple[Training, object]:
     """Full batches, the learning rate down to 0: its decay averages the masks out."""
     config = OptimizerConfig(
-        total_steps=STEPS, learning_rate=learning_rate, warmup_steps=20, weight_decay=0.0, b2=0.999, clip_norm=None
+        total_steps=steps, learning_rate=learning_rate, warmup_steps=20, weight_decay=0.0, b2=0.999, clip_norm=None
     )
     training = Training(
         make_model,
@@ -37,7 +37,7 @@ def trained(make_model, objective, learning_rate: float = 2e-2) -> tuple[Trainin
         num_members=2,
         mesh=train_mesh(devices=jax.devices()[:1]),
     )
-    state, _ = training.advance(training.init([0, 1]), training.put(IMAGES, SAMPLE.y), STEPS)
+    state, _ = training.advance(training.init([0, 1]), training.put(IMAGES, SAMPLE.y), steps)
     return training, state
 
 
@@ -57,7 +57,7 @@ def test_theorem_3(corruption):
     def linear(rngs: nnx.Rngs) -> MLPAutoencoder:
         return MLPAutoencoder(PIXELS, hidden=(), activation=None, latent=K, corruption=corruption, rngs=rngs)
 
-    training, state = trained(linear, reconstruct, 3e-2)
+    training, state = trained(linear, reconstruct, 3e-2, 1000)
     best = ma.denoising_autoencoder(MOMENTS, corruption, K, pixel_noise=0.0).loss
     found = corruption.moments(CleanImages(MOMENTS.sxx, MOMENTS.mean_x, MOMENTS.image_shape))
     gram, cross = found.keep * found.gram, found.keep * found.cross
@@ -92,7 +92,7 @@ def supervise_and_reconstruct(model, images, labels, key, member):
 
 
 def test_theorem_1():
-    training, state = trained(Supervised, supervise_and_reconstruct, 2e-1)
+    training, state = trained(Supervised, supervise_and_reconstruct, 5e-2, 2500)
     lam = LAM / SCALE**2
     best = ma.supervised_autoencoder(MOMENTS, lam, K, pixel_noise=0.0).loss
     # Both parts count: neither PCA nor least squares alone is the answer.
