@@ -76,9 +76,7 @@ class NetworkConfig:
     @property
     def size(self) -> VitSize:
         """As the model takes it."""
-        return VitSize(
-            self.width, self.depth, self.heads, self.decoder_width, self.decoder_depth, self.decoder_heads
-        )
+        return VitSize(self.width, self.depth, self.heads, self.decoder_width, self.decoder_depth, self.decoder_heads)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -218,7 +218,7 @@ class _Parts:
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
-def _probe_columns(result: ProbeResult) -> dict[str, object]:
+def _probe_columns(result: ProbeResult) -> dict[str, Any]:
     scores = {f"probe_{what}_{part}": getattr(result, f"{what}_{part}") for what in _MEASURES for part in _PARTS}
     protocol = result.protocol.as_dict()
     names = {"probe": "probe_name"} | {key: f"probe_{key}" for key in protocol if key != "probe"}
@@ -228,19 +228,20 @@ def _probe_columns(result: ProbeResult) -> dict[str, object]:
     }
 
 
-def _baselines(run: _Run) -> list[dict[str, object]]:
+def _baselines(run: _Run) -> list[dict[str, Any]]:
     """The same probes on raw pixels and on as many principal components as there are, by task."""
     data = run.probed
     k = min(128, run.moments.num_pixels, run.moments.count - 1)
     features = {
         "raw pixels": (raw_pixels(data.train_images), raw_pixels(data.test_images)),
-        f"first {k} principal components": tuple(
-            principal_components(run.moments, part, k) for part in (data.train_images, data.test_images)
+        f"first {k} principal components": (
+            principal_components(run.moments, data.train_images, k),
+            principal_components(run.moments, data.test_images, k),
         ),
     }
     rows = []
     for name, parts in features.items():
-        for task, result in probe_tasks(*parts, run.probe_tasks, name).items():
+        for task, result in probe_tasks(parts[0], parts[1], run.probe_tasks, name).items():
             rows.append({"dataset": data.name, "task": task, "features": name, **_probe_columns(result)})
     return rows
 
@@ -279,9 +280,10 @@ def _observed(config: Config, run: _Run, cell: Cell, folder: Path) -> Iterator[d
             "reconstruction_loss": float(losses[member]),
             "rankme": rankme(tested),
             "latent": fitted.shape[1],
-            "realized_ratio": 1 - ma.FixedCountPatchMasking.from_ratio(
-                cell.patch_size, cell.mask_ratio, data.image_shape
-            ).keep_probability(data.image_shape),
+            "realized_ratio": 1
+            - ma.FixedCountPatchMasking.from_ratio(cell.patch_size, cell.mask_ratio, data.image_shape).keep_probability(
+                data.image_shape
+            ),
         }
         results = probe_tasks(fitted, tested, run.probe_tasks, "mean patch token")
         for task in run.probe_tasks:

@@ -116,7 +116,8 @@ def test_data_that_do_not_fit(images, labels, message):
 
 def test_numbers_as_labels_go_with_models_without_a_head():
     which = build()
-    assert which.put(IMAGES, LABELS[:, None] * 0.5).labels.dtype == np.float32
+    labels = which.put(IMAGES, LABELS[:, None] * 0.5).labels
+    assert labels is not None and labels.dtype == np.float32
     assert which.put(IMAGES.astype(np.float64)).images.dtype == np.float32
     for bad, message in ((LABELS * 0.5, r"numbers \[n, q\]"), (LABELS[:, None] * np.nan, "labels hold NaN")):
         with pytest.raises(InputError, match=message):

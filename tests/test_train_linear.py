@@ -13,7 +13,7 @@ from mae_align.corruption.base import CleanImages
 from mae_align.devices import train_mesh
 from mae_align.models import MLPAutoencoder, ModelKind, Pixels
 from mae_align.optimizer import OptimizerConfig, adamw
-from mae_align.train import Training, reconstruct
+from mae_align.train import Training, TrainState, reconstruct
 from tests import oracles
 
 K = 4
@@ -24,7 +24,7 @@ PIXELS = Pixels.of(MOMENTS)
 SCALE = float(PIXELS.scale)
 
 
-def trained(make_model, objective, learning_rate: float, steps: int) -> tuple[Training, object]:
+def trained(make_model, objective, learning_rate: float, steps: int) -> tuple[Training, TrainState]:
     """Full batches, the learning rate down to 0: its decay averages the masks out."""
     config = OptimizerConfig(
         total_steps=steps, learning_rate=learning_rate, warmup_steps=20, weight_decay=0.0, b2=0.999, clip_norm=None

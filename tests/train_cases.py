@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -77,7 +78,7 @@ def training(
 
 def leaves(state) -> list[np.ndarray]:
     """Host copies of everything, keys as their data."""
-    is_key = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
     return [np.array(jax.random.key_data(x) if is_key(x) else x) for x in jax.tree.leaves(state)]
 
 
