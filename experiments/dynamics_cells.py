@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import mae_align as ma
 from mae_align.checkpoint import Checkpoints
-from mae_align.dynamics import direction_errors, group_shares, half_times, log_steps, variance_groups
+from mae_align.dynamics import DirectionErrors, direction_energy, group_shares, half_times, log_steps, variance_groups
 from mae_align.frequency import error_by_band, mean_frequency
 from mae_align.linear_flow import linear_flow
 from mae_align.models import Autoencoder, ConvAutoencoder, MLPAutoencoder, Pixels
@@ -93,14 +93,14 @@ class TrainingConfig:
     mlp_hidden: tuple[int, ...] = (256,)
     """Hidden widths of the MLP's encoder; the decoder mirrors them."""
     conv_widths: tuple[int, ...] = (8, 16)
-    """Channels of the convolutional encoder, each at half the resolution of the one before; the decoder mirrors them."""
-    batch_size: int = 128
+    """Channels of the convolutional encoder, each at half the resolution of the one before; mirrored in the decoder."""
+    batch_size: int = 64
     """Images in a step."""
-    steps: int = 1500
+    steps: int = 2000
     """Steps of AdamW."""
     descent_steps: int = 3000
     """Steps of gradient descent, with and without momentum."""
-    conv_steps: int = 800
+    conv_steps: int = 1000
     """Steps of convolutional networks."""
     learning_rate: float = 1e-3
     """Of AdamW (largest one of a schedule)."""
@@ -123,7 +123,8 @@ class Scene(NamedTuple):
         spectrum: of the training images as given to the networks. mean_frequency: [r] of its directions, cycles per
             pixel. images: [n, h, w, c] float32 in units in which the mean image as reconstruction has a loss of 1.
         seen: indices of the training images that are looked at. held_out: test images.
-        seen_labels, held_out_labels: of both. filter: of the response frequencies, at the first of the held-out images.
+        seen_labels, held_out_labels: of both. seen_energy [r], held_out_energy [r]: along each direction.
+        filter: of the response frequencies, at the first of the held-out images.
     """
 
     spectrum: Spectrum
@@ -133,6 +134,8 @@ class Scene(NamedTuple):
     held_out: np.ndarray
     seen_labels: np.ndarray
     held_out_labels: np.ndarray
+    seen_energy: np.ndarray
+    held_out_energy: np.ndarray
     filter: ResponseFilter
 
 
@@ -169,16 +172,18 @@ def make_scene(
         np.sort(rng.choice(len(labels), min(seen, len(labels)), replace=False))
         for labels in (data.train_labels, data.test_labels)
     ]
+    spectrum, images = moved.spectrum, moved.apply(data.train_images)
     held_out = moved.apply(data.test_images[chosen[1]])
-    spectrum = moved.spectrum
     return Scene(
         spectrum,
         mean_frequency(spectrum.vectors.T.reshape(-1, *spectrum.image_shape)),
-        moved.apply(data.train_images),
+        images,
         chosen[0],
         held_out,
         data.train_labels[chosen[0]],
         data.test_labels[chosen[1]],
+        direction_energy(images[chosen[0]], spectrum),
+        direction_energy(held_out, spectrum),
         ResponseFilter.of(held_out[:response_points], widths),
     )
 
@@ -207,7 +212,7 @@ def make_training(learner: Learner, config: TrainingConfig, shape: tuple[int, in
         InputError: sizes that do not fit.
     """
     # Scenes are normalised already: the networks take them as they are.
-    pixels = Pixels(np.zeros(shape, np.float32), np.float32(1.0))
+    pixels = Pixels(np.zeros(shape, np.float32), np.array(1.0, np.float32))
 
     def make(rngs: nnx.Rngs) -> Autoencoder:
         if learner.is_convolution:
@@ -220,7 +225,7 @@ def make_training(learner: Learner, config: TrainingConfig, shape: tuple[int, in
 
 
 def _balanced(pixels: Pixels, config: TrainingConfig, rngs: nnx.Rngs) -> MLPAutoencoder:
-    """Linear autoencoder with W1 = W2^T of independent normal entries, |W1 c|^2 = start on average for a direction c."""
+    """Linear autoencoder with W1 = W2^T of independent normal entries, |W1 c|^2 = start on average for unit c."""
     model = MLPAutoencoder(pixels, hidden=(), activation=None, latent=config.latent, rngs=rngs)
     kernel = model.down[0].kernel
     drawn = jax.random.normal(rngs.params(), kernel[...].shape) * math.sqrt(config.start / config.latent)
@@ -347,15 +352,17 @@ def _look_at(model: Any, scene: Scene, followed: int, bands: int) -> Arrays:
         }
         blank = {name: np.full(size, np.nan) for name, size in sizes.items()}
         return blank | {name: np.array(np.nan) for name in ("loss", "held_out_loss", "accuracy")}
-    on_seen, on_test = (direction_errors(*pair, scene.spectrum) for pair in ((seen_images, seen), (held_out, test)))
+    spectrum, few = scene.spectrum, scene.spectrum.first(followed)
+    on_seen = DirectionErrors(direction_energy(seen - seen_images, spectrum), scene.seen_energy)
+    on_test = DirectionErrors(direction_energy(test - held_out, few), scene.held_out_energy[:followed])
     response = scene.filter.errors(held_out[:points], test[:points])
     probe = ridge_probe(
         seen_features, scene.seen_labels, test_features, scene.held_out_labels, features="code of the autoencoder"
     )
     return {
         "seen": on_seen.share[:followed],
-        "held_out": on_test.share[:followed],
-        "groups": group_shares(on_seen, variance_groups(scene.spectrum.values, GROUPS), GROUPS),
+        "held_out": on_test.share,
+        "groups": group_shares(on_seen, variance_groups(spectrum.values, GROUPS), GROUPS),
         "bands": error_by_band(held_out, test, bands).share,
         "low": response.low,
         "high": response.high,

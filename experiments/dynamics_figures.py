@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogFormatterSciNotation
 
-from experiments.dynamics_cells import GROUPS, Arrays, Images, Learner
-from mae_align.dynamics import HalfTimes
-from mae_align.half_time_laws import Law, LawComparison, PartialRanks
+from experiments.dynamics_analysis import Cell
+from experiments.dynamics_cells import GROUPS, Images, Learner
+from mae_align.half_time_laws import Law
 from mae_align.plot import PALETTE, ordered_colors, panels
 
 _NAMES = {
@@ -27,24 +29,7 @@ _NAMES = {
 }
 
 
-class Shown(Protocol):
-    """What a figure needs of a cell."""
-
-    @property
-    def images(self) -> Images: ...
-    @property
-    def learner(self) -> Learner: ...
-    @property
-    def arrays(self) -> Arrays: ...
-    @property
-    def seen(self) -> HalfTimes: ...
-    @property
-    def laws(self) -> LawComparison | None: ...
-    @property
-    def ranks(self) -> PartialRanks | None: ...
-
-
-def residual_figure(cells: Sequence[Shown], title: str) -> Figure:
+def residual_figure(cells: Sequence[Cell], title: str) -> Figure:
     """Residual of each direction over steps, mean over seeds, dark to light from the largest eigenvalue on.
 
     Args:
@@ -57,18 +42,18 @@ def residual_figure(cells: Sequence[Shown], title: str) -> Figure:
         for i, color in enumerate(_by_norm(norm, np.arange(1, residual.shape[1] + 1))):
             axis.plot(_shifted(cell), residual[:, i], color=color, lw=0.7)
         axis.axhline(0.5, color="0.4", lw=0.7, ls="--")
-        axis.set_title(_NAMES[cell.learner])
+        axis.set_title(_NAMES[cell.learner], fontsize=8)
         _steps_axis(axis)
-    axes[0, 0].set_ylabel("residual of a direction")
+    axes[0, 0].set_ylabel("residual of a direction", fontsize=7)
     axes[0, 0].set_ylim(-0.03, 1.6)
-    bar = figure.colorbar(matplotlib.cm.ScalarMappable(norm, "viridis"), ax=axes[0, -1])
+    bar = figure.colorbar(ScalarMappable(norm, "viridis"), ax=axes[0, -1])
     bar.set_label("direction, by eigenvalue", fontsize=7)
     bar.ax.tick_params(labelsize=7)
     figure.suptitle(title, fontsize=8)
     return figure
 
 
-def half_time_figure(cells: Sequence[Shown], title: str) -> Figure:
+def half_time_figure(cells: Sequence[Cell], title: str) -> Figure:
     """Half-time against eigenvalue, every seed a point, with the fitted power law and the best exponential one.
 
     Directions that are not half learned are open triangles at the last step.
@@ -92,11 +77,10 @@ def half_time_figure(cells: Sequence[Shown], title: str) -> Figure:
             axis.plot(
                 values, np.nanmedian(reference, 0) if np.isfinite(reference).all(0).any() else reference[0], "k+", ms=3
             )
-        axis.set_title(_NAMES[cell.learner])
-        axis.set_xlabel("eigenvalue (mean pixel variance 1)")
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-    axes[0, 0].set_ylabel("half-time [steps]")
+        axis.set_title(_NAMES[cell.learner], fontsize=8)
+        axis.set_xlabel("eigenvalue", fontsize=7)
+        _logarithmic(axis)
+    axes[0, 0].set_ylabel("half-time [steps]", fontsize=7)
     handles = [
         Line2D([], [], color=PALETTE[1], label="power law"),
         Line2D([], [], color="0.5", ls=":", label="exponential in the eigenvalue"),
@@ -108,7 +92,7 @@ def half_time_figure(cells: Sequence[Shown], title: str) -> Figure:
     return figure
 
 
-def groups_figure(cells: Sequence[Shown], title: str) -> Figure:
+def groups_figure(cells: Sequence[Cell], title: str) -> Figure:
     """Residual of groups of directions with a tenth of the variance each (above), loss and probe accuracy (below).
 
     Args:
@@ -120,21 +104,21 @@ def groups_figure(cells: Sequence[Shown], title: str) -> Figure:
         for g, color in enumerate(ordered_colors(GROUPS)):
             if np.isfinite(groups[:, g]).all():
                 column[0].plot(_shifted(cell), groups[:, g], color=color, label=f"{g + 1}")
-        column[0].set_title(_NAMES[cell.learner])
+        column[0].set_title(_NAMES[cell.learner], fontsize=8)
         for name, label, color in (("accuracy", "probe accuracy", PALETTE[1]), ("held_out_loss", "loss", PALETTE[0])):
             _band(column[1], cell, cell.arrays[name], color, f"{label} (test)")
         _steps_axis(column[1])
-    axes[0, 0].set_ylabel("residual")
+    axes[0, 0].set_ylabel("residual", fontsize=7)
     axes[0, 0].set_ylim(-0.03, 1.6)
     axes[1, 0].set_ylim(0.0, 1.2)
-    axes[1, 0].set_ylabel("share")
+    axes[1, 0].set_ylabel("share", fontsize=7)
     axes[0, -1].legend(title="tenth of variance", ncols=2, fontsize=6, title_fontsize=6)
     axes[1, -1].legend(fontsize=6)
     figure.suptitle(title, fontsize=8)
     return figure
 
 
-def frequency_figure(cells: Sequence[Shown], widths: Sequence[float], title: str) -> Figure:
+def frequency_figure(cells: Sequence[Cell], widths: Sequence[float], title: str) -> Figure:
     """Errors by spatial frequency of the image (above) and by response frequency of the map (below): not the same.
 
     Args:
@@ -148,20 +132,20 @@ def frequency_figure(cells: Sequence[Shown], widths: Sequence[float], title: str
         for w, (width, color) in enumerate(zip(widths, PALETTE, strict=False)):
             for part, style in (("low", "-"), ("high", "--")):
                 _band(column[1], cell, cell.arrays[part][..., w], color, f"{part}, {width:g}", style)
-        column[0].set_title(_NAMES[cell.learner])
+        column[0].set_title(_NAMES[cell.learner], fontsize=8)
         _steps_axis(column[1])
         for axis in column:
             axis.axhline(0.5, color="0.4", lw=0.7, ls="--", zorder=0)
     axes[0, 0].set_ylim(-0.03, 1.6)
-    axes[0, 0].set_ylabel("error by spatial\nfrequency of the image")
-    axes[1, 0].set_ylabel("error by response\nfrequency of the map")
+    axes[0, 0].set_ylabel("error by spatial\nfrequency of the image", fontsize=7)
+    axes[1, 0].set_ylabel("error by response\nfrequency of the map", fontsize=7)
     axes[0, -1].legend(title="radial band, low to high", ncols=2, fontsize=6, title_fontsize=6)
     axes[1, -1].legend(title="part, filter width", ncols=2, fontsize=6, title_fontsize=6)
     figure.suptitle(title, fontsize=8)
     return figure
 
 
-def intervention_figure(cells: Sequence[Shown], title: str) -> Figure:
+def intervention_figure(cells: Sequence[Cell], title: str) -> Figure:
     """Half-time against eigenvalue under each intervention, coloured by the frequency of the direction.
 
     Args:
@@ -171,7 +155,7 @@ def intervention_figure(cells: Sequence[Shown], title: str) -> Figure:
     kinds = [kind for kind in Images if any(cell.images is kind for cell in cells)]
     figure, axes = panels(len(learners), len(kinds), width=1.6, height=1.7)
     frequencies = np.concatenate([cell.arrays["frequency"] for cell in cells])
-    norm = matplotlib.colors.Normalize(float(frequencies.min()), float(frequencies.max()))
+    norm = Normalize(float(frequencies.min()), float(frequencies.max()))
     by_key = {(cell.learner, cell.images): cell for cell in cells}
     for row, learner in zip(axes, learners, strict=True):
         for axis, kind in zip(row, kinds, strict=True):
@@ -180,25 +164,24 @@ def intervention_figure(cells: Sequence[Shown], title: str) -> Figure:
                 axis.set_axis_off()
                 continue
             _points(axis, cell, _by_norm(norm, cell.arrays["frequency"]))
-            axis.set_xscale("log")
-            axis.set_yscale("log")
+            _logarithmic(axis)
             if kind is Images.whitened:
                 middle = float(cell.arrays["values"].mean())
                 axis.set_xlim(middle / 10, middle * 10)
                 axis.set_ylim(np.nanmin(cell.seen.time) / 3, np.nanmax(cell.seen.time) * 3)
             if learner is learners[0]:
-                axis.set_title(kind.value)
+                axis.set_title(kind.value, fontsize=8)
             if learner is learners[-1] or by_key.get((learners[-1], kind)) is None:
-                axis.set_xlabel("eigenvalue")
-        row[0].set_ylabel(f"{_NAMES[learner]}\nhalf-time [steps]")
-    bar = figure.colorbar(matplotlib.cm.ScalarMappable(norm, "viridis"), ax=axes, shrink=0.7, pad=0.01)
-    bar.set_label("mean spatial frequency [cycles per pixel]", fontsize=7)
+                axis.set_xlabel("eigenvalue", fontsize=7)
+        row[0].set_ylabel(f"{_NAMES[learner]}\nhalf-time [steps]", fontsize=7)
+    bar = figure.colorbar(ScalarMappable(norm, "viridis"), ax=axes, pad=0.01)
+    bar.set_label("mean frequency\n[cycles per pixel]", fontsize=7)
     bar.ax.tick_params(labelsize=7)
     figure.suptitle(title, fontsize=8)
     return figure
 
 
-def set_apart_figure(cells: Sequence[Shown], title: str) -> Figure:
+def set_apart_figure(cells: Sequence[Cell], title: str) -> Figure:
     """Rank correlation of half-time with eigenvalue given frequency, and the other way round, with intervals.
 
     Args:
@@ -226,8 +209,8 @@ def set_apart_figure(cells: Sequence[Shown], title: str) -> Figure:
         )
         axis.set_ylim(len(kinds) - 0.5, -0.5)
         axis.set_xlim(-1.08, 1.08)
-        axis.set_title(_NAMES[learner])
-        axis.set_xlabel("partial rank correlation\nwith half-time")
+        axis.set_title(_NAMES[learner], fontsize=8)
+        axis.set_xlabel("partial rank correlation\nwith half-time", fontsize=7)
     handles = [
         Line2D([], [], color=PALETTE[0], marker="o", ms=4, label="eigenvalue, frequency held fixed"),
         Line2D([], [], color=PALETTE[1], marker="s", ms=4, label="frequency, eigenvalue held fixed"),
@@ -237,9 +220,9 @@ def set_apart_figure(cells: Sequence[Shown], title: str) -> Figure:
     return figure
 
 
-def _points(axis: Axes, cell: Shown, colors: Sequence[Any]) -> None:
+def _points(axis: Axes, cell: Cell, colors: Sequence[Any]) -> None:
     """Half-times of all seeds; censored ones open."""
-    values, shade = cell.arrays["values"], np.asarray([matplotlib.colors.to_rgba(c) for c in colors])
+    values, shade = cell.arrays["values"], np.asarray([to_rgba(c) for c in colors])
     for time, censored in zip(*cell.seen, strict=True):
         axis.scatter(values[~censored], time[~censored], s=6, c=shade[~censored], linewidths=0, alpha=0.8)
         axis.scatter(
@@ -248,26 +231,35 @@ def _points(axis: Axes, cell: Shown, colors: Sequence[Any]) -> None:
             s=10,
             marker="^",
             facecolors="none",
-            edgecolors=shade[censored],
+            edgecolors=list(map(tuple, shade[censored])),
             linewidths=0.6,
         )
 
 
-def _band(axis: Axes, cell: Shown, curves: np.ndarray, color: Any, label: str, style: str = "-") -> None:
+def _band(axis: Axes, cell: Cell, curves: np.ndarray, color: Any, label: str, style: str = "-") -> None:
     """Mean over seeds [E, T], and from the least to the greatest of them."""
     x = _shifted(cell)
     axis.plot(x, curves.mean(0), color=color, label=label, ls=style)
     axis.fill_between(x, curves.min(0), curves.max(0), color=color, alpha=0.2, lw=0)
 
 
-def _shifted(cell: Shown) -> np.ndarray:
+def _shifted(cell: Cell) -> np.ndarray:
     """Steps for a logarithmic axis: step 0 at 0.5."""
     return np.maximum(cell.arrays["steps"], 0.5)
 
 
+def _logarithmic(axis: Axes) -> None:
+    """Both axes; minor ticks have labels only where there would be none else."""
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(1, 0.5)))
+    axis.tick_params(which="both", labelsize=6)
+
+
 def _steps_axis(axis: Axes) -> None:
     axis.set_xscale("log")
-    axis.set_xlabel("step (left end: before training)")
+    axis.set_xlabel("step (left end: before training)", fontsize=7)
 
 
 def _by_norm(norm: Any, values: np.ndarray) -> list[Any]:

@@ -4,7 +4,8 @@ The model is log t_i = b^T z_i + sigma e_i with e_i standard normal; a direction
 says only that log t_i > log T_i (Tobit). With the parameters delta = b / sigma and gamma = 1 / sigma the likelihood is
 concave (Olsen, 1978)::
 
-    sum over observed of log gamma - (gamma log t - delta^T z)^2 / 2   +   sum over censored of log Phi(delta^T z - gamma log T)
+    sum over observed of log gamma - (gamma log t - delta^T z)^2 / 2
+    + sum over censored of log Phi(delta^T z - gamma log T)
 
 and Newton's method with step halving finds its one maximum, for all bootstrap resamples side by side.
 """
@@ -78,8 +79,8 @@ class PartialRanks(NamedTuple):
     """Rank correlations of half-times with eigenvalue and frequency.
 
     Attributes:
-        eigenvalue, frequency: Spearman's correlation with each alone. eigenvalue_given, frequency_given: the partial one,
-            the other quantity held fixed. NaN where a quantity does not vary. Each with the ends of its interval.
+        eigenvalue, frequency: Spearman's correlation with each alone. eigenvalue_given, frequency_given: the partial
+            one, the other quantity held fixed. NaN where a quantity does not vary. Each with the ends of its interval.
         between: Spearman's correlation of eigenvalue and frequency themselves.
     """
 
@@ -143,7 +144,8 @@ def compare_laws(
     the weight 1 / number of seeds, and AIC is that of one run. Resamples draw seeds and, apart from them, directions.
 
     Args:
-        values: [r] eigenvalues. times: [E, r] of E seeds; NaN ones are left out. resamples, level, seed: of the bootstrap.
+        values: [r] eigenvalues. times: [E, r] of E seeds; NaN ones are left out.
+        resamples, level, seed: of the bootstrap.
 
     Returns:
         Fits and intervals. Cost: a second for 500 resamples of 3 x 64 half-times.
@@ -199,8 +201,8 @@ def partial_ranks(
 ) -> PartialRanks:
     """Does the half-time follow the eigenvalue or the frequency, the other held fixed?
 
-    Over directions, of the mean rank over seeds (censored ones are later than all others, and tied): with r_ab Spearman's
-    correlations, r_ts.f = (r_ts - r_tf r_sf) / sqrt((1 - r_tf^2)(1 - r_sf^2)). Resamples draw directions.
+    Over directions, of the mean rank over seeds (censored ones are later than all others, and tied): with r_ab
+    Spearman's correlations, r_ts.f = (r_ts - r_tf r_sf) / sqrt((1 - r_tf^2)(1 - r_sf^2)). Resamples draw directions.
 
     Args:
         values: [r] eigenvalues. frequencies: [r]. times: [E, r] of E seeds, finite. resamples, level, seed: bootstrap.
@@ -319,15 +321,16 @@ def _newton(z: np.ndarray, y: np.ndarray, censored: np.ndarray, w: np.ndarray) -
         hessian[:, -1, -1] += counted * (1.0 / gamma[:, 0] ** 2 + _FLOOR**2)
         hessian += 1e-12 * np.eye(p + 1) * np.einsum("bii->b", hessian)[:, None, None]
         step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
-        if (np.einsum("bi,bi->b", step, gradient) < 1e-14 * (1.0 + np.abs(best))).all():
+        if (np.einsum("bi,bi->b", step, gradient) < 1e-12 * (1.0 + np.abs(best))).all():
             break
         scale = np.ones(len(w))
+        tried = theta + step
         for _ in range(_HALVINGS):
-            tried = theta + scale[:, None] * step
-            worse = value(tried) < best
+            worse = value(tried) < best - 1e-13 * (1.0 + np.abs(best))
             if not worse.any():
                 break
             scale = np.where(worse, scale / 2, scale)
-        theta = np.where((value(tried) >= best)[:, None], tried, theta)
+            tried = theta + scale[:, None] * step
+        theta = np.where((value(tried) >= best - 1e-13 * (1.0 + np.abs(best)))[:, None], tried, theta)
         best = value(theta)
     return theta, best

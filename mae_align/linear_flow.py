@@ -6,7 +6,7 @@ steps is a flow in the time t = eta steps::
     dW1/dt = (2/d) W2^T (I - W2 W1) S,    dW2/dt = (2/d) (I - W2 W1) S W1^T
 
 It keeps W1 W1^T - W2^T W2. From a *balanced and aligned* start (W1 = R^T diag(sqrt u0) C^T, W2 = W1^T) the directions
-are decoupled, and the strength u_i of direction i in W2 W1 follows a logistic curve (Saxe, McClelland & Ganguli, 2014)::
+are decoupled, and the strength u_i of direction i in W2 W1 is logistic (Saxe, McClelland & Ganguli, 2014)::
 
     du/dt = (4/d) s u (1 - u),    u(t) = 1 / (1 + (1/u0 - 1) exp(-4 s t / d)),    residual (1 - u)^2
 
@@ -47,7 +47,9 @@ def logistic_strength(times: np.ndarray, values: np.ndarray, start: np.ndarray |
 def logistic_half_time(
     values: np.ndarray, start: np.ndarray | float, num_pixels: int, *, level: float = 0.5
 ) -> np.ndarray:
-    """When the residual (1 - u)^2 of each direction reaches a level: d / (4 s) log((1/u0 - 1) v / (1 - v)), v = 1 - sqrt(level).
+    """When the residual (1 - u)^2 of each direction reaches a level.
+
+    d / (4 s) log((1/u0 - 1) v / (1 - v)) with v = 1 - sqrt(level).
 
     Args:
         values: [r] eigenvalues s. start: u0 in (0, 1), [r] or one for all. num_pixels: d. level: in (0, 1).
@@ -114,7 +116,7 @@ def linear_flow(
     return np.stack([_residual(x[:size].reshape(shape), x[size:].reshape(shape), s) for x in states.T])
 
 
-def _solved(slope, times: np.ndarray, start: np.ndarray) -> np.ndarray:  # noqa: ANN001
+def _solved(slope, times: np.ndarray, start: np.ndarray) -> np.ndarray:
     # One BLAS thread: these products are small.
     with solve_context("float64"):
         found = solve_ivp(slope, (0.0, float(times[-1])), start, "RK45", t_eval=times, rtol=1e-6, atol=1e-9)

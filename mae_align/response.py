@@ -121,8 +121,8 @@ class ResponseFilter:
         """
         if np.shape(targets) != np.shape(outputs) or len(targets) != self.weights.shape[1]:
             raise InputError(
-                f"targets {list(np.shape(targets))} and outputs {list(np.shape(outputs))}: give one of each for each of "
-                f"the {self.weights.shape[1]} points"
+                f"targets {list(np.shape(targets))} and outputs {list(np.shape(outputs))}: give one of each "
+                f"for each of the {self.weights.shape[1]} points"
             )
         wanted = [(part**2).sum((1, 2)) for part in self.split(targets)]
         missed = [(part**2).sum((1, 2)) for part in self.split(np.asarray(outputs, np.float64) - targets)]

@@ -5,7 +5,7 @@ of the given one, so that its covariance B Sxx B^T and its directions are known 
 
     untouched          B = I                                       s, C
     keep_top           B = C_m C_m^T                               s_1..s_m, C_m
-    reassign           B = C_m diag(sqrt(s' / s)) C_m^T            s'_1..s'_m, C_m   (whiten, reverse, permute: choices of s')
+    reassign           B = C_m diag(sqrt(s' / s)) C_m^T            s'_1..s'_m, C_m (whitened, reversed, ...)
     rotate_pixels      B = Q, orthogonal at random                 s, Q C
     shuffle_pixels     B = P, a permutation of the places          s, P C
 
@@ -84,6 +84,14 @@ class Spectrum:
         """r, the number of directions with variance."""
         return len(self.values)
 
+    def first(self, count: int) -> Spectrum:
+        """The first directions alone.
+
+        Args:
+            count: number of directions, at least 1; all of them where there are fewer.
+        """
+        return dataclasses.replace(self, vectors=self.vectors[:, :count], values=self.values[:count])
+
     def coordinates(self, images: np.ndarray) -> np.ndarray:
         """Coordinates along the directions, C^T (x - mean).
 
@@ -108,7 +116,7 @@ class Spectrum:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageMap:
-    """A linear map of centred images, scaled so that the mean variance of a pixel is 1, and what it makes of the spectrum.
+    """A linear map of centred images, scaled so that the mean variance of a pixel is 1, and the spectrum that it gives.
 
     Attributes:
         source: spectrum of the images it takes. matrix: [d, d]. spectrum: of the images it gives, about 0, of
