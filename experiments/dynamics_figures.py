@@ -74,9 +74,7 @@ def half_time_figure(cells: Sequence[Cell], title: str) -> Figure:
             axis.text(0.97, 0.97, text, transform=axis.transAxes, ha="right", va="top", fontsize=7)
         reference = cell.arrays.get("reference_half_times")
         if reference is not None:
-            axis.plot(
-                values, np.nanmedian(reference, 0) if np.isfinite(reference).all(0).any() else reference[0], "k+", ms=3
-            )
+            axis.plot(np.tile(values, len(reference)), reference.ravel(), "k+", ms=3)
         axis.set_title(_NAMES[cell.learner], fontsize=8)
         axis.set_xlabel("eigenvalue", fontsize=7)
         _logarithmic(axis)
