@@ -139,6 +139,35 @@ def filter_band(images: jax.Array | np.ndarray, band: np.ndarray) -> jax.Array:
     return jnp.fft.ifft2(kept, axes=(-3, -2)).real
 
 
+def mean_frequency(images: np.ndarray) -> np.ndarray:
+    """Mean radial spatial frequency of images, weighted with their energy.
+
+    sum over frequencies and channels of |F x|^2 sqrt(u^2 + v^2) / sum of |F x|^2: 0 for a constant, sqrt(1/2) for a
+    checkerboard.
+
+    Args:
+        images: [..., h, w, c], not centred; eigenvectors reshaped to images, for example.
+
+    Returns:
+        [...] float64, cycles per pixel; NaN for images of zeros. Cost: one transform per channel.
+
+    Raises:
+        InputError: fewer than three axes.
+
+    Example:
+        >>> board = np.indices((4, 4)).sum(0)[:, :, None] % 2 * 2.0 - 1.0
+        >>> mean_frequency(np.stack([np.ones((4, 4, 1)), board])).round(4).tolist()
+        [0.0, 0.7071]
+    """
+    x = np.asarray(images, np.float64)
+    if x.ndim < 3 or 0 in x.shape[-3:]:
+        raise InputError(f"images have shape {list(x.shape)}: give [..., h, w, c]")
+    radius = np.hypot(np.fft.fftfreq(x.shape[-3])[:, None], np.fft.fftfreq(x.shape[-2])[None, :])
+    power = (np.abs(np.fft.fft2(x, axes=(-3, -2))) ** 2).sum(-1)
+    total = power.sum((-2, -1))
+    return np.where(total > 0, (power * radius).sum((-2, -1)) / np.where(total > 0, total, 1.0), np.nan)
+
+
 def error_by_band(
     images: np.ndarray, reconstructed: np.ndarray, num_bands: int, *, mean_image: np.ndarray | None = None
 ) -> BandErrors:
