@@ -38,7 +38,17 @@ from tqdm import tqdm
 import mae_align as ma
 from experiments.guided_frontier import linear_rows
 from experiments.guided_report import write_report
-from experiments.guided_runs import GuidedSplit, Labels, NetworkConfig, Parts, Probe, Runs, make_training, measure, train
+from experiments.guided_runs import (
+    GuidedSplit,
+    Labels,
+    NetworkConfig,
+    Parts,
+    Probe,
+    Runs,
+    make_training,
+    measure,
+    train,
+)
 from experiments.launch import launch
 from experiments.run_folder import RunFolder
 
@@ -69,7 +79,7 @@ class Config:
     """Train the networks of so many seeds side by side; none for all. Smaller needs less memory."""
     control: bool = True
     """Train the same networks guided by shuffled labels as well."""
-    network: NetworkConfig = NetworkConfig()
+    network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
     """The autoencoders and their training."""
     probes: tuple[Probe, ...] = (Probe.ridge, Probe.logistic)
     """Probes on the code; weights are chosen and the claim is judged by each for itself."""

@@ -38,8 +38,8 @@ def write_report(rows: Sequence[Row], folder: RunFolder, split: GuidedSplit, tol
     sizes = (len(part) for part in (split.fit_labels, split.probe_labels, split.val_labels, split.test_labels))
     head = "Guidance on {}: {} images train and guide, {} fit the probes, {} choose, {} test".format(split.name, *sizes)
     unit = (
-        f"Weights are of the published loss (pixels in [0, 1]); in units in which 1 is the error of the mean image they "
-        f"are {1 / split.published_unit:.3g} times as large."
+        f"Weights are of the published loss (pixels in [0, 1]); in units in which 1 is the error of the mean image "
+        f"they are {1 / split.published_unit:.3g} times as large."
     )
     text = "\n".join(summarise(compared, verdicts, tolerance))
     shown = [row for row in compared if row["probe"] == probes[0]]
@@ -287,7 +287,7 @@ def trade_off_figure(rows: Sequence[Row], probe: str, tolerance: float) -> Figur
     figure, grid = panels(lines, columns, width=max(0.85 * COLUMN_WIDTH, 5.2 / columns), height=2.6)
     for axis, latent in zip(grid.ravel(), latents, strict=False):
         _trade_off(axis, rows, probe, latent, tolerance)
-        axis.set_title(f"code of {latent}")
+        axis.set_title(f"code of {latent}", fontsize=8)
     for axis in grid.ravel()[len(latents) :]:
         axis.set_visible(False)
     for axis in grid[-1]:
@@ -323,7 +323,9 @@ def _trade_off(axis: Axes, rows: Sequence[Row], probe: str, latent: int, toleran
     cost, accuracy = linear_frontier(rows, probe, latent)
     if len(cost):
         within = cost <= 1.3 * reach
-        axis.plot(cost[within], accuracy[within], "-", color=PALETTE[0], marker="D", markersize=3, label="linear, exact")
+        axis.plot(
+            cost[within], accuracy[within], "-", color=PALETTE[0], marker="D", markersize=3, label="linear, exact"
+        )
     axis.axvspan(-tolerance, tolerance, color="0.9", zorder=0, label=f"within {tolerance:g}%")
     axis.set_xscale("symlog", linthresh=tolerance, linscale=0.8)
     axis.set_xlim(left=-2 * tolerance)
@@ -337,7 +339,10 @@ def latent_figure(rows: Sequence[Row], verdicts: Sequence[Row], probe: str) -> F
     figure, axes = panels(1, 2, width=0.95 * COLUMN_WIDTH, height=2.5)
     chosen = {row["latent"]: row["weight"] for row in verdicts if row["probe"] == probe}
     latents = sorted(chosen)
-    for labels, name, color, style in (("", "not guided", "black", "o-"), *_CURVES):
+    # Side by side, for their ranges overlap.
+    for shift, (labels, name, color, style) in zip(
+        (0.96, 1.0, 1.04), (("", "not guided", "black", "o-"), *_CURVES), strict=True
+    ):
         found: list[tuple[int, Series]] = []
         for latent in latents:
             one = series(rows, probe, latent, labels or _TRUE, chosen[latent] if labels else 0.0)
@@ -349,7 +354,7 @@ def latent_figure(rows: Sequence[Row], verdicts: Sequence[Row], probe: str) -> F
                 continue
             mean = np.array([b.mean() for b in bars])
             ends = np.abs(np.array([[b.min(), b.max()] for b in bars]).T - mean)
-            axis.errorbar([k for k, _ in found], mean, ends, fmt=style, color=color, markersize=3.5, label=name)
+            axis.errorbar([shift * k for k, _ in found], mean, ends, fmt=style, color=color, markersize=3.5, label=name)
     for axis, label in zip(
         axes[0], ("test reconstruction error\n(mean image: 1)", f"test accuracy, {probe} probe [%]"), strict=True
     ):

@@ -91,7 +91,7 @@ class NetworkConfig:
     """Epochs of linear warm-up; after it the learning rate falls to 0 along a cosine."""
     weight_decay: float = 0.0
     """Weight decay."""
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
     """Random crops, flips and grey images in training; none by default."""
     bfloat16: bool = False
     """Compute in bfloat16, parameters and losses in float32: for accelerators."""
@@ -126,7 +126,8 @@ class NetworkConfig:
                 raise ma.InputError(f"--network.{name.replace('_', '-')} {value}: give at least 1")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ma.InputError(
-                f"--network.warmup-epochs {self.warmup_epochs:g}: give at least 0 and fewer than the {self.epochs} epochs"
+                f"--network.warmup-epochs {self.warmup_epochs:g}: give at least 0 and less than the {self.epochs} of "
+                "--network.epochs"
             )
 
 

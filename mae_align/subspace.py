@@ -121,7 +121,7 @@ def explained_shares(basis: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def span_angles(basis_a: np.ndarray, basis_b: np.ndarray) -> np.ndarray:
-    """Principal angles of two spans whose dimensions may differ, ascending; a direction that one lacks is at 90 degrees.
+    """Principal angles of two spans whose dimensions may differ, ascending; what one lacks is at 90 degrees.
 
     Args:
         basis_a: [n, r] with orthonormal columns. basis_b: [n, k] likewise.
