@@ -195,7 +195,7 @@ def summarise(ends: Sequence[Row], course: Sequence[Row], k: int) -> Iterator[st
     for width, decoder in dict.fromkeys((row["width"], row["decoder"]) for row in course):
         at = {r["moment"]: r for r in course if (r["width"], r["decoder"]) == (width, decoder)}
         told = "; ".join(
-            f"{row['moment']} (step {row['step']}) {row['mostly']} of {k}, median angle {row['angle_median']:.0f} degrees"
+            f"{row['moment']} (step {row['step']}) {row['mostly']} of {k}, median angle {row['angle_median']:.0f} deg"
             for row in at.values()
         )
         yield f"  width {width}, {decoder} decoder: {told}"

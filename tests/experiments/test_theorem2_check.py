@@ -180,7 +180,8 @@ def test_run_leaves_everything_in_its_folder(run, config):
     figures = {f"{name}.{kind}" for name in ("components", "convergence") for kind in ("png", "pdf")}
     assert {path.name for path in run.iterdir()} == tables | figures | {"config.json", "points", "networks"}
     text = (run / "summary.txt").read_text()
-    for words in ("code of 3", "lambda 0.5, width 8", "width 8, nonlinear decoder: start (step 0)", "minimum of Theorem 1"):
+    told = ("code of 3", "lambda 0.5, width 8", "width 8, nonlinear decoder: start (step 0)", "minimum of Theorem 1")
+    for words in told:
         assert words in text
 
 
