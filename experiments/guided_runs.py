@@ -271,7 +271,11 @@ def make_training(split: GuidedSplit, config: NetworkConfig, runs: Runs) -> Trai
     Raises:
         InputError: sizes that do not fit the images or each other.
     """
-    per_epoch = max(len(split.fit_images) // config.batch_size, 1)
+    if config.batch_size > len(split.fit_images):
+        raise ma.InputError(
+            f"--network.batch-size {config.batch_size}: {len(split.fit_images)} images train, give at most these"
+        )
+    per_epoch = len(split.fit_images) // config.batch_size
     steps = config.epochs * per_epoch
     optimizer = OptimizerConfig(
         total_steps=steps,
@@ -317,7 +321,7 @@ def make_training(split: GuidedSplit, config: NetworkConfig, runs: Runs) -> Trai
 
 def train(training: Training, split: GuidedSplit, config: NetworkConfig, runs: Runs, folder: Path) -> TrainState:
     """Trains an ensemble, from its latest checkpoint if there is one."""
-    per_epoch = max(len(split.fit_images) // config.batch_size, 1)
+    per_epoch = len(split.fit_images) // config.batch_size
     labels = split.fit_labels if runs.labels is Labels.true else split.shuffled_labels
     identity = fingerprint([split.fit_images, labels], {"network": dataclasses.asdict(config), "runs": repr(runs)})
     weights, seeds = zip(*runs.members, strict=True)

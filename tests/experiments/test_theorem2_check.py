@@ -120,7 +120,7 @@ def test_measurements_are_those_of_the_codes(references, built, run, rows):
     training = theorem2_networks.make_training(references, SETTINGS, case)
     state = training.init([0, 0])
     codes = training.features(state, images_and_labels()[0], 50)
-    first = [r for r in rows if (r["step"], r["decoder"]) == ("0.0", "linear")]
+    first = [r for r in rows if (float(r["step"]), r["decoder"]) == (0.0, "linear")]
     assert [float(r["lam"]) for r in first] == [math.inf, LAM]
     u = np.linalg.svd(x, full_matrices=False)[0][:, :3]
     for row, code in zip(first, codes.astype(float), strict=True):
@@ -152,7 +152,15 @@ def test_stopped_and_resumed_is_the_same_run(references, built, run, tmp_path, m
     case = Case(8, Decoder.nonlinear, ((math.inf, 0),))
     steps = record_steps(12, 4)
     store = PointStore(tmp_path / "points", "toy")
-    follow(references, SETTINGS, case, steps[:3], store, tmp_path / "networks")
+
+    def killed(training, state, data, *, num_steps):
+        if int(state.step) >= 3:
+            raise KeyboardInterrupt
+        return fit(training, state, data, num_steps=num_steps)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(theorem2_networks, "fit", killed)
+        follow(references, SETTINGS, case, steps, store, tmp_path / "networks")
     (tmp_path / "points" / f"{case.key}-step3.npz").unlink()  # killed between checkpoint and measurement
     kept = dict.fromkeys(["step0", "step1"])
     for name in kept:
