@@ -1,4 +1,4 @@
-"""Correlation over several runs, with a permutation test and a bootstrap interval that state what they assume.
+"""Correlations and paired differences over several runs, with tests and intervals that state what they assume.
 
 Everything is seeded, vectorised over resamples, in float64 NumPy.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import rankdata, t
 
 from mae_align.errors import InputError
 
@@ -41,6 +41,55 @@ class Correlation(NamedTuple):
     spearman_low: float
     spearman_high: float
     resamples: int
+
+
+class PairedDifference(NamedTuple):
+    """Mean of n paired differences and its interval.
+
+    Attributes:
+        pairs: n. mean: of the differences. low, high: ends of the t interval, NaN for a single pair.
+        spread: standard deviation of the differences, n - 1 in the denominator; NaN for a single pair.
+    """
+
+    pairs: int
+    mean: float
+    low: float
+    high: float
+    spread: float
+
+
+def paired_difference(a: np.ndarray, b: np.ndarray, *, level: float = 0.95) -> PairedDifference:
+    """Mean of a - b with the t interval mean +- t_{n-1} s / sqrt n of paired runs.
+
+    Assumes that the differences are independent and about normal; what the two runs of a pair share (seed, initial
+    weights, order of the images) drops out of them.
+
+    Args:
+        a, b: [n] finite numbers, one pair per seed. level: of the interval, inside (0, 1).
+
+    Returns:
+        The mean and its interval, float64.
+
+    Raises:
+        InputError: no pairs, shapes that differ, NaN or infinite values, a level outside (0, 1).
+
+    Example:
+        >>> found = paired_difference(np.array([3.0, 4.0, 5.0]), np.array([1.0, 3.0, 2.0]))
+        >>> found.mean, round(found.low, 3), round(found.high, 3)
+        (2.0, -0.484, 4.484)
+    """
+    a, b = (np.asarray(values, np.float64) for values in (a, b))
+    if a.ndim != 1 or a.shape != b.shape or not len(a) or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise InputError(f"a {list(a.shape)} and b {list(b.shape)}: give finite numbers [n] in pairs, at least one")
+    if not 0.0 < level < 1.0:
+        raise InputError(f"level={level}: give a number inside (0, 1)")
+    difference = a - b
+    mean, n = float(difference.mean()), len(difference)
+    if n == 1:
+        return PairedDifference(1, mean, math.nan, math.nan, math.nan)
+    spread = float(difference.std(ddof=1))
+    half = float(t.ppf((1 + level) / 2, n - 1)) * spread / math.sqrt(n)
+    return PairedDifference(n, mean, mean - half, mean + half, spread)
 
 
 def correlation(

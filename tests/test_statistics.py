@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from mae_align import InputError
-from mae_align.statistics import batches, correlation, interval, p_value, pearson, shuffled
+from mae_align.statistics import batches, correlation, interval, p_value, paired_difference, pearson, shuffled
 
 
 def test_correlations_are_scipys():
@@ -93,3 +93,22 @@ def test_permutations_p_values_and_intervals():
     assert math.isnan(p_value(np.empty(0), 0.5)) and math.isnan(p_value(np.ones(3), np.nan))
     assert interval(np.append(np.arange(101.0), np.nan), 0.9) == pytest.approx((5.0, 95.0))
     assert math.isnan(interval(np.array([np.nan]), 0.9)[0])
+
+
+def test_paired_difference_is_scipys_paired_t_interval():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 5)) + [[1.0], [0.0]]
+    found = paired_difference(a, b, level=0.9)
+    expected = stats.ttest_rel(a, b).confidence_interval(0.9)
+    np.testing.assert_allclose([found.low, found.high], expected, rtol=1e-12)
+    assert found.mean == pytest.approx((a - b).mean()) and found.spread == pytest.approx(stats.tstd(a - b))
+    # What both runs of a pair share drops out.
+    shifts = 100 * rng.normal(size=5)
+    np.testing.assert_allclose(paired_difference(a + shifts, b + shifts, level=0.9), found, rtol=1e-9)
+    one = paired_difference(a[:1], b[:1])
+    assert one.pairs == 1 and one.mean == a[0] - b[0] and np.isnan([one.low, one.high, one.spread]).all()
+    for bad in ((a, b[:4]), (a[:0], b[:0]), (np.full(5, np.nan), b)):
+        with pytest.raises(InputError, match="pairs"):
+            paired_difference(*bad)
+    with pytest.raises(InputError, match="level"):
+        paired_difference(a, b, level=1.0)

@@ -19,15 +19,17 @@ from mae_align.models.pixels import Pixels
 
 
 class MLPAutoencoder(BottleneckAutoencoder):
-    """Dense layers d -> hidden -> latent -> hidden reversed -> d, the activation between them.
+    """Dense layers d -> hidden -> latent -> decoder_hidden -> d, the activation between them.
 
     With ``hidden=()`` and ``activation=None`` it is affine, f(x') = b + Z^T V^T x': its loss converges to Theorem 3's
-    minimum over tr cov(x), to PCA's without a corruption.
+    minimum over tr cov(x), to PCA's without a corruption. With ``decoder_hidden=()`` the decoder alone is affine,
+    f(x') = b + Z^T g(x'): Theorem 2's network, whose loss on its training images PCA's bounds from below.
 
     Args:
         pixels: normalisation, and the image shape. hidden: widths of the encoder's hidden layers.
-        latent: number of features k. activation: between layers (not on the code), None for the identity.
-        corruption: an object of :mod:`mae_align.corruption`, or None. dtype: of the products; parameters are float32.
+        decoder_hidden: widths of the decoder's, None for the encoder's reversed. latent: number of features k.
+        activation: between layers (not on the code), None for the identity. corruption: an object of
+            :mod:`mae_align.corruption`, or None. dtype: of the products; parameters are float32.
         rngs: of the initial parameters (Xavier uniform, zero biases).
 
     Raises:
@@ -48,6 +50,7 @@ class MLPAutoencoder(BottleneckAutoencoder):
         pixels: Pixels,
         *,
         hidden: tuple[int, ...] = (512, 256),
+        decoder_hidden: tuple[int, ...] | None = None,
         latent: int = 64,
         activation: Activation | None = jax.nn.gelu,
         corruption: Corruption | None = None,
@@ -55,11 +58,12 @@ class MLPAutoencoder(BottleneckAutoencoder):
         rngs: nnx.Rngs,
     ) -> None:
         super().__init__(pixels, latent, corruption)
-        if any(width < 1 for width in hidden):
-            raise InputError(f"hidden widths {tuple(hidden)}: each must be at least 1")
-        widths = (math.prod(self.image_shape), *hidden, latent)
-        self.down = _stack(widths, dtype, rngs)
-        self.up = _stack(widths[::-1], dtype, rngs)
+        back = tuple(hidden[::-1]) if decoder_hidden is None else tuple(decoder_hidden)
+        if any(width < 1 for width in (*hidden, *back)):
+            raise InputError(f"hidden widths {tuple(hidden)} and {back}: each must be at least 1")
+        pixel_values = math.prod(self.image_shape)
+        self.down = _stack((pixel_values, *hidden, latent), dtype, rngs)
+        self.up = _stack((latent, *back, pixel_values), dtype, rngs)
         self.activation = activation
 
     def encoder(self, normalized: jax.Array) -> jax.Array:
