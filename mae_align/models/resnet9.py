@@ -33,7 +33,7 @@ class ResNet9(SupervisedNetwork):
     Args:
         pixels: normalisation, and the image shape. num_classes: at least 2.
         widths: channels of the stem and the four stages; 1,028 of the last is as published.
-        dtype: of the products; parameters and batch statistics are float32. rngs: of the initial parameters (He normal).
+        dtype: of the products; parameters and batch statistics are float32. rngs: of the initial parameters (He).
 
     Raises:
         InputError: images under 16 pixels, not five widths, a width below 1, fewer than two classes.

@@ -1,4 +1,4 @@
-"""Networks that classify images: a narrow convolutional one, dense layers, and what they share with the residual one."""
+"""Networks that classify images: a narrow convolutional one, a dense one, and what all have in common."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ class SupervisedNetwork(ImageModel):
 class ConvClassifier(SupervisedNetwork):
     """A narrow network for CPUs: 2x2 blocks of pixels as channels, 3x3 convolutions, the mean over the last map.
 
-    All convolutions but the first have stride 2. Blocks of pixels as channels are a first layer of 6x6 and stride 2, and
-    several times as fast here as one on three channels.
+    All convolutions but the first have stride 2. Blocks of pixels as channels make the first one a layer of 6x6 pixels
+    and stride 2, and several times as fast as one on three channels.
 
     Args:
         pixels: normalisation, and the image shape. num_classes: at least 2. widths: channels of the convolutions.
@@ -262,6 +262,4 @@ def _logits(model: SupervisedNetwork, images: jax.Array) -> jax.Array:
 
 def _norms(widths: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.List[nnx.BatchNorm]:
     """Batch normalisation of each layer: float32 statistics, running ones of momentum 0.9."""
-    return nnx.List(
-        [nnx.BatchNorm(w, momentum=0.9, use_fast_variance=False, dtype=dtype, rngs=rngs) for w in widths]
-    )
+    return nnx.List([nnx.BatchNorm(w, momentum=0.9, use_fast_variance=False, dtype=dtype, rngs=rngs) for w in widths])
