@@ -44,7 +44,7 @@ def test_blocks_as_channels_make_the_first_layer_one_of_six_pixels_and_stride_tw
 def test_resnet9_is_the_published_network():
     model = ResNet9(PIXELS, 10, widths=SMALL, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(1)
-    for path, stat in nnx.iter_graph(model):
+    for _, stat in nnx.iter_graph(model):
         if isinstance(stat, nnx.BatchStat):
             # Running statistics that are not those of the start.
             stat[...] = jnp.asarray(rng.uniform(0.5, 2.0, stat.shape), jnp.float32)
@@ -84,9 +84,7 @@ def test_normalisation_is_there_or_a_bias_is(batch_norm):
     dense.train()
     _, before = dense.loss(jnp.asarray(IMAGES), jnp.arange(6) % 5, jax.random.key(0))
     # With batch statistics the scale of the images is nothing to the network; without, it is.
-    _, after = dense.loss(
-        jnp.asarray(PIXELS.mean + 3.0 * (IMAGES - PIXELS.mean)), jnp.arange(6) % 5, jax.random.key(0)
-    )
+    _, after = dense.loss(jnp.asarray(PIXELS.mean + 3.0 * (IMAGES - PIXELS.mean)), jnp.arange(6) % 5, jax.random.key(0))
     same = np.isclose(before["cross_entropy"], after["cross_entropy"], rtol=1e-4)
     assert same == batch_norm
 
