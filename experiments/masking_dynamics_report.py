@@ -172,8 +172,8 @@ def sentences(
     yield (
         f"Over {end['masks']} masks, r2 of the probes at step {end['step']} {verdict} the closed form's (mean over "
         f"log k, held out): correlation {float(end['pearson']):+.2f} (p = {float(end['pearson_p']):.2g}, masks "
-        f"permuted), by rank {float(end['spearman']):+.2f} (p = {float(end['spearman_p']):.2g}). At step "
-        f"{known[0]['step']} it is {float(known[0]['pearson']):+.2f}: untrained networks differ by patch size alone."
+        f"permuted), by rank {float(end['spearman']):+.2f} (p = {float(end['spearman_p']):.2g}); at step "
+        f"{known[0]['step']} it is {float(known[0]['pearson']):+.2f}. Untrained networks differ by patch size alone."
     )
 
 
@@ -216,16 +216,14 @@ def dynamics_figure(
     outcome.set_ylabel("r2, held out (closed form: over log k)")
     outcome.set_title("last step", fontsize=8)
     outcome.legend(fontsize=6, loc="best")
-    known = [row for row in agreement if "pearson" in row]
-    over_time.plot(
-        np.maximum([float(row["step"]) for row in known], 0.5),
-        [float(row["pearson"]) for row in known],
-        "o-",
-        color="black",
-        markersize=4,
-    )
+    known = [row for row in agreement if np.isfinite(float(row.get("pearson", np.nan)))]
+    if known:
+        x, y = np.maximum([float(row["step"]) for row in known], 0.5), [float(row["pearson"]) for row in known]
+        over_time.plot(x, y, "o-", color="black", markersize=4)
+        over_time.set_xscale("log")
+    else:
+        over_time.text(0.5, 0.5, "fewer than three masks", transform=over_time.transAxes, ha="center")
     over_time.axhline(0.0, color="0.6", lw=0.8)
-    over_time.set_xscale("log")
     over_time.set_ylim(-1.05, 1.05)
     over_time.set_xlabel("step (left end: untrained)")
     over_time.set_ylabel("correlation over masks")

@@ -53,9 +53,7 @@ def paired_difference(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> Pair
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape or a.ndim != 2 or 0 in a.shape:
-        raise InputError(
-            f"results of shape {list(a.shape)} and {list(b.shape)}: give the same [seeds, images]"
-        )
+        raise InputError(f"results of shape {list(a.shape)} and {list(b.shape)}: give the same [seeds, images]")
     if not 0.0 < level < 1.0:
         raise InputError(f"level={level}: give a number inside (0, 1)")
     difference = a - b

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -21,7 +23,8 @@ from mae_align.programs import Program
 TINY = Config(
     max_train=200,
     max_test=80,
-    others=(Network.mlp,),
+    network=Network.mlp,
+    others=(),
     scale_networks=(Network.mlp,),
     training=TrainingConfig(epochs=1, batch_size=100, crop=1, flip=False, conv_widths=(4, 4), mlp_widths=(8,)),
     top=(0.8,),
@@ -31,10 +34,15 @@ TINY = Config(
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+def run(tmp_path_factory) -> Iterator[Path]:
+    """A run; its networks are made once for all that happens in its folder, so that programs are compiled once."""
     out = tmp_path_factory.mktemp("subspaces") / "run"
+    make = functools.cache(lambda *sizes: make_training(*sizes, jax.devices()[:1]))
+    patch = pytest.MonkeyPatch()
+    patch.setattr(subspace_classification, "make_training", lambda *given: make(*given[:-1]))
     main(dataclasses.replace(TINY, out=str(out)))
-    return out
+    yield out
+    patch.undo()
 
 
 def rows(folder: Path, name: str) -> list[dict[str, str]]:
@@ -79,7 +87,7 @@ def test_results_are_written_once_per_seed_and_summed_up(run):
     assert "55% on the bottom 20%" in text and "80 test images" in text
     for name in ("accuracy", "dimension", "scales"):
         assert (run / f"{name}.png").stat().st_size > 10_000 and (run / f"{name}.pdf").exists()
-    linear = [row for row in rows(run, "subspaces") if row["network"] == "conv" and row["scale"] == "per_image"]
+    linear = [row for row in rows(run, "subspaces") if row["network"] == "mlp" and row["scale"] == "per_image"]
     by = {(row["family"], int(row["dimension"])): float(row["linear_r2"]) for row in linear}
     r = max(d for _, d in by)
     assert by["top", r] > 0.4 > by["bottom", min(d for f, d in by if f == "bottom")]
@@ -115,6 +123,17 @@ def test_members_take_turns_where_convolutions_do():
     )
     assert (one.program, one.num_members) == (Program.ONE_BY_ONE, 1)
     assert (both.program, both.num_members) == (Program.VMAPPED_SCAN, 2)
+    data = prepared(ma.load_dataset("digits"), TINY)
+    axes = PrincipalAxes.of(Moments.from_arrays(data.train_images.astype(np.float64)))
+    config = dataclasses.replace(TINY, others=(Network.conv,))
+    trainings = {Network.conv: one, Network.mlp: both}
+    tasks = subspace_classification._group(Subspace(Family.random, 5), config, data, axes, trainings).tasks
+    assert [task.keys for task in tasks] == [
+        ("linear-random-5",),
+        ("mlp-per_image-random-5-seed0", "mlp-per_image-random-5-seed5"),
+        ("conv-per_image-random-5-seed0",),
+        ("conv-per_image-random-5-seed5",),
+    ]
 
 
 def test_scales_use_statistics_of_the_training_images_alone():
