@@ -14,7 +14,8 @@ normalisation on images of several scales show what rescaling each projected ima
     python -m experiments.subspace_classification --preset paper --data folder:DIR         # ResNet9: accelerators
 
 As published, images are cropped and mirrored after the projection, which takes them a little out of the subspace;
-``--training.crop 0 --training.no-flip`` does without. Shares are those really kept: dimensions are whole numbers.
+``--training.crop 0 --training.no-flip`` does without. Digits and characters are not to be mirrored; the crop of the
+paper preset is that of 64 pixels, half of it is for 32. Shares are those really kept: dimensions are whole numbers.
 Every finished network is kept: interrupted, the same command goes on where it stopped.
 """
 
@@ -117,7 +118,7 @@ PRESETS = {
         others=(Network.mlp,),
         scale_networks=(Network.resnet9,),
         training=TrainingConfig(
-            epochs=50, batch_size=512, learning_rate=1e-3, warmup=0.3, mlp_widths=None, bfloat16=True
+            epochs=50, batch_size=512, learning_rate=1e-3, warmup=0.3, mlp_widths=None, crop=8, bfloat16=True
         ),
     ),
 }
@@ -218,10 +219,11 @@ def subspaces(config: Config, axes: PrincipalAxes) -> list[Subspace]:
     found = [Subspace(Family.top, axes.rank)]
     found += [axes.nearest(Family.top, share) for share in config.top]
     found += [axes.nearest(Family.bottom, share) for share in config.bottom]
+    found += [Subspace(Family.top, axes.rank - axes.nearest(Family.bottom, v).dimension) for v in config.scale_shares]
     for share in config.matched:
         found += controls(axes, share)
     # All of the image has no other side, whatever it is called.
-    return list(dict.fromkeys(s for i, s in enumerate(found) if i == 0 or s.dimension < axes.rank))
+    return list(dict.fromkeys(s for i, s in enumerate(found) if i == 0 or 0 < s.dimension < axes.rank))
 
 
 def controls(axes: PrincipalAxes, share: float) -> list[Subspace]:

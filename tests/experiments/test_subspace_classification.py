@@ -185,6 +185,12 @@ def test_comparisons_find_the_published_pair_and_pair_seeds():
     assert found["same dimension", "top 90% (3 dimensions)"].low == pytest.approx(0.1)
 
 
+def test_scales_are_compared_on_both_sides_of_a_split_even_where_one_was_not_asked_for():
+    axes = PrincipalAxes((1, 5, 1), np.zeros(5), np.eye(5), np.array([6.0, 2.0, 1.0, 0.8, 0.2]), 0)
+    plan = subspaces(dataclasses.replace(TINY, top=(0.6,), bottom=(0.1, 0.2), scale_shares=(0.1,)), axes)
+    assert {Subspace(Family.bottom, 2), Subspace(Family.top, 3)} < set(plan)
+
+
 def test_controls_of_a_split_without_a_top_direction():
     axes = PrincipalAxes((1, 2, 1), np.zeros(2), np.eye(2), np.array([1.0, 1.0]), 0)
     assert all(1 <= s.dimension <= 2 for s in controls(axes, 0.99))
