@@ -1,6 +1,6 @@
-"""Networks that learn by reconstruction (flax.nnx), in stored pixel units like the closed forms."""
+"""Networks that learn by reconstruction or from labels (flax.nnx), in stored pixel units like the closed forms."""
 
-from mae_align.models.base import Autoencoder, BottleneckAutoencoder, ModelKind
+from mae_align.models.base import Autoencoder, BottleneckAutoencoder, ImageModel, ModelKind
 from mae_align.models.classifier import Classifier, classification
 from mae_align.models.conv import ConvAutoencoder
 from mae_align.models.guided import GuidedAutoencoder, scale_gradient
@@ -8,6 +8,8 @@ from mae_align.models.layers import gelu_exact
 from mae_align.models.mlp import MLPAutoencoder
 from mae_align.models.pixels import Constant, Pixels
 from mae_align.models.resnet import ResNetAutoencoder
+from mae_align.models.resnet9 import ResNet9
+from mae_align.models.supervised import ConvClassifier, MLPClassifier, SupervisedNetwork, predicted_classes
 from mae_align.models.vit_mae import (
     VIT_BASE,
     VIT_LARGE,
@@ -33,16 +35,22 @@ __all__ = [
     "Classifier",
     "Constant",
     "ConvAutoencoder",
+    "ConvClassifier",
     "GuidedAutoencoder",
+    "ImageModel",
     "MLPAutoencoder",
+    "MLPClassifier",
     "MaskedAutoencoder",
     "MaskedPatches",
     "MaskedPrediction",
     "ModelKind",
     "Pixels",
+    "ResNet9",
     "ResNetAutoencoder",
+    "SupervisedNetwork",
     "VitSize",
     "classification",
     "gelu_exact",
+    "predicted_classes",
     "scale_gradient",
 ]

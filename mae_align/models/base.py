@@ -1,4 +1,4 @@
-"""What every autoencoder is: features, reconstruction and a training loss of images in stored pixel units."""
+"""What every network is, and every autoencoder: features, reconstruction and a loss of images in stored pixel units."""
 
 from __future__ import annotations
 
@@ -25,23 +25,19 @@ class ModelKind(enum.Enum):
     CONVOLUTION = enum.auto()
 
 
-class Autoencoder(nnx.Module):
-    """An autoencoder of images in stored pixel units.
+class ImageModel(nnx.Module):
+    """A network on images in stored pixel units.
 
-    Nothing is masked or corrupted unless the method takes a key. Train and eval mode (batch normalisation) are the
-    caller's: ``model.train()``, ``model.eval()``.
+    Train and eval mode (batch normalisation) are the caller's: ``model.train()``, ``model.eval()``.
 
     Attributes:
-        image_shape: (h, w, c). latent: number of features k. kind: what its step is made of.
+        image_shape: (h, w, c). kind: what its step is made of.
     """
 
     kind: ClassVar[ModelKind]
 
-    def __init__(self, pixels: Pixels, latent: int) -> None:
-        if latent < 1:
-            raise InputError(f"latent={latent}: give at least one feature")
+    def __init__(self, pixels: Pixels) -> None:
         self.image_shape: ImageShape = pixels.image_shape
-        self.latent = int(latent)
         self.pixel_mean = Constant(jnp.asarray(pixels.mean, jnp.float32))
         self.pixel_scale = Constant(jnp.asarray(pixels.scale, jnp.float32))
 
@@ -60,6 +56,22 @@ class Autoencoder(nnx.Module):
             raise InputError(
                 f"images have shape {list(images.shape)}: this model takes [b, {', '.join(map(str, self.image_shape))}]"
             )
+
+
+class Autoencoder(ImageModel):
+    """An autoencoder of images in stored pixel units.
+
+    Nothing is masked or corrupted unless the method takes a key.
+
+    Attributes:
+        latent: number of features k.
+    """
+
+    def __init__(self, pixels: Pixels, latent: int) -> None:
+        if latent < 1:
+            raise InputError(f"latent={latent}: give at least one feature")
+        super().__init__(pixels)
+        self.latent = int(latent)
 
     @abc.abstractmethod
     def encode(self, images: Array) -> jax.Array:
