@@ -282,15 +282,15 @@ def _group(
         pair = axes.project(data.train_images, subspace), axes.project(data.test_images, subspace)
         return {scale: scaled(*pair, scale) for scale in dict.fromkeys(study.scale for study in studies)}
 
-    def linear(_: object) -> list[dict[str, np.ndarray]]:
+    def linear(_: _Images) -> list[dict[str, np.ndarray]]:
         train, test = (axes.coordinates(part, subspace) for part in (data.train_images, data.test_images))
         labels = data.train_labels, data.test_labels
         found = ridge_probe(
             train, labels[0], test, labels[1], num_classes=data.num_classes, normalization=one_scale, seed=config.seed
         )
-        return [{"accuracy": np.float64(found.accuracy_test), "r2": np.float64(found.r2_test)}]
+        return [{"accuracy": np.asarray(found.accuracy_test), "r2": np.asarray(found.r2_test)}]
 
-    tasks = [Task((f"linear-{subspace.key}",), linear)]
+    tasks: list[Task[_Images]] = [Task((f"linear-{subspace.key}",), linear)]
     for study in studies:
         training = trainings[study.network]
         for start in range(0, len(config.seeds), training.num_members):

@@ -118,7 +118,7 @@ def comparisons(axes: PrincipalAxes, points: Sequence[Point]) -> list[Comparison
                 min(part, key=lambda p, w=wanted: abs(p.share - w))
                 for part, wanted in zip(ends, _HEADLINE, strict=True)
             ]
-            add("published pair", *nearest)
+            add("published pair", nearest[0], nearest[1])
         for one in bottoms:
             rest = Subspace(Family.top, axes.rank - one.subspace.dimension)
             if rest in at:

@@ -59,7 +59,7 @@ def paired_difference(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> Pair
     difference = a - b
     mean = float(difference.mean())
     image_se = _standard_error(difference.mean(axis=0))
-    half = _standard_error(difference.mean(axis=1)) * student.ppf((1.0 + level) / 2.0, max(len(a) - 1, 1))
+    half = float(_standard_error(difference.mean(axis=1)) * student.ppf((1.0 + level) / 2.0, max(len(a) - 1, 1)))
     return PairedDifference(mean, mean - half, mean + half, image_se)
 
 

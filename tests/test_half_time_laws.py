@@ -127,7 +127,7 @@ def test_partial_ranks_tell_the_cause_from_its_companion():
     f = np.argsort(np.argsort(-s + 25 * rng.normal(size=60))) / 120
     by_value = HalfTimes((1 / s)[None] * np.exp(0.1 * rng.normal(size=(3, 60))), np.zeros((3, 60), bool))
     found = partial_ranks(s, f, by_value, resamples=200)
-    assert found.between == pytest.approx(spearmanr(s, f).statistic)
+    assert found.between == pytest.approx(spearmanr(s, f).statistic)  # pyright: ignore[reportAttributeAccessIssue]
     assert found.eigenvalue[0] < -0.95
     assert found.frequency[1] > 0.3  # the companion
     assert found.eigenvalue_given[2] < -0.9
@@ -145,7 +145,7 @@ def test_partial_rank_is_the_correlation_of_rank_residuals():
     found = partial_ranks(s, f, HalfTimes(t[None], np.zeros((1, 25), bool)), resamples=1)
     ranks = [np.argsort(np.argsort(a)).astype(float) for a in (t, s, f)]
     residual = [a - np.polyval(np.polyfit(ranks[2], a, 1), ranks[2]) for a in ranks[:2]]
-    assert found.eigenvalue_given[0] == pytest.approx(np.corrcoef(*residual)[0, 1])
+    assert found.eigenvalue_given[0] == pytest.approx(np.corrcoef(*residual)[0, 1])  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def test_equal_eigenvalues_and_censored_ties():
@@ -157,7 +157,7 @@ def test_equal_eigenvalues_and_censored_ties():
     assert np.isnan(found.eigenvalue[0])
     assert np.isnan(found.eigenvalue_given[0])
     late = np.where(censored, 1e9, t)
-    assert found.frequency[0] == pytest.approx(spearmanr(late, f).statistic)
+    assert found.frequency[0] == pytest.approx(spearmanr(late, f).statistic)  # pyright: ignore[reportAttributeAccessIssue]
     assert found.frequency_given[0] == pytest.approx(found.frequency[0])
 
 

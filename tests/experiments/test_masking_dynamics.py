@@ -121,7 +121,7 @@ def test_agreement_is_held_against_all_masks_at_each_step():
     assert table[2]["spearman_p"] == pytest.approx(2 / 24)
     assert "pearson" not in agreement_over_time(curves[:2])[0]
     figure = dynamics_figure("toy", curves, {"accuracy": 0.5, "r2": 0.4}, table)
-    assert len(figure.axes) == 6 and len(figure.axes[-1].lines[0].get_xdata()) == 2
+    assert len(figure.axes) == 6 and len(figure.axes[-1].lines[0].get_xdata()) == 2  # pyright: ignore[reportArgumentType]
     text = " ".join(sentences(ma.load_dataset("digits"), curves, {"accuracy": 0.5, "r2": 0.4}, table))
     assert "8x8 patches, 50% hidden is best (60.0)" in text
     backwards = [dataclasses.replace(c, predicted={"closed_eval_r2_logmean": -c.r2[-1].mean()}) for c in curves]
@@ -155,7 +155,7 @@ def test_bad_settings_are_refused_before_anything_is_made(change, message, tmp_p
 
 def test_the_paper_preset_fits_its_images():
     paper = PRESETS["paper"]
-    pixels = Pixels(np.zeros((32, 32, 3), np.float32), np.float32(1.0))
+    pixels = Pixels(np.zeros((32, 32, 3), np.float32), np.float32(1.0))  # pyright: ignore[reportArgumentType]
     for patch in paper.patch_sizes:
         training = make_training(pixels, Cell(patch, paper.mask_ratios[-1]), paper, 50_000)
         assert training.num_members == 5 and len(jax.tree.leaves(training.abstract_state.params)) > 100

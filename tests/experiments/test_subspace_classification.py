@@ -37,7 +37,7 @@ TINY = Config(
 def run(tmp_path_factory) -> Iterator[Path]:
     """A run; its networks are made once for all that happens in its folder, so that programs are compiled once."""
     out = tmp_path_factory.mktemp("subspaces") / "run"
-    make = functools.cache(lambda *sizes: make_training(*sizes, jax.devices()[:1]))
+    make = functools.cache(lambda *sizes: make_training(*sizes, jax.devices()[:1]))  # pyright: ignore[reportCallIssue]
     patch = pytest.MonkeyPatch()
     patch.setattr(subspace_classification, "make_training", lambda *given: make(*given[:-1]))
     main(dataclasses.replace(TINY, out=str(out)))

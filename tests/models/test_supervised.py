@@ -63,7 +63,7 @@ def test_resnet9_is_the_published_network():
             b, h, w, c = x.shape
             x = x.reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
             if residual:
-                first, second = model.residuals[index]
+                first, second = model.residuals[index]  # pyright: ignore[reportGeneralTypeIssues]
                 x = x + block(second, block(first, x))
         return x.max((1, 2))
 
@@ -100,7 +100,7 @@ def test_the_loss_is_the_cross_entropy_of_the_logits():
     model.eval()
     labels = np.arange(6) % 3
     loss, metrics = model.loss(jnp.asarray(IMAGES), jnp.asarray(labels), jax.random.key(0))
-    logits = np.asarray(model.logits(IMAGES), np.float64)
+    logits = np.asarray(model.logits(IMAGES), np.float64)  # pyright: ignore[reportArgumentType]
     expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(6), labels]
     assert float(loss) == pytest.approx(expected.mean(), rel=1e-5)
     assert float(metrics["accuracy"]) == pytest.approx((logits.argmax(1) == labels).mean())
@@ -116,7 +116,7 @@ def test_they_learn_from_labels_as_members_of_a_training(make, program):
     pixels = Pixels.from_images(images)
     width = {"widths": (8,)} if make is ConvClassifier else {"hidden": (8,)}
     training = Training(
-        lambda rngs: make(pixels, 2, **width, rngs=rngs),
+        lambda rngs: make(pixels, 2, **width, rngs=rngs),  # pyright: ignore[reportArgumentType]
         classify,
         adamw(OptimizerConfig(total_steps=40, learning_rate=0.02)),
         batch_size=32,
