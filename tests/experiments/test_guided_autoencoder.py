@@ -253,10 +253,8 @@ def test_published_preset_is_the_published_set_up():
     split = GuidedSplit.of(small, probe_fraction=0.1, validation_fraction=0.1)
     # Only the shapes are worked out here.
     state = make_training(split, paper.network, Runs(128, Labels.true, ((0.0, 0),))).abstract_state
-    leaves = {
-        jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
-    }
-    assert [s for name, s in leaves.items() if "to_code" in name and "kernel" in name] == [(1, 512, 128)]
+    leaves = [(jax.tree_util.keystr(path), x.shape) for path, x in jax.tree_util.tree_leaves_with_path(state.params)]
+    assert [shape for name, shape in leaves if "to_code" in name and "kernel" in name] == [(1, 512, 128)]
     assert paper.network.epochs == 1000 and paper.network.augmentation.smallest_crop == 0.5
 
 
