@@ -14,14 +14,14 @@ spatial frequency go together in natural images, they are set apart by intervent
 rotated at random (rotated) and moved about (shuffled). Rank correlations of half-times, one given the other, say which
 of the two decides.
 
-    python -m experiments.learning_dynamics                                         # digits: two minutes on 2 CPU cores
-    python -m experiments.learning_dynamics --preset fashion_mnist --data idx:DIR   # 8 CPU-minutes
-    python -m experiments.learning_dynamics --preset cifar10 --data npz:FILE        # 8 CPU-minutes, at 16 x 16 pixels
+    python -m experiments.learning_dynamics                                         # digits
+    python -m experiments.learning_dynamics --preset fashion_mnist --data idx:DIR
+    python -m experiments.learning_dynamics --preset cifar10 --data npz:FILE        # at 16 x 16 pixels
     python -m experiments.learning_dynamics --preset paper --data npz:FILE          # accelerators: 50 epochs
 
-Expected: half-time ~ eigenvalue^-a with a near 1 for every learner (R^2 of .95 on Fashion-MNIST), better than
-exponential laws; with eigenvalue and frequency set apart, half-times of dense networks follow the eigenvalue. Every
-trained cell is written when it is done: interrupted, the same command goes on where it stopped.
+Expected: half-time ~ eigenvalue^-a, with a = 1 in closed form for gradient descent on a linear network from an aligned
+start, and near it otherwise. Every trained cell is written when it is done: interrupted, the same command goes on where
+it stopped.
 """
 
 from __future__ import annotations
