@@ -44,6 +44,7 @@ def curves():
     return {name: curve(training(2, **case)) for name, case in CASES.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "reference"), [("both", "one"), ("vit both", "vit")])
 def test_eight_devices_train_like_one(curves, name, reference):
     (loss, features), (expected, theirs) = curves[name], curves[reference]
@@ -89,6 +90,7 @@ def work(folder: Path) -> None:
     np.savez(folder / f"{jax.process_index()}.npz", loss=loss, features=features, streamed=streamed)
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path, curves):
     run_processes(__file__, tmp_path, timeout=300)
     which = training(2)

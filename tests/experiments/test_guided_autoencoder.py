@@ -16,6 +16,8 @@ from experiments.guided_autoencoder import PRESETS, Config, main, plan
 from experiments.guided_report import compare_weights, judge, linear_gain, summarise
 from experiments.guided_runs import GuidedSplit, Labels, NetworkConfig, Probe, Runs, make_training
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 3
 TINY = Config(
     latents=(2,),

@@ -33,6 +33,8 @@ from mae_align.checkpoint import Checkpoints
 from mae_align.spectrum import Spectrum
 from mae_align.train import Training
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = TrainingConfig(latent=6, mlp_hidden=(9,), batch_size=48, steps=20, descent_steps=150)
 TINY = Config(
     max_train=200,

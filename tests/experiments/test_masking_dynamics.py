@@ -17,6 +17,8 @@ from mae_align.models import Pixels
 from mae_align.predictions import closed_form_row
 from mae_align.train import Training
 
+pytestmark = pytest.mark.slow
+
 TINY = Config(
     max_train=200,
     max_test=100,

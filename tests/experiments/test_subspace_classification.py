@@ -20,6 +20,8 @@ from mae_align.moments import Moments
 from mae_align.principal import Family, PrincipalAxes, Subspace
 from mae_align.programs import Program
 
+pytestmark = pytest.mark.slow
+
 TINY = Config(
     max_train=200,
     max_test=80,

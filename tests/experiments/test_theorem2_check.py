@@ -17,6 +17,8 @@ from experiments.theorem2_report import course_rows, end_rows, leading
 from mae_align.fit import fit
 from mae_align.store import PointStore, fingerprint
 
+pytestmark = pytest.mark.slow
+
 LAM = 0.5
 SETTINGS = NetworkConfig(steps=12, batch_size=16, learning_rate=1e-2, warmup_steps=0)
 TINY = Config(latent=3, widths=(8,), lambdas=(math.inf, LAM), seeds=(0,), network=SETTINGS, records=4, early=0.5)
