@@ -56,9 +56,9 @@ def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
     """The programs that an equation calls: of jit, scan, cond, custom derivatives, ..."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, core.ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, core.Jaxpr):
+            # Closed programs hold an open one; in newer JAX there is one class of both.
+            item = getattr(item, "jaxpr", item)
+            if isinstance(item, core.Jaxpr):
                 yield item
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -114,7 +115,7 @@ def network_features(name: str, ensemble: Callable[[], Ensemble], split: Labelle
 def plain_features(measured: Measured, count: int) -> list[Features]:
     """Raw pixels and the first ``count`` principal components."""
     split, pool = measured.split, measured.pool
-    count = min(count, np.prod(pool(split.train_images[:1]).shape[1:]).item())
+    count = min(count, math.prod(pool(split.train_images[:1]).shape[1:]))
     return [
         Features(RAW + measured.note, -1, lambda: Encoded.of(lambda x: raw_pixels(pool(x)), split)),
         Features(
