@@ -110,8 +110,8 @@ def groups_figure(cells: Sequence[Cell], title: str) -> Figure:
     axes[0, 0].set_ylim(-0.03, 1.6)
     axes[1, 0].set_ylim(0.0, 1.2)
     axes[1, 0].set_ylabel("share", fontsize=7)
-    axes[0, -1].legend(title="tenth of variance", ncols=2, fontsize=6, title_fontsize=6)
-    axes[1, -1].legend(fontsize=6)
+    _legend_below(figure, "above: tenth of variance", axes[0, -1])
+    _legend_below(figure, "below", axes[1, -1])
     figure.suptitle(title, fontsize=8)
     return figure
 
@@ -137,8 +137,8 @@ def frequency_figure(cells: Sequence[Cell], widths: Sequence[float], title: str)
     axes[0, 0].set_ylim(-0.03, 1.6)
     axes[0, 0].set_ylabel("error by spatial\nfrequency of the image", fontsize=7)
     axes[1, 0].set_ylabel("error by response\nfrequency of the map", fontsize=7)
-    axes[0, -1].legend(title="radial band, low to high", ncols=2, fontsize=6, title_fontsize=6)
-    axes[1, -1].legend(title="part, filter width", ncols=2, fontsize=6, title_fontsize=6)
+    _legend_below(figure, "above: radial band, low to high", axes[0, -1])
+    _legend_below(figure, "below: part, filter width", axes[1, -1])
     figure.suptitle(title, fontsize=8)
     return figure
 
@@ -216,6 +216,16 @@ def set_apart_figure(cells: Sequence[Cell], title: str) -> Figure:
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
     figure.suptitle(title, fontsize=8)
     return figure
+
+
+def _legend_below(figure: Figure, title: str, axis: Axes) -> None:
+    """The legend of one row of axes under the figure, where it hides no curve."""
+    side = "left" if title.startswith("above") else "right"
+    handles, labels = axis.get_legend_handles_labels()
+    legend = figure.legend(
+        handles, labels, title=title, loc=f"outside lower {side}", ncols=8, fontsize=6, title_fontsize=7, frameon=False
+    )
+    legend.get_title().set_ha("left")
 
 
 def _points(axis: Axes, cell: Cell, colors: Sequence[Any]) -> None:
