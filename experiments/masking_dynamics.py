@@ -132,7 +132,9 @@ class Config:
 _LAPTOP = Config(
     network=NetworkConfig(width=32, decoder_width=32, epochs=20, batch_size=64), mask_ratios=(0.25, 0.5, 0.75)
 )
-_REAL = Config(max_train=10_000, max_test=10_000)
+_REAL = Config(
+    max_train=10_000, max_test=10_000, network=NetworkConfig(epochs=15, batch_size=64, warmup_epochs=1.0), evaluations=9
+)
 PRESETS = {
     "laptop": _LAPTOP,
     "fashion_mnist": dataclasses.replace(_REAL, patch_sizes=(4, 7)),

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import mae_align as ma
@@ -200,7 +201,7 @@ def dynamics_figure(
         axis.set_xscale("log")
         axis.set_xlabel("step (left end: untrained)")
         axis.set_title(f"{dataset}: {size}x{size} patches", fontsize=8)
-        axis.legend(fontsize=6, loc="best")
+        _legend_below(axis)
     axes[0, 0].set_ylabel("test accuracy of ridge probe [%]")
     limits = np.array([axis.get_ylim() for axis in axes[0, : len(sizes)]])
     for axis in axes[0, : len(sizes)]:
@@ -213,9 +214,9 @@ def dynamics_figure(
         closed = [float(c.predicted[_PREDICTED]) for c in own]
         outcome.plot(x, closed, "s--", color=color, markersize=3, label=f"closed form, {size}x{size}")
     outcome.set_xlabel("patches hidden [%]")
-    outcome.set_ylabel("r2, held out (closed form: over log k)")
+    outcome.set_ylabel("held-out r2\n(closed form: mean over log k)")
     outcome.set_title("last step", fontsize=8)
-    outcome.legend(fontsize=6, loc="best")
+    _legend_below(outcome)
     known = [row for row in agreement if np.isfinite(float(row.get("pearson", np.nan)))]
     if known:
         x, y = np.maximum([float(row["step"]) for row in known], 0.5), [float(row["pearson"]) for row in known]
@@ -229,3 +230,8 @@ def dynamics_figure(
     over_time.set_ylabel("correlation over masks")
     over_time.set_title("closed form against probe r2", fontsize=8)
     return figure
+
+
+def _legend_below(axis: Axes) -> None:
+    """Under the axes, where it hides no curve."""
+    axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2, frameon=False)
