@@ -277,8 +277,14 @@ def accuracy_figure(
         _series(paper, family, x, y)
     _frame(paper, "published: ResNet9, Tiny ImageNet", PUBLISHED_FULL, 0.5)
     axes[0, 0].set_ylabel("test accuracy [%]")
-    axes[0, 0].legend(fontsize=6, loc="best")
+    _legend_below(figure, axes[0, 0])
     return figure
+
+
+def _legend_below(figure: Figure, axis: Axes) -> None:
+    """Under the axes, where it hides no point."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
 
 
 def _series(axis: Axes, family: Family, shares: Sequence[float] | np.ndarray, values: Sequence[float] | np.ndarray):
@@ -312,7 +318,7 @@ def dimension_figure(dataset: str, rank: int, points: Sequence[Point], chance: f
         axis.set_xlabel(f"dimensions kept of {rank}")
         axis.set_title(f"{dataset}: {NETWORK_WORDS[study.network]}", fontsize=7)
     axes[0, 0].set_ylabel("test accuracy [%]")
-    axes[0, 0].legend(fontsize=6)
+    _legend_below(figure, axes[0, 0])
     return figure
 
 
@@ -342,5 +348,5 @@ def scale_figure(dataset: str, rank: int, points: Sequence[Point]) -> Figure:
     for i, scale in enumerate(scales):
         axes[0, 0].plot([], [], "o", color=PALETTE[i], markersize=4, label=SCALE_WORDS[scale])
     axes[0, 0].set_ylabel("test accuracy [%]")
-    axes[0, 0].legend(fontsize=6)
+    _legend_below(figure, axes[0, 0])
     return figure
