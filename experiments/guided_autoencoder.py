@@ -83,7 +83,7 @@ class Config:
     """The autoencoders and their training."""
     probes: tuple[Probe, ...] = (Probe.ridge, Probe.logistic)
     """Probes on the code; weights are chosen and the claim is judged by each for itself."""
-    frontier: tuple[float, ...] | None = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
+    frontier: tuple[float, ...] | None = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 5.0, 10.0, 20.0, 30.0, 50.0, 100.0)
     """Relative weights lambda tr Sxx / tr Syy of reconstruction in Theorem 1; infinity (PCA) is added.
 
     None leaves the linear frontier out: its problem has as many rows and columns as an image has pixel values.

@@ -322,13 +322,14 @@ def _trade_off(axis: Axes, rows: Sequence[Row], probe: str, latent: int, toleran
     axis.plot(0.0, base.test.mean(), "o", color="black", markersize=4.5, label="not guided", zorder=4)
     cost, accuracy = linear_frontier(rows, probe, latent)
     if len(cost):
-        within = cost <= 1.3 * reach
-        axis.plot(
-            cost[within], accuracy[within], "-", color=PALETTE[0], marker="D", markersize=3, label="linear, exact"
-        )
+        # The whole curve, cut where the networks end.
+        low, high = axis.get_ylim()
+        low = min(low, float(accuracy[cost <= reach].min()) - 0.03 * (high - low))
+        axis.plot(cost, accuracy, "-", color=PALETTE[0], marker="D", markersize=3, label="linear, exact")
+        axis.set_ylim(low, high)
     axis.axvspan(-tolerance, tolerance, color="0.9", zorder=0, label=f"within {tolerance:g}%")
     axis.set_xscale("symlog", linthresh=tolerance, linscale=0.8)
-    axis.set_xlim(left=-2 * tolerance)
+    axis.set_xlim(-2 * tolerance, 1.3 * reach)
     ticks = [t for t in (-1, 0, 1, 3, 10, 30, 100, 300) if -tolerance <= t * tolerance <= reach or t == 1]
     axis.set_xticks([t * tolerance for t in ticks], [f"{t * tolerance:g}" for t in ticks])
     axis.set_xticks([], minor=True)
