@@ -20,9 +20,8 @@ of the two decides.
     python -m experiments.learning_dynamics --preset paper --data npz:FILE          # accelerators: 50 epochs
 
 Expected: half-time ~ eigenvalue^-a, with a = 1 in closed form for gradient descent on a linear network from an aligned
-start, and near it otherwise. Autoencoders here have neither batch normalisation nor a sigmoid, which the published ones have.
-Every trained cell is written when it is done: interrupted, the same command goes on where
-it stopped.
+start, and near it otherwise. The autoencoders have neither batch normalisation nor a sigmoid, which published ones
+have. Every trained cell is written when it is done: interrupted, the same command goes on where it stopped.
 """
 
 from __future__ import annotations
