@@ -260,6 +260,11 @@ def test_published_preset_is_the_published_set_up():
     assert paper.network.epochs == 1000 and paper.network.augmentation.smallest_crop == 0.5
 
 
+def test_every_preset_has_the_published_weight():
+    for preset in PRESETS.values():
+        assert {0.0, 0.01} <= set(preset.weights)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
