@@ -166,7 +166,8 @@ def intervention_figure(cells: Sequence[Cell], title: str) -> Figure:
             if kind is Images.whitened:
                 middle = float(cell.arrays["values"].mean())
                 axis.set_xlim(middle / 10, middle * 10)
-                axis.set_ylim(np.nanmin(cell.seen.time) / 3, np.nanmax(cell.seen.time) * 3)
+                if np.isfinite(cell.seen.time).any():
+                    axis.set_ylim(np.nanmin(cell.seen.time) / 3, np.nanmax(cell.seen.time) * 3)
             if learner is learners[0]:
                 axis.set_title(kind.value, fontsize=8)
             if learner is learners[-1] or by_key.get((learners[-1], kind)) is None:

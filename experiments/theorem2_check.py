@@ -55,7 +55,7 @@ class Config:
     latent: int = 8
     """Size of the code, the number of components."""
     widths: tuple[int, ...] = (16, 64, 256)
-    """Widths of the encoder's hidden layer, at least the size of the code: a narrower one would bound the code's rank."""
+    """Widths of the encoder's hidden layer, at least the code's size: a narrower one bounds its rank."""
     lambdas: tuple[float, ...] = (math.inf, 1.0)
     """Relative weights of reconstruction with a linear decoder: lambda tr Sxx / tr Syy; infinity for it alone."""
     seeds: tuple[int, ...] = (0, 1, 2)
