@@ -176,7 +176,12 @@ def test_stopped_and_resumed_is_the_same_run(references, built, run, tmp_path, m
     assert sum(begun) == 9  # from the checkpoint at step 3
     for name, time in kept.items():
         assert (tmp_path / "points" / f"{case.key}-{name}.npz").stat().st_mtime_ns == time
-    # A lost measurement from before the checkpoint is made again, from the start.
+    # A lost measurement from before the checkpoint is made again, from the start and no further than needed.
+    (tmp_path / "points" / f"{case.key}-step3.npz").write_bytes(b"cut off")
+    begun.clear()
+    with pytest.warns(UserWarning, match="step3"):
+        assert follow(references, SETTINGS, case, steps, store, tmp_path / "networks") == rows
+    assert sum(begun) == 3
     (tmp_path / "points" / f"{case.key}-step1.npz").unlink()
     (tmp_path / "points" / f"{case.key}-step12.npz").unlink()
     assert follow(references, SETTINGS, case, steps, store, tmp_path / "networks") == rows
