@@ -136,8 +136,8 @@ def agreement_over_time(curves: Sequence[Curve]) -> list[Row]:
         row: Row = {"step": step, "masks": len(curves)}
         row |= _tested("pearson", predicted, observed, orders)
         if np.isfinite(float(row["pearson"])):
-            ranks = (rankdata(x, axis=-1, nan_policy="omit") for x in (predicted, observed))
-            row |= _tested("spearman", *ranks, orders)
+            first, second = (rankdata(x, axis=-1, nan_policy="omit") for x in (predicted, observed))
+            row |= _tested("spearman", first, second, orders)
         rows.append(row)
     return rows
 
