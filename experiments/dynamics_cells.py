@@ -277,10 +277,12 @@ def run_cell(
 
     Returns:
         steps [T]; with E members and m followed directions: seen, held_out [E, T, m] residuals; groups [E, T, 10]
-        residuals of variance groups; bands [E, T, bands] error shares; low, high [E, T, w] squared response errors;
-        loss, held_out_loss, accuracy [E, T]; values, frequency [m]; low_share [w]; group_sizes [10]. A run whose loss
-        stops being finite has NaN from there on; rate []. A linear network under descent also has reference_half_times
-        [E, m], of the gradient flow from its own start, where these take fewer than 1e14 multiply-adds (an hour).
+        residuals of variance groups; with r directions in all: spectrum [E, T, r] residuals, energy [E, T, r] of the
+        reconstructions and data_energy [r] of what was looked at; bands [E, T, bands] error shares; low, high
+        [E, T, w] squared response errors; loss, held_out_loss, accuracy [E, T]; values, frequency [m]; low_share [w];
+        group_sizes [10]; rate []. A run whose loss stops being finite has NaN from there on. A linear network under
+        descent also has reference_half_times [E, m], of the gradient flow from its own start, where these take fewer
+        than 1e14 multiply-adds (an hour).
     """
     steps = log_steps(num_steps(learner, config), records)
     rate = rate_factor(learner, config, scene.spectrum)
@@ -295,6 +297,7 @@ def run_cell(
         "low_share": scene.filter.low_share(scene.held_out[: scene.filter.weights.shape[1]]),
         "group_sizes": np.bincount(variance_groups(scene.spectrum.values, GROUPS), minlength=GROUPS),
         "rate": np.array(rate),
+        "data_energy": scene.seen_energy,
     }
     if learner is Learner.linear_descent:
         cost = flow_cost(config.descent_rate, config.descent_steps, config.latent, scene.spectrum.rank, len(seeds))
@@ -346,10 +349,12 @@ def _look(training: Training, state: TrainState, scene: Scene, followed: int, ba
 def _look_at(model: Any, scene: Scene, followed: int, bands: int) -> Arrays:
     seen_images, held_out = scene.images[scene.seen], scene.held_out
     (seen, seen_features), (test, test_features) = (_outputs(model, x) for x in (seen_images, held_out))
-    points, widths = scene.filter.weights.shape[1], len(scene.filter.widths)
+    points, widths, spectrum = scene.filter.weights.shape[1], len(scene.filter.widths), scene.spectrum
     if not (np.isfinite(seen).all() and np.isfinite(test).all()):
         sizes = {
             "seen": followed,
+            "spectrum": spectrum.rank,
+            "energy": spectrum.rank,
             "held_out": followed,
             "groups": GROUPS,
             "bands": bands,
@@ -358,7 +363,7 @@ def _look_at(model: Any, scene: Scene, followed: int, bands: int) -> Arrays:
         }
         blank = {name: np.full(size, np.nan) for name, size in sizes.items()}
         return blank | {name: np.array(np.nan) for name in ("loss", "held_out_loss", "accuracy")}
-    spectrum, few = scene.spectrum, scene.spectrum.first(followed)
+    few = spectrum.first(followed)
     on_seen = DirectionErrors(direction_energy(seen - seen_images, spectrum), scene.seen_energy)
     on_test = DirectionErrors(direction_energy(test - held_out, few), scene.held_out_energy[:followed])
     response = scene.filter.errors(held_out[:points], test[:points])
@@ -367,6 +372,8 @@ def _look_at(model: Any, scene: Scene, followed: int, bands: int) -> Arrays:
     )
     return {
         "seen": on_seen.share[:followed],
+        "spectrum": on_seen.share,
+        "energy": direction_energy(seen, spectrum),
         "held_out": on_test.share,
         "groups": group_shares(on_seen, variance_groups(spectrum.values, GROUPS), GROUPS),
         "bands": error_by_band(held_out, test, bands).share,

@@ -53,6 +53,42 @@ def residual_figure(cells: Sequence[Cell], title: str) -> Figure:
     return figure
 
 
+def spectrum_figure(cells: Sequence[Cell], latent: int, title: str) -> Figure:
+    """Energy of the reconstruction along every direction, early to late dark to light; the data's in black.
+
+    The published figure. Energy alone can be right with the wrong content: residuals are beside it.
+
+    Args:
+        cells: a panel each. latent: size of the code, marked. title: above.
+    """
+    figure, axes = panels(1, len(cells), width=2.1, height=2.3, sharey=True)
+    for axis, cell in zip(axes[0], cells, strict=True):
+        energy, data = cell.arrays["energy"].mean(0), cell.arrays["data_energy"]
+        looks = np.unique(np.linspace(0, len(energy) - 1, 8).round().astype(int))
+        rank = np.arange(1, len(data) + 1)
+        for look, color in zip(looks, ordered_colors(len(looks)), strict=True):
+            # What is not reconstructed at all has no place on a logarithmic axis.
+            axis.plot(rank, np.where(energy[look] > 0, energy[look], np.nan), color=color, lw=0.8)
+        axis.plot(rank, data, color="black", lw=1.2)
+        axis.axvline(latent, color="0.4", lw=0.8, ls="--")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_ylim(data[data > 0].min() / 10, data.max() * 3)
+        axis.set_title(f"{_NAMES[cell.learner]}\n{cell.arrays['steps'][-1]} steps", fontsize=8)
+        axis.set_xlabel("direction, by eigenvalue", fontsize=7)
+    axes[0, 0].set_ylabel("energy [normalised pixels, squared]", fontsize=7)
+    shades = ordered_colors(8)
+    handles = [
+        Line2D([], [], color="black", label="images"),
+        Line2D([], [], color=shades[0], label="reconstructions before training"),
+        Line2D([], [], color=shades[-1], label="after the last step"),
+        Line2D([], [], color="0.4", ls="--", label="size of the code"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+    figure.suptitle(title, fontsize=8)
+    return figure
+
+
 def half_time_figure(cells: Sequence[Cell], title: str) -> Figure:
     """Half-time against eigenvalue, every seed a point, with the fitted power law and the best exponential one.
 
@@ -221,12 +257,12 @@ def set_apart_figure(cells: Sequence[Cell], title: str) -> Figure:
 
 def _legend_below(figure: Figure, title: str, axis: Axes) -> None:
     """The legend of one row of axes under the figure, where it hides no curve."""
-    side = "left" if title.startswith("above") else "right"
+    place = "outside lower left" if title.startswith("above") else "outside lower right"
     handles, labels = axis.get_legend_handles_labels()
     legend = figure.legend(
-        handles, labels, title=title, loc=f"outside lower {side}", ncols=8, fontsize=6, title_fontsize=7, frameon=False
+        handles, labels, title=title, loc=place, ncols=8, fontsize=6, title_fontsize=7, frameon=False
     )
-    legend.get_title().set_ha("left")
+    legend.get_title().set_horizontalalignment("left")
 
 
 def _points(axis: Axes, cell: Cell, colors: Sequence[Any]) -> None:

@@ -21,8 +21,8 @@ of the two decides.
     python -m experiments.learning_dynamics --preset paper --data npz:FILE          # accelerators: 50 epochs
 
 Expected: half-time ~ eigenvalue^-a, with a = 1 in closed form for gradient descent on a linear network from an aligned
-start, and near it otherwise. Every trained cell is written when it is done: interrupted, the same command goes on where
-it stopped.
+start, and near it otherwise. The autoencoders have neither batch normalisation nor a sigmoid, which published ones
+have. Every trained cell is written when it is done: interrupted, the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def main(config: Config) -> None:
     # Refuses sizes that do not fit before anything is trained.
     trainings = {x: make_training(x, training, data.image_shape, len(config.seeds)) for _, x in todo}
     folder = RunFolder.open("learning_dynamics", config.data, config, config.out)
-    identity = fingerprint([getattr(data, name) for name in _ARRAYS], {})
+    identity = fingerprint([getattr(data, name) for name in _ARRAYS], {"arrays": 2})
     store = PointStore(folder.points, identity)
     found: dict[tuple[Images, Learner], Arrays] = {}
     scene, kind = None, None

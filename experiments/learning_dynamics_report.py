@@ -28,6 +28,7 @@ from experiments.dynamics_figures import (
     intervention_figure,
     residual_figure,
     set_apart_figure,
+    spectrum_figure,
 )
 from experiments.run_folder import RunFolder
 from mae_align.half_time_laws import Law, LawComparison
@@ -63,6 +64,7 @@ def write_report(
     changed = [cell for cell in cells if cell.learner in {c.learner for c in cells if c.images is not Images.original}]
     if plain:
         folder.save_figure("residuals", residual_figure(plain, title))
+        folder.save_figure("spectra", spectrum_figure(plain, plain[0].arrays["seen"].shape[-1], title))
         folder.save_figure("half_times", half_time_figure(plain, title))
         folder.save_figure("groups", groups_figure(plain, title))
         folder.save_figure("frequency", frequency_figure(plain, response_widths, title))
@@ -141,6 +143,12 @@ def _plain_sentences(cell: Cell, laws: LawComparison) -> Iterator[str]:
     )
     accuracy = cell.arrays["accuracy"]
     first, last = accuracy[:, 0].mean(), accuracy[:, -1].mean()
+    beyond = cell.arrays["spectrum"][:, -1, laws.num_directions :]
+    if beyond.size:
+        yield (
+            f"  Beyond the code's {laws.num_directions} directions the residual is {np.nanmean(beyond):.2f} on average "
+            f"after training; {100 * (beyond < 0.5).mean():.0f}% of these directions are half learned."
+        )
     yield (
         f"  Probe accuracy {100 * first:.1f}% before and {100 * last:.1f}% after training "
         "(ridge on the code, test images)."

@@ -98,7 +98,7 @@ def rows(file: Path) -> list[dict[str, str]]:
 def test_run_leaves_everything_in_its_folder(folder):
     figures = {
         f"{n}.{kind}"
-        for n in ("residuals", "half_times", "groups", "frequency", "interventions", "set_apart")
+        for n in ("residuals", "spectra", "half_times", "groups", "frequency", "interventions", "set_apart")
         for kind in ("png", "pdf")
     }
     tables = {f"{n}.csv" for n in ("dynamics", "half_times", "laws", "correlations", "orders")}
