@@ -17,10 +17,10 @@ from flax import nnx
 from tqdm import tqdm
 
 import mae_align as ma
+from experiments.dynamics_reference import flow_cost, flow_half_times
 from mae_align.checkpoint import Checkpoints
-from mae_align.dynamics import DirectionErrors, direction_energy, group_shares, half_times, log_steps, variance_groups
+from mae_align.dynamics import DirectionErrors, direction_energy, group_shares, log_steps, variance_groups
 from mae_align.frequency import error_by_band, mean_frequency
-from mae_align.linear_flow import linear_flow
 from mae_align.models import Autoencoder, ConvAutoencoder, MLPAutoencoder, Pixels
 from mae_align.optimizer import momentum, warmup_cosine
 from mae_align.probes import ridge_probe
@@ -40,6 +40,8 @@ from mae_align.train import Training, TrainState, reconstruct
 
 Arrays = dict[str, np.ndarray]
 GROUPS = 10
+# Multiply-adds of the largest gradient flow that is integrated: an hour on two cores.
+_LARGEST_FLOW = 1e14
 # Images of one forward pass.
 _BATCH = 500
 
@@ -124,7 +126,7 @@ class Scene(NamedTuple):
             pixel. images: [n, h, w, c] float32 in units in which the mean image as reconstruction has a loss of 1.
         seen: indices of the training images that are looked at. held_out: test images.
         seen_labels, held_out_labels: of both. seen_energy [r], held_out_energy [r]: along each direction.
-        filter: of the response frequencies, at the first of the held-out images.
+        filter: of the response frequencies, at the first of the held-out images. num_classes: of the labels.
     """
 
     spectrum: Spectrum
@@ -137,6 +139,7 @@ class Scene(NamedTuple):
     seen_energy: np.ndarray
     held_out_energy: np.ndarray
     filter: ResponseFilter
+    num_classes: int
 
 
 def image_map(kind: Images, spectrum: Spectrum, count: int, seed: int) -> ImageMap:
@@ -185,6 +188,7 @@ def make_scene(
         direction_energy(images[chosen[0]], spectrum),
         direction_energy(held_out, spectrum),
         ResponseFilter.of(held_out[:response_points], widths),
+        data.num_classes,
     )
 
 
@@ -276,9 +280,9 @@ def run_cell(
         residuals of variance groups; with r directions in all: spectrum [E, T, r] residuals, energy [E, T, r] of the
         reconstructions and data_energy [r] of what was looked at; bands [E, T, bands] error shares; low, high
         [E, T, w] squared response errors; loss, held_out_loss, accuracy [E, T]; values, frequency [m]; low_share [w];
-        group_sizes [10]. A run whose loss
-        stops being finite has NaN from there on. A linear network under descent also has reference_half_times [E, m],
-        of the gradient flow from its own start, and rate [].
+        group_sizes [10]; rate []. A run whose loss stops being finite has NaN from there on. A linear network under
+        descent also has reference_half_times [E, m], of the gradient flow from its own start, where these take fewer
+        than 1e14 multiply-adds (an hour).
     """
     steps = log_steps(num_steps(learner, config), records)
     rate = rate_factor(learner, config, scene.spectrum)
@@ -296,7 +300,9 @@ def run_cell(
         "data_energy": scene.seen_energy,
     }
     if learner is Learner.linear_descent:
-        found["reference_half_times"] = _reference(training, state, scene.spectrum, steps, rate)[:, :followed]
+        cost = flow_cost(config.descent_rate, config.descent_steps, config.latent, scene.spectrum.rank, len(seeds))
+        if cost < _LARGEST_FLOW:
+            found["reference_half_times"] = flow_half_times(training, state, scene.spectrum, steps, rate)[:, :followed]
     looks: list[Arrays] = []
     if checkpoints is not None and checkpoints.latest_step() is not None:
         _, state, position = checkpoints.restore(state)
@@ -362,7 +368,7 @@ def _look_at(model: Any, scene: Scene, followed: int, bands: int) -> Arrays:
     on_test = DirectionErrors(direction_energy(test - held_out, few), scene.held_out_energy[:followed])
     response = scene.filter.errors(held_out[:points], test[:points])
     probe = ridge_probe(
-        seen_features, scene.seen_labels, test_features, scene.held_out_labels, features="code of the autoencoder"
+        seen_features, scene.seen_labels, test_features, scene.held_out_labels, num_classes=scene.num_classes
     )
     return {
         "seen": on_seen.share[:followed],
@@ -377,24 +383,6 @@ def _look_at(model: Any, scene: Scene, followed: int, bands: int) -> Arrays:
         "held_out_loss": np.array(np.square(test - held_out, dtype=np.float64).mean()),
         "accuracy": np.array(probe.accuracy_test),
     }
-
-
-def _reference(training: Training, state: TrainState, spectrum: Spectrum, steps: np.ndarray, rate: float) -> np.ndarray:
-    """Half-times [E, r] in steps of the gradient flow from each member's own start; NaN beyond the last step."""
-    found = []
-    for member in range(training.num_members):
-        model: Any = training.model(state, member)
-        encoder, decoder = (np.asarray(layer.kernel[...], np.float64) for layer in (model.down[0], model.up[0]))
-        shares = linear_flow(
-            rate * steps,
-            spectrum.values,
-            encoder.T @ spectrum.vectors,
-            spectrum.vectors.T @ decoder.T,
-            spectrum.num_pixels,
-        )
-        half = half_times(steps, shares)
-        found.append(np.where(half.censored, np.nan, half.time))
-    return np.stack(found)
 
 
 def cells(

@@ -202,7 +202,8 @@ def intervention_figure(cells: Sequence[Cell], title: str) -> Figure:
             if kind is Images.whitened:
                 middle = float(cell.arrays["values"].mean())
                 axis.set_xlim(middle / 10, middle * 10)
-                axis.set_ylim(np.nanmin(cell.seen.time) / 3, np.nanmax(cell.seen.time) * 3)
+                if np.isfinite(cell.seen.time).any():
+                    axis.set_ylim(np.nanmin(cell.seen.time) / 3, np.nanmax(cell.seen.time) * 3)
             if learner is learners[0]:
                 axis.set_title(kind.value, fontsize=8)
             if learner is learners[-1] or by_key.get((learners[-1], kind)) is None:
@@ -256,12 +257,12 @@ def set_apart_figure(cells: Sequence[Cell], title: str) -> Figure:
 
 def _legend_below(figure: Figure, title: str, axis: Axes) -> None:
     """The legend of one row of axes under the figure, where it hides no curve."""
-    side = "left" if title.startswith("above") else "right"
+    place = "outside lower left" if title.startswith("above") else "outside lower right"
     handles, labels = axis.get_legend_handles_labels()
     legend = figure.legend(
-        handles, labels, title=title, loc=f"outside lower {side}", ncols=8, fontsize=6, title_fontsize=7, frameon=False
+        handles, labels, title=title, loc=place, ncols=8, fontsize=6, title_fontsize=7, frameon=False
     )
-    legend.get_title().set_ha("left")
+    legend.get_title().set_horizontalalignment("left")
 
 
 def _points(axis: Axes, cell: Cell, colors: Sequence[Any]) -> None:

@@ -98,8 +98,8 @@ class Config:
 
 _REAL = Config(
     max_train=20_000,
-    latents=(16, 64),
-    weights=(0.0, 3e-5, 1e-4, 3e-4, 1e-3),
+    latents=(32, 64),
+    weights=(0.0, 1e-4, 3e-4, 1e-3, 1e-2),
     network=NetworkConfig(widths=(256, 128), epochs=20, batch_size=128),
 )
 PRESETS = {

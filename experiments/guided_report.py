@@ -268,7 +268,7 @@ def _reason(row: Row) -> str:
     if not row["affordable"]:
         return "every weight costs more on validation images"
     if not row["equal_error"]:
-        return "it costs more on test images"
+        return "its test error differs by more"
     if not math.isfinite(row["test_gain_low"]):
         return "one seed has no spread"
     if row["test_gain_low"] <= 0:

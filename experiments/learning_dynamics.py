@@ -5,7 +5,8 @@ MLP and convolutional autoencoders are trained, and at log-spaced steps it is no
 the training covariance is missing (1 untouched, 0 learned), per group of directions with a tenth of the variance each,
 per band of spatial frequency, at low and high response frequencies, and how well a linear probe reads the code.
 Half-times against eigenvalues are fitted by a power law and by exponential laws; directions that are not learned in
-time are censored. For gradient descent on the linear network the gradient flow from the same start is the reference.
+time are censored. For gradient descent on the linear network the gradient flow from the same start is the reference,
+where it takes less than about an hour: not in the paper preset.
 
 Is it only the frequency principle? Two frequencies are told apart: *spatial* frequency of image content
 (:mod:`mae_align.frequency`) and *response* frequency of the map (:mod:`mae_align.response`). And since eigenvalue and

@@ -4,8 +4,8 @@ The nonlinear side of Sec. 5 of Balestriero & LeCun (2024), arXiv 2402.11337: ma
 ratio. For every patch size and mask ratio, masked autoencoders of several seeds are trained side by side; at steps
 spaced evenly in the logarithm, a ridge probe of the labels is fitted on features of unmasked images. Beside each curve
 stands what Theorem 3 says of a linear masked autoencoder with the same exact-count mask: the label variance r2 that its
-best k features explain on held-out images. The report says whether the order of the masks that the closed form predicts
-is there, and from which step on.
+best k features explain on held-out images. The report says whether the order that the closed form predicts for the
+masks of each patch size is there, and from which step on.
 
     python -m experiments.masking_dynamics                                          # digits: a smoke test
     python -m experiments.masking_dynamics --preset fashion_mnist --data idx:DIR    # 8 CPU minutes
@@ -19,7 +19,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import itertools
+import json
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +125,9 @@ class Config:
     ks: tuple[int, ...] = (8, 32)
     """Numbers of features of the closed form, beside the width of the networks and the mean over log k."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the networks, trained together."""
+    """Seeds of the networks."""
+    seeds_at_once: int | None = None
+    """Train the networks of so many seeds side by side; none for all. Smaller needs less memory."""
     seed: int = 0
     """Of the images that are drawn."""
     out: str | None = None
@@ -143,10 +148,12 @@ PRESETS = {
         max_probe=50_000,
         patch_sizes=(2, 4, 8),
         mask_ratios=(0.15, 0.3, 0.45, 0.6, 0.75, 0.9),
-        network=NetworkConfig(192, 12, 3, 128, 2, 4, epochs=400, batch_size=1024, warmup_epochs=20.0, bfloat16=True),
+        # Five networks at once, or 1024 images of 256 patches in one step, are more than an accelerator's memory.
+        network=NetworkConfig(192, 12, 3, 128, 2, 4, epochs=400, batch_size=256, warmup_epochs=20.0, bfloat16=True),
         evaluations=24,
         ks=(8, 32, 128),
         seeds=(0, 1, 2, 3, 4),
+        seeds_at_once=1,
     ),
 }
 
@@ -176,36 +183,54 @@ def main(config: Config) -> None:
     cells = [Cell(*of) for of in itertools.product(config.patch_sizes, config.mask_ratios)]
     # Refuses sizes that do not fit before anything is trained.
     trainings = {cell: make_training(pixels, cell, config, len(data.train_images)) for cell in cells}
-    folder = RunFolder.open("masking_dynamics", config.data, config, config.out)
+    # All at once is what runs without the setting did: they go on.
+    unsaid = ("seeds_at_once",) if config.seeds_at_once is None else ()
+    folder = RunFolder.open("masking_dynamics", config.data, config, config.out, ignore=("out", *unsaid))
     arrays = (data.train_images, data.train_labels, data.test_images, data.test_labels)
-    mark = fingerprint(arrays, {"config": dataclasses.asdict(dataclasses.replace(config, out=None))})
+    settings = dataclasses.asdict(dataclasses.replace(config, out=None))
+    mark = fingerprint(arrays, {"config": {k: v for k, v in settings.items() if k not in unsaid}})
     store = PointStore(folder.points, mark)
     probed = _probed(data, config)
     raw = probe(raw_pixels(probed.train_images), raw_pixels(probed.test_images), probed, config)
     steps = milestones(num_steps(config.network, len(data.train_images)), config.evaluations)
-    train = Moments.from_arrays(data.train_images, data.train_labels, num_classes=data.num_classes)
-    test = Moments.from_arrays(data.test_images, data.test_labels, num_classes=data.num_classes, groups=_GROUPS)
+
+    @functools.cache
+    def moments() -> tuple[Moments, Moments]:
+        classes = data.num_classes
+        train = Moments.from_arrays(data.train_images, data.train_labels, num_classes=classes)
+        return train, Moments.from_arrays(data.test_images, data.test_labels, num_classes=classes, groups=_GROUPS)
+
     ks = tuple(dict.fromkeys((*config.ks, config.network.width)))
     curves = []
-    with tqdm(total=len(cells) * len(steps), desc="networks", unit="evaluation", disable=None) as bar:
+    groups = seed_groups(config)
+    with tqdm(total=len(cells) * len(groups) * len(steps), desc="networks", unit="evaluation", disable=None) as bar:
         for cell, training in trainings.items():
             bar.set_postfix_str(cell.key)
             masking = FixedCountPatchMasking.from_ratio(cell.patch_size, cell.mask_ratio, data.image_shape)
-            predicted = closed_form_row(train, masking, test, ks)
-            with Checkpoints.open(
-                folder.path / "networks" / cell.key, identity=mark, every=steps[-1], keep_latest=1
-            ) as checkpoints:
-                found = []
-                state = None
-                for step in steps:
-                    scores = store.load(f"{cell.key}-step{step}")
-                    if scores is None:
-                        state = _state_at(step, state, training, data.train_images, config, checkpoints)
-                        scores = evaluate(training, state, probed, config)
-                        store.save(f"{cell.key}-step{step}", scores)
-                    found.append(scores)
-                    bar.update()
-            stacked = {name: np.stack([row[name] for row in found]) for name in _MEASURES}
+            kept = store.load(f"{cell.key}-closed_form")
+            if kept is None:
+                train, test = moments()
+                kept = {"json": np.array(json.dumps(closed_form_row(train, masking, test, ks)))}
+                store.save(f"{cell.key}-closed_form", kept)
+            predicted = json.loads(str(kept["json"]))
+            parts = []
+            for seeds in groups:
+                key = cell.key if len(groups) == 1 else f"{cell.key}-seeds{'-'.join(map(str, seeds))}"
+                with Checkpoints.open(
+                    folder.path / "networks" / key, identity=mark, every=steps[-1], keep_latest=1
+                ) as checkpoints:
+                    found = []
+                    state = None
+                    for step in steps:
+                        scores = store.load(f"{key}-step{step}")
+                        if scores is None:
+                            state = _state_at(step, state, training, data.train_images, seeds, checkpoints)
+                            scores = evaluate(training, state, probed, config)
+                            store.save(f"{key}-step{step}", scores)
+                        found.append(scores)
+                        bar.update()
+                parts.append({name: np.stack([row[name] for row in found]) for name in _MEASURES})
+            stacked = {name: np.concatenate([part[name] for part in parts], axis=1) for name in _MEASURES}
             realized = 1.0 - masking.keep_probability(data.image_shape)
             curves.append(Curve(cell.patch_size, cell.mask_ratio, realized, steps, **stacked, predicted=predicted))
     write_report(folder, data, curves, ks, raw, config.seeds)
@@ -223,8 +248,23 @@ def _check(config: Config) -> None:
             raise ma.InputError(f"--{name.replace('_', '-')} {value}: give at least 40 images")
     if config.evaluations < 2 or min(config.ks) < 1 or min(config.seed, *config.seeds) < 0:
         raise ma.InputError("--evaluations must be at least 2, --ks at least 1, --seed and --seeds at least 0")
+    if config.seeds_at_once is not None and (config.seeds_at_once < 1 or len(config.seeds) % config.seeds_at_once):
+        raise ma.InputError(
+            f"--seeds-at-once {config.seeds_at_once}: give a number that divides that of --seeds, {len(config.seeds)}"
+        )
     if config.network.epochs < 1 or config.network.batch_size < 1:
         raise ma.InputError("--network: give at least one epoch and batches of at least 1")
+
+
+def seed_groups(config: Config) -> list[tuple[int, ...]]:
+    """Seeds that are trained side by side.
+
+    Example:
+        >>> seed_groups(Config(seeds=(3, 4), seeds_at_once=1))
+        [(3,), (4,)]
+    """
+    size = config.seeds_at_once or len(config.seeds)
+    return [config.seeds[i : i + size] for i in range(0, len(config.seeds), size)]
 
 
 def _used(data: ma.ImageDataset, config: Config) -> ma.ImageDataset:
@@ -268,7 +308,7 @@ def milestones(total: int, count: int) -> tuple[int, ...]:
 
 
 def make_training(pixels: Pixels, cell: Cell, config: Config, num_images: int) -> Training:
-    """The networks of one mask, one for each seed, as an ensemble.
+    """The networks of one mask, one for each seed of a group, as an ensemble.
 
     Raises:
         InputError: sizes that do not fit the images or each other.
@@ -306,7 +346,7 @@ def make_training(pixels: Pixels, cell: Cell, config: Config, num_images: int) -
         reconstruct,
         adamw(optimizer),
         batch_size=network.batch_size,
-        num_members=len(config.seeds),
+        num_members=len(seed_groups(config)[0]),
         mesh=train_mesh(devices=devices),
     )
 
@@ -316,13 +356,19 @@ def _state_at(
     state: TrainState | None,
     training: Training,
     images: np.ndarray,
-    config: Config,
+    seeds: Sequence[int],
     checkpoints: Checkpoints,
 ) -> TrainState:
-    """The networks after so many steps, from where they are or from the latest checkpoint."""
-    state = training.init(config.seeds) if state is None else state
+    """The networks after so many steps, from where they are or from the latest checkpoint.
+
+    An evaluation that was lost from before the checkpoint means to train up to it again, beside the checkpoint.
+    """
+    state = training.init(seeds) if state is None else state
     if step == 0:
         return state
+    newest = checkpoints.latest_step()
+    if newest is not None and newest > step:
+        return fit(training, state, training.put(images), num_steps=step - int(state.step))
     return fit(training, state, training.put(images), num_steps=step, checkpoints=checkpoints)
 
 

@@ -8,17 +8,22 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import rankdata
 
 import mae_align as ma
 from experiments.run_folder import RunFolder
+from mae_align.agreement import pooled_correlation
 from mae_align.metrics import report_table
 from mae_align.plot import PALETTE, ordered_colors, panels
-from mae_align.statistics import correlation
+from mae_align.statistics import p_value, shuffled_within
 
 Row = dict[str, float | int | str]
 
 # The prediction that is held against the probes.
 _PREDICTED = "closed_eval_r2_logmean"
+_PERMUTATIONS = 10_000
+# Masks of a patch size without which a correlation within it says nothing.
+_FEWEST = 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,24 +102,51 @@ def _table_row(dataset: str, curve: Curve, ks: Sequence[int]) -> Row:
 
 
 def agreement_over_time(curves: Sequence[Curve]) -> list[Row]:
-    """Correlation over masks of the predicted r2 and the mean r2 of the probes, at every step.
+    """Correlation within patch sizes of the predicted r2 and the mean r2 of the probes, at every step.
+
+    Patch sizes differ for reasons that are not the mask's, so both are taken as deviations from the mean of their patch
+    size (:func:`mae_align.agreement.pooled_correlation`), for Spearman's after ranking within it. The tests permute
+    the masks of each patch size among themselves and are one-sided.
 
     Args:
-        curves: at least three for a correlation, all evaluated at the same steps.
+        curves: at least three of a patch size for a correlation, all evaluated at the same steps.
 
     Returns:
-        A row per step: step, masks, pearson, pearson_p (permutation test), spearman, spearman_p.
+        A row per step: step, masks, pearson, pearson_p, spearman, spearman_p; NaN where nothing moves.
     """
-    predicted = np.array([float(curve.predicted[_PREDICTED]) for curve in curves])
+    sizes = list(dict.fromkeys(curve.patch_size for curve in curves))
+    ratios = sorted({curve.mask_ratio for curve in curves})
+    at = np.array([sizes.index(c.patch_size) * len(ratios) + ratios.index(c.mask_ratio) for c in curves])
+    parts = [at[[curve.patch_size == size for curve in curves]] for size in sizes]
+
+    def grid(values: Sequence[float]) -> np.ndarray:
+        """[1, S, R], NaN where there is no such mask."""
+        found = np.full(len(sizes) * len(ratios), np.nan)
+        found[at] = values
+        return found.reshape(1, len(sizes), len(ratios))
+
+    orders = np.empty((0, len(sizes) * len(ratios)), np.int64)
+    if max(map(len, parts)) >= _FEWEST:
+        drawn = shuffled_within(parts, orders.shape[1], _PERMUTATIONS, orders.shape[1], np.random.default_rng(0))
+        orders = np.concatenate(list(drawn))
+    predicted = grid([float(curve.predicted[_PREDICTED]) for curve in curves])
     rows: list[Row] = []
     for i, step in enumerate(curves[0].steps):
+        observed = grid([float(curve.r2[i].mean()) for curve in curves])
         row: Row = {"step": step, "masks": len(curves)}
-        if len(curves) >= 3:
-            observed = np.array([curve.r2[i].mean() for curve in curves])
-            found = correlation(predicted, observed, resamples=1)
-            row |= {name: getattr(found, name) for name in ("pearson", "pearson_p", "spearman", "spearman_p")}
+        row |= _tested("pearson", predicted, observed, orders)
+        if np.isfinite(float(row["pearson"])):
+            first, second = (rankdata(x, axis=-1, nan_policy="omit") for x in (predicted, observed))
+            row |= _tested("spearman", first, second, orders)
         rows.append(row)
     return rows
+
+
+def _tested(name: str, predicted: np.ndarray, observed: np.ndarray, orders: np.ndarray) -> Row:
+    """Correlation of [1, S, R] within patch sizes, and its p-value under permutations [b, S R] of the predictions."""
+    value = float(pooled_correlation(predicted, observed))
+    moved = predicted.ravel()[orders].reshape(len(orders), *predicted.shape)
+    return {name: value, f"{name}_p": p_value(pooled_correlation(moved, observed), value)}
 
 
 def _table_text(table: Sequence[Row], ks: Sequence[int]) -> str:
@@ -146,7 +178,8 @@ def sentences(
     spread = f" (seeds {pairs.min():+.1f} to {pairs.max():+.1f})" if seeds > 1 else ""
     yield (
         f"At the last step {best.label} is best ({100 * last.max():.1f}) and {worst.label} worst "
-        f"({100 * last.min():.1f}): {pairs.mean():+.1f} points{spread}."
+        f"({100 * last.min():.1f}): {pairs.mean():+.1f} points{spread}; both were chosen on these images, so the "
+        "difference errs on the large side."
     )
     leaders: list[tuple[int, Curve]] = []
     for i, step in enumerate(curves[0].steps):
@@ -154,27 +187,31 @@ def sentences(
         if not leaders or leaders[-1][1] is not leader:
             leaders.append((step, leader))
     turns = "; ".join(f"from step {step} {curve.label}" for step, curve in leaders)
-    yield f"In front: {turns}."
+    yield f"In front: {turns} (chosen on these images)."
     for curve in curves:
         mean = curve.accuracy.mean(axis=1)
         fall = 100 * (mean.max() - mean[-1])
         where = curve.steps[int(mean.argmax())]
         yield (
             f"  {curve.label}: {100 * mean[0]:.1f} untrained, {100 * mean[-1]:.1f} at last; largest at step {where}"
-            f"{f', {fall:.1f} points above the last' if where != curve.steps[-1] else ''}; "
+            f"{f' (chosen on these images), {fall:.1f} points above the last' if where != curve.steps[-1] else ''}; "
             f"90% of its gain in r2 by step {curve.settled()}."
         )
     known = [row for row in agreement if np.isfinite(float(row.get("pearson", np.nan)))]
     if not known:
-        yield "The order of the masks cannot be held against the closed form: fewer than three, or none moves."
+        yield (
+            "The order of the masks cannot be held against the closed form: fewer than three of each patch size, or "
+            "none moves."
+        )
         return
     end = known[-1]
     verdict = "agrees with" if float(end["pearson_p"]) <= 0.05 and float(end["pearson"]) > 0 else "does not follow"
     yield (
-        f"Over {end['masks']} masks, r2 of the probes at step {end['step']} {verdict} the closed form's (mean over "
-        f"log k, held out): correlation {float(end['pearson']):+.2f} (p = {float(end['pearson_p']):.2g}, masks "
-        f"permuted), by rank {float(end['spearman']):+.2f} (p = {float(end['spearman_p']):.2g}); at step "
-        f"{known[0]['step']} it is {float(known[0]['pearson']):+.2f}. Untrained networks differ by patch size alone."
+        f"Over {end['masks']} masks, within patch size, r2 of the probes at step {end['step']} {verdict} the closed "
+        f"form's (mean over log k, held out): correlation {float(end['pearson']):+.2f} (p = "
+        f"{float(end['pearson_p']):.2g}, masks permuted within patch size), by rank {float(end['spearman']):+.2f} (p = "
+        f"{float(end['spearman_p']):.2g}); at step {known[0]['step']} it is {float(known[0]['pearson']):+.2f}. "
+        "Untrained networks differ by patch size alone."
     )
 
 
@@ -223,11 +260,11 @@ def dynamics_figure(
         over_time.plot(x, y, "o-", color="black", markersize=4)
         over_time.set_xscale("log")
     else:
-        over_time.text(0.5, 0.5, "fewer than three masks", transform=over_time.transAxes, ha="center")
+        over_time.text(0.5, 0.5, "fewer than three masks\nof a patch size", transform=over_time.transAxes, ha="center")
     over_time.axhline(0.0, color="0.6", lw=0.8)
     over_time.set_ylim(-1.05, 1.05)
     over_time.set_xlabel("step (left end: untrained)")
-    over_time.set_ylabel("correlation over masks")
+    over_time.set_ylabel("correlation over masks,\nwithin patch size")
     over_time.set_title("closed form against probe r2", fontsize=8)
     return figure
 

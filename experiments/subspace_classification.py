@@ -14,8 +14,9 @@ normalisation on images of several scales show what rescaling each projected ima
     python -m experiments.subspace_classification --preset paper --data folder:DIR         # ResNet9: accelerators
 
 As published, images are cropped and mirrored after the projection, which takes them a little out of the subspace;
-``--training.crop 0 --training.no-flip`` does without. Digits and characters are not to be mirrored; the crop of the
-paper preset is that of 64 pixels, half of it is for 32. Shares are those really kept: dimensions are whole numbers.
+``--training.crop 0 --training.flip False`` does without. If nothing is said, the crop is an eighth of the side, and
+digits and characters are not mirrored. Shares are those really kept: dimensions are whole numbers. A subspace on which
+a network diverges is left out of the comparisons, and the report says so.
 Every finished network is kept: interrupted, the same command goes on where it stopped.
 """
 
@@ -41,6 +42,7 @@ from experiments.subspace_networks import (
     make_training,
     measure,
     scaled,
+    settled,
 )
 from mae_align.devices import is_cpu, worker_count
 from mae_align.moments import Moments
@@ -104,10 +106,10 @@ class Config:
 
 
 _LAPTOP = Config(training=TrainingConfig(epochs=20, batch_size=64, crop=1, flip=False))
-_REAL = dataclasses.replace(_LAPTOP, max_train=10_000, training=TrainingConfig())
+_REAL = dataclasses.replace(_LAPTOP, max_train=10_000, training=TrainingConfig(crop=4, flip=True))
 PRESETS = {
     "laptop": _LAPTOP,
-    "fashion_mnist": dataclasses.replace(_REAL, training=TrainingConfig(crop=2)),
+    "fashion_mnist": dataclasses.replace(_REAL, training=TrainingConfig(crop=2, flip=True)),
     "cifar10": _REAL,
     "paper": Config(
         # The published abscissae; what is plotted is what they really hold.
@@ -118,7 +120,7 @@ PRESETS = {
         others=(Network.mlp,),
         scale_networks=(Network.resnet9,),
         training=TrainingConfig(
-            epochs=50, batch_size=512, learning_rate=1e-3, warmup=0.3, mlp_widths=None, crop=8, bfloat16=True
+            epochs=50, batch_size=512, learning_rate=1e-3, warmup=0.3, mlp_widths=None, bfloat16=True
         ),
     ),
 }
@@ -132,12 +134,13 @@ def main(config: Config) -> None:
     """
     _check(config)
     data = prepared(ma.load_dataset(config.data, image_size=config.image_size, seed=config.seed), config)
+    training = settled(config.training, data.name, data.image_shape)
     devices = jax.devices()[:1] if is_cpu(jax.devices()[0]) else jax.devices()
     workers = worker_count(config.workers) if is_cpu(devices[0]) else 1
     # Made before anything is projected: it refuses sizes that do not fit.
     trainings = {
         network: make_training(
-            network, data.image_shape, data.num_classes, config.training, len(data.train_labels), config.seeds, devices
+            network, data.image_shape, data.num_classes, training, len(data.train_labels), config.seeds, devices
         )
         for network in dict.fromkeys(study.network for study in _all_studies(config))
     }
@@ -158,7 +161,7 @@ def main(config: Config) -> None:
         Linear(subspace, shares[subspace], float(row["accuracy"]), float(row["r2"]))
         for subspace, row in ((s, found[f"linear-{s.key}"]) for s in plan)
     ]
-    write_report(folder, data, axes, points, linear, config.seeds)
+    write_report(folder, data, axes, points, linear, config.seeds, training.augmentation)
 
 
 def _check(config: Config) -> None:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 import mae_align as ma
 from experiments.run_folder import RunFolder
 from experiments.subspace_networks import NETWORK_WORDS, SCALE_WORDS, Network, Scale, Study
+from mae_align.crop_flip import CropFlip
 from mae_align.metrics import report_table
 from mae_align.paired import PairedDifference, paired_difference
 from mae_align.plot import PALETTE, panels
@@ -30,6 +31,7 @@ PUBLISHED = (
 )
 _COLORS = {Family.top: PALETTE[1], Family.bottom: PALETTE[0], Family.random: "0.45"}
 _MARKERS = {Family.top: "o", Family.bottom: "s", Family.random: "D"}
+_MIRRORED = {True: "half of them are mirrored", False: "none is mirrored"}
 # The shares of the published comparison, and how far ours may be from them to be called by their name.
 _HEADLINE, _NEAR = (0.2, 0.9), 0.06
 
@@ -50,13 +52,18 @@ class Point:
 
     @property
     def correct(self) -> np.ndarray:
-        """[E, n] whether each network is right on each test image."""
+        """[E, n] whether each network is right on each test image; NaN of one that diverged."""
         return np.stack([row["correct"] for row in self.results])
 
     @property
     def accuracies(self) -> np.ndarray:
         """[E] test accuracy."""
         return self.correct.mean(axis=1)
+
+    @property
+    def diverged(self) -> int:
+        """How many networks did."""
+        return int(np.isnan(self.accuracies).sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +103,12 @@ def words(subspace: Subspace, share: float, rank: int) -> str:
 def comparisons(axes: PrincipalAxes, points: Sequence[Point]) -> list[Comparison]:
     """Every pair of subspaces of one network that a claim is about, and every pair of scales on one subspace.
 
+    Points with a network that diverged are left out.
+
     Args:
         axes: of the training images. points: of a run.
     """
-    found = []
+    found, points = [], [p for p in points if not p.diverged]
     by_study = {study: [p for p in points if p.study == study] for study in dict.fromkeys(p.study for p in points)}
     for study, own in by_study.items():
         at = {p.subspace: p for p in own}
@@ -155,12 +164,13 @@ def write_report(
     points: Sequence[Point],
     linear: Sequence[Linear],
     seeds: Sequence[int],
+    augmentation: CropFlip,
 ) -> list[Comparison]:
     """Tables, figures and summary.
 
     Args:
         folder: where to. data: what was classified. axes: of its training images. points, linear: results.
-        seeds: of the results of each point.
+        seeds: of the results of each point. augmentation: of the training images.
 
     Returns:
         The comparisons. Files: points (csv, nc), subspaces.csv, comparisons.csv, accuracy, dimension and scales (png,
@@ -178,6 +188,7 @@ def write_report(
         fitted = float(np.mean([result["fitted"] for result in p.results]))
         probe = probes[p.subspace]
         line = {"accuracy": float(p.accuracies.mean()), "accuracy_sd": spread, "accuracy_train": fitted}
+        line["diverged"] = p.diverged
         table.append(about | line | {"linear_accuracy": probe.accuracy, "linear_r2": probe.r2})
     folder.save_dataset("points", report_table(rows))
     folder.save_table("subspaces", table)
@@ -188,7 +199,7 @@ def write_report(
     folder.save_figure("dimension", dimension_figure(data.name, axes.rank, points, chance))
     if len({p.study.scale for p in points}) > 1:
         folder.save_figure("scales", scale_figure(data.name, axes.rank, points))
-    folder.summary("\n".join([_table_text(table), "", *sentences(data, axes, points, compared)]))
+    folder.summary("\n".join([_table_text(table), "", *sentences(data, axes, points, compared, augmentation)]))
     return compared
 
 
@@ -203,6 +214,8 @@ def _table_text(table: Sequence[Row]) -> str:
     for row in table:
         numbers = [row[name] for name in ("share", "accuracy", "accuracy_sd", "accuracy_train", "linear_accuracy")]
         cells = [f"{100 * float(value):.1f}" for value in numbers]
+        if row["diverged"]:
+            cells[1:4] = ["diverged", "", ""]
         names = [str(row[name]) for name in ("network", "scale", "family", "dimension")]
         lines.append([*names, *cells, f"{float(row['linear_r2']):.3f}"])
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -210,7 +223,11 @@ def _table_text(table: Sequence[Row]) -> str:
 
 
 def sentences(
-    data: ma.ImageDataset, axes: PrincipalAxes, points: Sequence[Point], compared: Sequence[Comparison]
+    data: ma.ImageDataset,
+    axes: PrincipalAxes,
+    points: Sequence[Point],
+    compared: Sequence[Comparison],
+    augmentation: CropFlip,
 ) -> Iterator[str]:
     """What came out, in plain words, whatever it is."""
     first = float(axes.shares(Family.top)[0])
@@ -219,7 +236,21 @@ def sentences(
         f"directions; the first alone holds {100 * first:.1f}% of the variance. Accuracies in percent, differences in "
         f"points with 95% t intervals over {len(points[0].results)} seeds, then the standard error of the test images."
     )
+    yield (
+        f"After the projection training images are moved by up to {augmentation.pad} pixels each way, and "
+        f"{_MIRRORED[augmentation.flip]}."
+    )
     yield PUBLISHED
+    if any(p.subspace.family is Family.random for p in points):
+        yield (
+            "Random subspaces are one for each dimension, drawn by --seed: intervals of comparisons with them are over "
+            "networks on this one, not over draws of the subspace."
+        )
+    for p in (p for p in points if p.diverged):
+        yield (
+            f"diverged, {p.study.label}: {p.diverged} of {len(p.results)} networks on "
+            f"{words(p.subspace, p.share, axes.rank)}, which is left out of the comparisons."
+        )
     for one in compared:
         d = one.difference
         if not d.detected:

@@ -15,17 +15,20 @@ from flax import nnx
 
 from mae_align.crop_flip import CropFlip, augmented
 from mae_align.devices import train_mesh
-from mae_align.fit import fit
+from mae_align.fit import Diverged, fit
 from mae_align.models import ConvClassifier, MLPClassifier, Pixels, ResNet9, SupervisedNetwork, predicted_classes
 from mae_align.models.supervised import linear_widths
 from mae_align.optimizer import OptimizerConfig, adamw
 from mae_align.patches import ImageShape
 from mae_align.programs import Program
-from mae_align.train import Training, classify
+from mae_align.train import DeviceData, Training, TrainState, classify
 
 # Training images on which the fit is reported.
 _FITTED = 2000
 _STEPS_PER_CALL = 64
+# Parts of names of data sets: what is in a mirror another character or none, and what is the same thing.
+_CHARACTERS = ("digit", "mnist", "kuzushiji", "arabic", "character", "letter", "omniglot", "svhn", "usps")
+_NATURAL = ("cifar", "imagenet", "imagewoof", "stl10", "caltech", "places", "celeb", "flowers", "food101", "pets")
 
 
 class Network(enum.Enum):
@@ -98,17 +101,56 @@ class TrainingConfig:
     """Hidden widths of the dense network; none for the published ones, evenly spaced from pixels to classes."""
     resnet_widths: tuple[int, ...] = (64, 128, 256, 512, 1028)
     """Channels of ResNet9's stem and stages, as published."""
-    crop: int = 4
-    """Training images are moved by up to so many pixels each way, reflected at the border; 0 for none."""
-    flip: bool = True
-    """Mirror half of the training images; turn off for digits and characters, whose class it changes."""
+    crop: int | None = None
+    """Training images are moved by up to so many pixels each way, reflected at the border; 0 for none.
+
+    None for an eighth of the side, as published.
+    """
+    flip: bool | None = None
+    """Mirror half of the training images, which changes the class of digits and characters.
+
+    None to go by the data set's name: natural images are mirrored, digits, characters and unknown ones are not.
+    """
     bfloat16: bool = False
     """Compute in bfloat16, parameters and losses in float32: for accelerators."""
 
     @property
     def augmentation(self) -> CropFlip:
-        """As the objective takes it."""
+        """As the objective takes it, of :func:`settled` settings."""
+        assert self.crop is not None and self.flip is not None
         return CropFlip(self.crop, self.flip)
+
+
+def mirrors(name: str) -> bool | None:
+    """Whether a data set's images may be mirrored, by its name; None where that says nothing.
+
+    Example:
+        >>> mirrors("CIFAR10"), mirrors("fashion-mnist"), mirrors("mnist"), mirrors("photos")
+        (True, True, False, None)
+    """
+    name = name.lower()
+    if "fashion" in name:
+        return True
+    if any(part in name for part in _CHARACTERS):
+        return False
+    return True if any(part in name for part in _NATURAL) else None
+
+
+def settled(config: TrainingConfig, name: str, image_shape: ImageShape) -> TrainingConfig:
+    """The settings with the augmentation that this data set is given; prints where its name does not say.
+
+    Args:
+        config: as asked for. name: of the data set. image_shape: [h, w, c].
+
+    Example:
+        >>> settled(TrainingConfig(), "tiny-imagenet-200", (64, 64, 3)).augmentation
+        CropFlip(pad=8, flip=True)
+    """
+    flip = mirrors(name) if config.flip is None else config.flip
+    if flip is None:
+        print(f"Images of {name} are not mirrored: --training.flip True mirrors them.", flush=True)
+    crop = min(image_shape[:2]) // 8 if config.crop is None else config.crop
+    return dataclasses.replace(config, crop=crop, flip=bool(flip))
 
 
 def scaled(train: np.ndarray, test: np.ndarray, scale: Scale) -> tuple[np.ndarray, np.ndarray]:
@@ -232,20 +274,39 @@ def measure(
         training: of :func:`make_training` for so many seeds. train, test: images [n, h, w, c] and labels [n].
 
     Returns:
-        For each seed: correct [m] (truth values, of the test images), fitted (accuracy on the first training images,
-        not augmented) and seconds (per seed).
-
-    Raises:
-        Diverged: the loss or a parameter is not finite.
+        For each seed: correct [m] (truth values, of the test images), fitted (accuracy on 2000 of the training images,
+        not augmented) and seconds (per seed). A network that diverged has NaN for both.
     """
     began = time.monotonic()
     images, labels = train
-    state = fit(training, training.init(seeds), training.put(images, labels), num_steps=num_steps(config, len(images)))
+    state, lost = _trained(training, seeds, training.put(images, labels), num_steps(config, len(images)))
+    # The same for all, and not the first, which may be of few classes.
+    rows = np.sort(np.random.default_rng(0).permutation(len(images))[:_FITTED])
     found = []
-    for member in range(len(seeds)):
+    for member, seed in enumerate(seeds):
+        if state is None or seed in lost:
+            found.append({"correct": np.full(len(test[1]), np.nan), "fitted": np.float64(np.nan)})
+            continue
         model = training.model(state, member)
         correct = predicted_classes(model, test[0]) == test[1]
-        fitted = (predicted_classes(model, images[:_FITTED]) == labels[:_FITTED]).mean()
+        fitted = (predicted_classes(model, images[rows]) == labels[rows]).mean()
         found.append({"correct": correct, "fitted": np.float64(fitted)})
     seconds = (time.monotonic() - began) / len(seeds)
     return [row | {"seconds": np.float64(seconds)} for row in found]
+
+
+def _trained(
+    training: Training, seeds: Sequence[int], data: DeviceData, steps: int
+) -> tuple[TrainState | None, set[int]]:
+    """The trained networks, and the seeds of those that diverged, whose places hold another one.
+
+    A loss that is not finite ends the training of all: the others are trained again, by the same program.
+    """
+    lost: set[int] = set()
+    while kept := [seed for seed in seeds if seed not in lost]:
+        taken = [kept[0] if seed in lost else seed for seed in seeds]
+        try:
+            return fit(training, training.init(taken), data, num_steps=steps), lost
+        except Diverged as error:
+            lost.add(taken[error.member])
+    return None, lost

@@ -55,7 +55,7 @@ class Config:
     latent: int = 8
     """Size of the code, the number of components."""
     widths: tuple[int, ...] = (16, 64, 256)
-    """Widths of the encoder's hidden layer."""
+    """Widths of the encoder's hidden layer, at least the code's size: a narrower one bounds its rank."""
     lambdas: tuple[float, ...] = (math.inf, 1.0)
     """Relative weights of reconstruction with a linear decoder: lambda tr Sxx / tr Syy; infinity for it alone."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -79,7 +79,7 @@ PRESETS = {
     "cifar10": dataclasses.replace(_REAL, image_size=16),
     "paper": Config(
         latent=512,
-        widths=(256, 1024, 4096, 16384),
+        widths=(1024, 4096, 16384),
         network=NetworkConfig(steps=200_000, batch_size=1024, learning_rate=5e-4),
         records=24,
     ),
@@ -135,6 +135,11 @@ def _check(config: Config) -> None:
             raise ma.InputError(f"--lambdas {lam:g}: give relative weights over 0")
     if min(config.widths) < 1 or config.latent < 2 or config.records < 3:
         raise ma.InputError("--widths must be at least 1, --latent at least 2, --records at least 3")
+    if min(config.widths) < config.latent:
+        raise ma.InputError(
+            f"--widths {min(config.widths)}: a layer narrower than the code bounds its rank, give at least --latent "
+            f"{config.latent}"
+        )
     if min(config.seed, *config.seeds) < 0:
         raise ma.InputError("--seed and --seeds: give whole numbers of at least 0")
     if not 0 < config.early < 1:

@@ -235,8 +235,7 @@ def follow(
     Returns:
         A row for each network and step, see :func:`measure`.
     """
-    last = f"{case.key}-step{steps[-1]}"
-    if store.load(last) is None:
+    if any(store.load(f"{case.key}-step{step}") is None for step in steps):
         _run(references, config, case, steps, store, folder)
     rows: list[Row] = []
     for step in steps:
@@ -266,6 +265,8 @@ def _run(
         if newest is not None and newest <= min(missing):
             at_step, state, _ = checkpoints.restore(state)
         for stop in stops:
+            if stop > max(missing):
+                break
             if stop < at_step:
                 continue
             if stop > at_step:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from mae_align.agreement import (
     unit_correlations,
 )
 from mae_align.errors import InputError
-from mae_align.statistics import batches, check_draws, interval, p_value
+from mae_align.statistics import batches, check_draws, interval, p_value, shuffled_within
 
 OURS = "closed form"
 """Name of our predictions."""
@@ -184,32 +184,10 @@ def _permute_tasks(
     rng = np.random.default_rng([seed, 0])
     drawn = [
         statistic(panel.predicted[order], scores)
-        for order in _within(parts, len(strata), permutations, scores.size, rng)
+        for order in shuffled_within(parts, len(strata), permutations, scores.size, rng)
     ]
     every = np.concatenate(drawn) if drawn else np.empty(0)
     return p_value(every, value), len(every)
-
-
-def _within(
-    parts: list[np.ndarray], total: int, most: int, numbers: int, rng: np.random.Generator
-) -> Iterator[np.ndarray]:
-    """Permutations [b, total] that move positions within each part only; all but the identity where few enough."""
-    ways = math.prod(math.factorial(len(part)) for part in parts)
-    if ways <= most:
-        each = [[part[list(p)] for p in itertools.permutations(range(len(part)))] for part in parts]
-        orders = np.tile(np.arange(total), (ways, 1))
-        for i, choice in enumerate(itertools.product(*each)):
-            for part, moved in zip(parts, choice, strict=True):
-                orders[i, part] = moved
-        # The first is the identity.
-        for start in range(1, ways, max(1, 4_000_000 // numbers)):
-            yield orders[start : min(ways, start + max(1, 4_000_000 // numbers))]
-        return
-    for size in batches(most, numbers):
-        orders = np.tile(np.arange(total), (size, 1))
-        for part in parts:
-            orders[:, part] = part[rng.random((size, len(part))).argsort(1)]
-        yield orders
 
 
 def _permute_ratios(panel: Panel, predictor: np.ndarray, statistic: Statistic, permutations: int, seed: int) -> float:
@@ -222,7 +200,7 @@ def _permute_ratios(panel: Panel, predictor: np.ndarray, statistic: Statistic, p
     flat = predictor.reshape(len(predictor), s * r)
     scores = panel.scores
     drawn = []
-    for order in _within(parts, s * r, permutations, scores.size, rng):
+    for order in shuffled_within(parts, s * r, permutations, scores.size, rng):
         moved = flat[:, order].swapaxes(0, 1).reshape(len(order), *scores.shape)
         drawn.append(statistic(moved, scores))
     every = np.concatenate(drawn) if drawn else np.empty(0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -205,6 +205,43 @@ def shuffled(n: int, most: int, rng: np.random.Generator) -> Iterator[np.ndarray
         return
     for size in batches(most, n):
         yield rng.random((size, n)).argsort(1)
+
+
+def shuffled_within(
+    parts: Sequence[np.ndarray], total: int, most: int, numbers: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Permutations of 0..total - 1 that move positions within each part only, in batches.
+
+    All but the identity where there are at most ``most`` of them, else random.
+
+    Args:
+        parts: positions of each part, disjoint; others stay. total: how many positions. most: number of permutations.
+        numbers: that are held for each permutation of a batch. rng: of the random ones.
+
+    Yields:
+        [b, total] int64.
+
+    Example:
+        >>> parts = [np.array([0, 2]), np.array([1])]
+        >>> [p.tolist() for p in shuffled_within(parts, 3, 10, 3, np.random.default_rng(0))]
+        [[[2, 1, 0]]]
+    """
+    ways = math.prod(math.factorial(len(part)) for part in parts)
+    if ways <= most:
+        each = [[part[list(p)] for p in itertools.permutations(range(len(part)))] for part in parts]
+        orders = np.tile(np.arange(total), (ways, 1))
+        for i, choice in enumerate(itertools.product(*each)):
+            for part, moved in zip(parts, choice, strict=True):
+                orders[i, part] = moved
+        # The first is the identity.
+        for start in range(1, ways, max(1, _NUMBERS // numbers)):
+            yield orders[start : min(ways, start + max(1, _NUMBERS // numbers))]
+        return
+    for size in batches(most, numbers):
+        orders = np.tile(np.arange(total), (size, 1))
+        for part in parts:
+            orders[:, part] = part[rng.random((size, len(part))).argsort(1)]
+        yield orders
 
 
 def batches(total: int, numbers: int) -> Iterator[int]:

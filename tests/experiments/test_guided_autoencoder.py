@@ -208,6 +208,14 @@ def test_claim_needs_equal_error_and_a_gain_over_the_seeds(gain, cost, reproduce
     assert reason in text and ("not reproduced" in text) is not reproduced
 
 
+def test_an_error_that_differs_on_test_images_is_no_equal_error_whichever_is_lower():
+    rows = networks({("true", 0.1): [3.0, 3.1, 2.9]}, {0.1: -2.0})
+    compared = compare_weights(rows, "p")
+    (verdict,) = judge(rows, compared, "p", 1.0)
+    assert not verdict["reproduced"]
+    assert "not reproduced (its test error differs by more)" in "\n".join(summarise(compared, [verdict], 1.0))
+
+
 def test_weight_is_chosen_on_validation_images():
     rows = networks({("true", 0.1): [3.0] * 3, ("true", 0.2): [5.0] * 3}, {0.1: 0.2, 0.2: 0.8})
     for row in rows:
@@ -258,6 +266,11 @@ def test_published_preset_is_the_published_set_up():
     leaves = [(jax.tree_util.keystr(path), x.shape) for path, x in jax.tree_util.tree_leaves_with_path(state.params)]
     assert [shape for name, shape in leaves if "to_code" in name and "kernel" in name] == [(1, 512, 128)]
     assert paper.network.epochs == 1000 and paper.network.augmentation.smallest_crop == 0.5
+
+
+def test_every_preset_has_the_published_weight():
+    for preset in PRESETS.values():
+        assert {0.0, 0.01} <= set(preset.weights)
 
 
 @pytest.mark.parametrize(

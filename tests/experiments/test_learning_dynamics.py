@@ -12,7 +12,7 @@ import xarray as xr
 
 import mae_align as ma
 from experiments import dynamics_cells, learning_dynamics
-from experiments.dynamics_analysis import analyse
+from experiments.dynamics_analysis import Cell, analyse
 from experiments.dynamics_cells import (
     Images,
     Learner,
@@ -26,10 +26,13 @@ from experiments.dynamics_cells import (
     num_steps,
     run_cell,
 )
+from experiments.dynamics_figures import intervention_figure
+from experiments.dynamics_reference import flow_cost
 from experiments.launch import launch
 from experiments.learning_dynamics import PRESETS, Config, main
 from experiments.learning_dynamics_report import sentences
 from mae_align.checkpoint import Checkpoints
+from mae_align.dynamics import HalfTimes
 from mae_align.spectrum import Spectrum
 from mae_align.train import Training
 
@@ -190,6 +193,37 @@ def test_divergence_is_noted_and_not_fitted(training, scene):
     assert cell.laws is None
     assert cell.ranks is None
     assert "a loss is not finite at step" in next(sentences([cell], [0.5]))
+
+
+def test_whitened_images_on_which_every_network_diverged_are_drawn():
+    arrays = {"values": np.ones(3), "frequency": np.linspace(0.1, 0.3, 3)}
+    whole, lost = (HalfTimes(np.full((2, 3), time), np.zeros((2, 3), bool)) for time in (10.0, np.nan))
+    drawn = [
+        Cell(images, Learner.mlp_adamw, arrays, seen, seen, False, None, None)
+        for images, seen in ((Images.original, whole), (Images.whitened, lost))
+    ]
+    panel = intervention_figure(drawn, "toy").axes[1]
+    assert np.isfinite(panel.get_ylim()).all()
+
+
+def test_a_class_that_is_not_looked_at_in_training_is_no_error(training, scene):
+    assert scene.num_classes == 10
+    few = scene._replace(seen_labels=scene.seen_labels % 3)
+    looked = dynamics_cells._look(training, training.init([0, 1]), few, 6, 3)
+    assert ((0 <= looked["accuracy"]) & (looked["accuracy"] < 1)).all()
+
+
+def test_the_flow_is_left_out_where_it_would_take_hours(training, scene, whole, monkeypatch):
+    assert whole["reference_half_times"].shape == (2, 6)
+    monkeypatch.setattr(dynamics_cells, "_LARGEST_FLOW", flow_cost(0.1, 150, 6, scene.spectrum.rank, 2))
+    monkeypatch.setattr(dynamics_cells, "flow_half_times", None)
+    found = run(training, scene)
+    assert whole.keys() - found.keys() == {"reference_half_times"}
+    costs = {}
+    for name, pixels in {"laptop": 64, "fashion_mnist": 784, "cifar10": 768, "paper": 3072}.items():
+        of = PRESETS[name].training
+        costs[name] = flow_cost(of.descent_rate, of.descent_steps, of.latent, pixels, len(PRESETS[name].seeds))
+    assert {name for name, cost in costs.items() if cost >= 1e14} == {"paper"}
 
 
 def test_cells_are_all_learners_on_the_original_and_some_on_changed_images():

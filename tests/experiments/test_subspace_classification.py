@@ -13,9 +13,20 @@ import xarray as xr
 
 import mae_align as ma
 from experiments import subspace_classification, subspace_networks
+from experiments.launch import launch
 from experiments.subspace_classification import PRESETS, Config, Preparation, controls, main, prepared, subspaces
-from experiments.subspace_classification_report import Point, comparisons
-from experiments.subspace_networks import Network, Scale, Study, TrainingConfig, make_training, scaled
+from experiments.subspace_classification_report import (
+    Linear,
+    Point,
+    _table_text,
+    accuracy_figure,
+    comparisons,
+    dimension_figure,
+    sentences,
+)
+from experiments.subspace_networks import Network, Scale, Study, TrainingConfig, make_training, scaled, settled
+from mae_align.crop_flip import CropFlip
+from mae_align.fit import Diverged
 from mae_align.moments import Moments
 from mae_align.principal import Family, PrincipalAxes, Subspace
 from mae_align.programs import Program
@@ -87,6 +98,8 @@ def test_results_are_written_once_per_seed_and_summed_up(run):
     assert kinds == {"complement", "same dimension", "same variance", "scale"}
     text = (run / "summary.txt").read_text()
     assert "55% on the bottom 20%" in text and "80 test images" in text
+    assert "moved by up to 1 pixels each way, and none is mirrored" in text
+    assert "networks on this one, not over draws of the subspace" in text and "diverged" not in text
     for name in ("accuracy", "dimension", "scales"):
         assert (run / f"{name}.png").stat().st_size > 10_000 and (run / f"{name}.pdf").exists()
     linear = [row for row in rows(run, "subspaces") if row["network"] == "mlp" and row["scale"] == "per_image"]
@@ -138,6 +151,83 @@ def test_members_take_turns_where_convolutions_do():
     ]
 
 
+def test_augmentation_is_settled_by_the_data_set(capsys):
+    shape = (32, 32, 3)
+    for name, flip in {"CIFAR10": True, "Fashion-MNIST": True, "digits": False, "arabic_digits": False}.items():
+        assert settled(TrainingConfig(), name, shape).augmentation == CropFlip(4, flip)
+    assert not capsys.readouterr().out
+    assert settled(TrainingConfig(), "photos", (64, 80, 3)).augmentation == CropFlip(8, False)
+    assert "photos are not mirrored" in capsys.readouterr().out
+    assert settled(TrainingConfig(crop=2, flip=True), "digits", shape).augmentation == CropFlip(2, True)
+    # What was run with these presets was cropped and mirrored so.
+    given = {name: (preset.training.crop, preset.training.flip) for name, preset in PRESETS.items()}
+    known = {"laptop": (1, False), "fashion_mnist": (2, True), "cifar10": (4, True), "paper": (None, None)}
+    assert given == known
+
+
+def test_augmentation_can_be_said_on_the_command_line():
+    seen = []
+    for preset in ("laptop", "cifar10", "paper"):
+        argv = ["--preset", preset, "--training.crop", "0", "--training.flip", "False"]
+        launch(lambda config: seen.append(config), Config, PRESETS, argv)
+    assert [(config.training.crop, config.training.flip) for config in seen] == [(0, False)] * 3
+
+
+class Recorded:
+    """A training that notes which seeds it is started with; its state is these seeds, and its models too."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[int, ...]] = []
+
+    def init(self, seeds):
+        self.begun.append(tuple(seeds))
+        return tuple(seeds)
+
+    def put(self, images, labels):
+        return images, labels
+
+    def model(self, state, member):
+        return state[member]
+
+
+def measured(monkeypatch, seeds: tuple[int, ...], wild: set[int]) -> tuple[Recorded, list[dict[str, np.ndarray]]]:
+    """Networks that know the classes below theirs, on images that show their class, ordered by it."""
+
+    def fit(training, state, data, *, num_steps):
+        for member, seed in enumerate(state):
+            if seed in wild:
+                raise Diverged("the loss is nan", 1, member, None)
+        return state
+
+    def predicted(model, images):
+        shown = images[:, 0, 0, 0].astype(int)
+        return np.where(shown < model, shown, -1)
+
+    monkeypatch.setattr(subspace_networks, "fit", fit)
+    monkeypatch.setattr(subspace_networks, "predicted_classes", predicted)
+    monkeypatch.setattr(subspace_networks, "_FITTED", 100)
+    labels = np.arange(1000) // 100
+    part = labels[:, None, None, None].astype(np.float32), labels
+    training = Recorded()
+    return training, subspace_networks.measure(training, seeds, TINY.training, part, part)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_network_that_diverges_leaves_the_others(monkeypatch):
+    training, found = measured(monkeypatch, (7, 2, 5), {2, 5})
+    # In the places that they have in the ensemble, so that their program is the same.
+    assert training.begun == [(7, 2, 5), (7, 7, 5), (7, 7, 7)]
+    assert found[0]["correct"].mean() == 0.7
+    for lost in found[1:]:
+        assert np.isnan(lost["correct"]).all() and lost["correct"].shape == (1000,) and np.isnan(lost["fitted"])
+    training, found = measured(monkeypatch, (2,), {2})
+    assert training.begun == [(2,)] and np.isnan(found[0]["fitted"])
+
+
+def test_training_accuracy_is_of_all_classes(monkeypatch):
+    _, (row,) = measured(monkeypatch, (5,), set())
+    assert row["correct"].mean() == 0.5 and 0.3 < row["fitted"] < 0.7
+
+
 def test_scales_use_statistics_of_the_training_images_alone():
     rng = np.random.default_rng(0)
     train = (rng.normal(size=(50, 3, 3, 1)) * rng.uniform(0.1, 3.0, (50, 1, 1, 1))).astype(np.float32)
@@ -185,6 +275,22 @@ def test_comparisons_find_the_published_pair_and_pair_seeds():
     assert found["published pair", "top 90% (3 dimensions)"].mean == pytest.approx(0.1)
     assert found["complement", "top 80% (2 dimensions)"].mean == pytest.approx(0.2)
     assert found["same dimension", "top 90% (3 dimensions)"].low == pytest.approx(0.1)
+    # Without the network that diverged there is only one pair.
+    points[2].results[1]["correct"] = np.full(100, np.nan)
+    assert [one.kind for one in comparisons(axes, points)] == ["published pair", "same dimension"]
+    assert [point.diverged for point in points] == [0, 0, 1]
+    row = dict.fromkeys(("network", "scale", "family"), "x") | {"dimension": 2, "share": 0.8, "diverged": 1}
+    row |= dict.fromkeys(("accuracy", "accuracy_sd", "accuracy_train"), np.nan)
+    row |= dict.fromkeys(("linear_accuracy", "linear_r2"), 0.5)
+    assert _table_text([row]).splitlines()[1].split() == ["x", "x", "x", "2", "80.0", "diverged", "50.0", "0.500"]
+    linear = [Linear(point.subspace, point.share, 0.5, 0.2) for point in points]
+    for figure in (accuracy_figure("toy", 5, points, linear, 0.1), dimension_figure("toy", 5, points, 0.1)):
+        figure.canvas.draw()
+    text = list(sentences(ma.load_dataset("digits"), axes, points, [], CropFlip(2, True)))
+    assert "moved by up to 2 pixels each way, and half of them are mirrored" in text[1]
+    assert text[-1].startswith(
+        "diverged, convolutional, each image rescaled: 1 of 3 networks on top 80% (2 dimensions)"
+    )
 
 
 def test_scales_are_compared_on_both_sides_of_a_split_even_where_one_was_not_asked_for():
@@ -218,7 +324,9 @@ def test_bad_settings_are_refused_before_anything_is_made(change, message, tmp_p
 
 def test_the_paper_preset_is_the_published_protocol():
     paper = PRESETS["paper"]
-    training = make_training(paper.network, (64, 64, 3), 200, paper.training, 100_000, (0, 1, 2), jax.devices()[:1])
+    asked = settled(paper.training, "tiny-imagenet-200", (64, 64, 3))
+    assert asked.augmentation == CropFlip(8, True)
+    training = make_training(paper.network, (64, 64, 3), 200, asked, 100_000, (0, 1, 2), jax.devices()[:1])
     assert paper.preparation is Preparation.contrast and paper.network is Network.resnet9
     assert (paper.training.epochs, paper.training.batch_size) == (50, 512)
     kernel = max(jax.tree.leaves(training.abstract_state.params), key=lambda p: p.size)

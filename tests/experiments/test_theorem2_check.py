@@ -11,7 +11,7 @@ import pytest
 
 import mae_align as ma
 from experiments import theorem2_networks
-from experiments.theorem2_check import Config, main
+from experiments.theorem2_check import PRESETS, Config, main
 from experiments.theorem2_networks import Case, Decoder, NetworkConfig, References, follow, record_steps
 from experiments.theorem2_report import course_rows, end_rows, leading
 from mae_align.fit import fit
@@ -176,7 +176,12 @@ def test_stopped_and_resumed_is_the_same_run(references, built, run, tmp_path, m
     assert sum(begun) == 9  # from the checkpoint at step 3
     for name, time in kept.items():
         assert (tmp_path / "points" / f"{case.key}-{name}.npz").stat().st_mtime_ns == time
-    # A lost measurement from before the checkpoint is made again, from the start.
+    # A lost measurement from before the checkpoint is made again, from the start and no further than needed.
+    (tmp_path / "points" / f"{case.key}-step3.npz").write_bytes(b"cut off")
+    begun.clear()
+    with pytest.warns(UserWarning, match="step3"):
+        assert follow(references, SETTINGS, case, steps, store, tmp_path / "networks") == rows
+    assert sum(begun) == 3
     (tmp_path / "points" / f"{case.key}-step1.npz").unlink()
     (tmp_path / "points" / f"{case.key}-step12.npz").unlink()
     assert follow(references, SETTINGS, case, steps, store, tmp_path / "networks") == rows
@@ -225,13 +230,19 @@ def test_ends_and_early_rows_are_means_over_seeds():
     assert leading(np.array([np.nan, 1.0]), 0.9) == 0 and leading(np.ones(2), 0.9) == 2
 
 
+def test_hidden_layers_of_the_presets_are_no_bottleneck():
+    for preset in PRESETS.values():
+        assert min(preset.widths) >= preset.latent
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"lambdas": (1.0,)}, "--lambdas: give inf"),
         ({"lambdas": (math.inf, 0.0)}, "--lambdas 0"),
         ({"widths": (8, 8)}, "--widths repeats"),
-        ({"latent": 12}, "--latent 12"),
+        ({"latent": 12, "widths": (12,)}, "--latent 12"),
+        ({"latent": 9}, "--widths 8"),
         ({"latent": 1}, "--latent at least 2"),
         ({"seeds": (-1,)}, "--seed and"),
         ({"early": 1.0}, "--early 1"),
