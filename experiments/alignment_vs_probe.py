@@ -74,7 +74,7 @@ class Config:
     patch_sizes: tuple[int, ...] = (2, 4)
     """Sides of square patches, in pixels; each must divide the image."""
     mask_ratios: tuple[float, ...] = (0.25, 0.5, 0.75)
-    """Shares of patches to mask, at least two; gains are over the lowest."""
+    """Shares of patches to mask, at least three, since two points always lie on a line; gains are over the lowest."""
     losses: tuple[Loss, ...] = (Loss.matched, Loss.standard)
     """matched: all pixels, what the closed form solves; standard: hidden patches, normalised, as published."""
     seeds: tuple[int, ...] = (0, 1)
@@ -121,10 +121,16 @@ def main(config: Config) -> None:
     _check(config)
     data = ma.load_dataset(config.data, image_size=config.image_size, seed=config.seed)
     run = _Run.of(config, data)
+    num_images = len(run.probed.train_images)
+    if config.network.batch_size > num_images:
+        raise ma.InputError(
+            f"--network.batch-size {config.network.batch_size}: there are {num_images} training images, give a smaller "
+            "batch"
+        )
     cells = [Cell(*of) for of in itertools.product(config.patch_sizes, config.mask_ratios, config.losses)]
     for cell in cells:
         # Refuses sizes that do not fit before anything is trained.
-        make_training(run.pixels, cell, config.network, len(run.probed.train_images), len(config.seeds))
+        make_training(run.pixels, cell, config.network, num_images, len(config.seeds))
     folder = RunFolder.open("alignment_vs_probe", config.data, config, config.out)
     parts = _Parts(folder.points, run)
     baselines = parts.once("baselines", lambda: _baselines(run))
@@ -141,8 +147,8 @@ def main(config: Config) -> None:
 
 def _check(config: Config) -> None:
     """Refuse settings that no data could fit."""
-    if len(set(config.mask_ratios)) < 2:
-        raise ma.InputError("--mask-ratios: a gain over the lowest ratio needs at least two different ratios")
+    if len(set(config.mask_ratios)) < 3:
+        raise ma.InputError("--mask-ratios: a correlation over ratios needs at least three different ones, give more")
     for name in ("patch_sizes", "mask_ratios", "losses", "seeds", "ks"):
         values = getattr(config, name)
         if len(set(values)) < len(values):
@@ -153,6 +159,8 @@ def _check(config: Config) -> None:
             raise ma.InputError(f"--{name.replace('_', '-')} {value}: give at least 40 images")
     if min(config.ks) < 1 or min(config.seed, *config.seeds) < 0:
         raise ma.InputError("--ks must be at least 1, --seed and --seeds at least 0")
+    if max(config.seeds) >= 2**32:
+        raise ma.InputError(f"--seeds {max(config.seeds)}: give whole numbers below 2^32")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from flax import nnx
 
 import mae_align as ma
 from experiments.train_common import IGNORED, LabelledSplit, Run, TrainConfig
-from mae_align.checkpoint import Checkpoints
+from mae_align.checkpoint import BestBy, Checkpoints
 from mae_align.data import ArraySource
 from mae_align.devices import train_mesh
 from mae_align.feed import Feed, StreamedBatches
@@ -76,6 +76,7 @@ def make_training(
     objective: Objective,
     rates: Sequence[float],
     epochs: int,
+    warmup_epochs: float,
 ) -> Training:
     """The programs that train one network for each learning rate.
 
@@ -83,11 +84,10 @@ def make_training(
         InputError: a mesh, batch or model that do not fit together.
     """
     steps = steps_of(config, split, epochs)
-    warmup = min(config.warmup_epochs, epochs / 4)
     optimizer = OptimizerConfig(
         total_steps=steps,
         learning_rate=max(rates),
-        warmup_steps=min(steps_of(config, split, warmup), steps - 1),
+        warmup_steps=min(steps_of(config, split, warmup_epochs), steps - 1),
         weight_decay=config.weight_decay,
         b2=config.beta2,
         clip_norm=None if math.isinf(config.clip_norm) else config.clip_norm,
@@ -136,7 +136,9 @@ def train(
     every = config.checkpoint_every or max(100, steps // epochs)
     where = fingerprint([], {"data": identity, "part": folder.name, "steps": steps, "config": _settings(config)})
     with (
-        Checkpoints.open(folder / "checkpoints", identity=where, every=every) as checkpoints,
+        Checkpoints.open(
+            folder / "checkpoints", identity=where, every=every, keep_best=BestBy("loss")
+        ) as checkpoints,
         MetricLog(folder, shown=("probe_accuracy", "accuracy"), progress=True) as log,
     ):
         return fit(

@@ -15,7 +15,7 @@ from experiments.train_common import IGNORED, LabelledSplit, Parts, Probe, Train
 from experiments.train_figures import accuracy_figure, training_figure
 from experiments.train_loop import Ensemble, OnlineProbe, Problem, initial, make_training, steps_of, train
 from experiments.train_measures import Measured, Report, measure, report_sentences
-from experiments.train_probes import all_scores
+from experiments.train_probes import all_scores, end_trainings
 from experiments.train_report import NETWORK, Results, Score, comparisons, table_text
 from mae_align.corruption import Corruption
 
@@ -42,7 +42,11 @@ def run(
     """
     runs = problem.runs
     rates = [r.learning_rate for r in runs]
-    training = make_training(config, split, problem.make_model, problem.objective, rates, config.epochs)
+    training = make_training(
+        config, split, problem.make_model, problem.objective, rates, config.epochs, config.warmup_epochs
+    )
+    # Refuses what does not fit before anything is trained.
+    trainings = end_trainings(config, split, problem)
     folder = RunFolder.open(experiment, config.data, config, config.out, ignore=IGNORED)
     parts = Parts(folder.points, split)
     state = initial(training, runs, rates)
@@ -51,7 +55,14 @@ def run(
     trained = Ensemble(training, state)
     measured = Measured.of(split, corruption)
     scores, ends, chosen = all_scores(
-        config, measured, problem, trained, lambda found: _chosen(problem, found), folder.shared / "ends", parts
+        config,
+        measured,
+        problem,
+        trained,
+        lambda found: _chosen(problem, found),
+        trainings,
+        folder.shared / "ends",
+        parts,
     )
     report = measure(problem, measured, trained, chosen, scores, parts, config.seed)
     results = Results(runs, chosen, scores, ends, report.rows, len(split.test_labels), split.chance)

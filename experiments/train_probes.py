@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,14 +140,32 @@ class EndTraining:
     best: list[int]
 
 
-def end_training(config: TrainConfig, split: LabelledSplit, problem: Problem, count: int) -> Training:
-    """The programs that train ``count`` networks with labels, one with each learning rate."""
+def end_trainings(config: TrainConfig, split: LabelledSplit, problem: Problem) -> dict[End, Training]:
+    """The programs of the ends that are wanted; nothing is compiled yet.
+
+    One network for each learning rate and, from scratch, each seed; fine-tuned, each seed at each guidance weight. Both
+    share their programs where they have equally many networks. Warm-up is no more than a quarter of the epochs.
+
+    Raises:
+        InputError: numbers of networks or images that the mesh does not divide.
+    """
 
     def make_model(rngs: nnx.Rngs) -> Classifier:
         return Classifier(problem.make_autoencoder(rngs), split.num_classes, rngs=rngs)
 
-    rates = [rate for _ in range(count) for rate in config.end_learning_rates]
-    return make_training(config, split, make_model, classify, rates, config.end_epochs)
+    @functools.cache
+    def programs(count: int) -> Training:
+        rates = [rate for _ in range(count) for rate in config.end_learning_rates]
+        warmup = min(config.warmup_epochs, config.end_epochs / 4)
+        return make_training(config, split, make_model, classify, rates, config.end_epochs, warmup)
+
+    found = {}
+    for end in config.ends or ():
+        # A supervised network is one from scratch.
+        kind = End.fine_tuning if end is End.fine_tuning else End.from_scratch
+        tuned = end is End.fine_tuning
+        found[kind] = programs(len({(run.seed, run.guidance if tuned else 0.0) for run in problem.runs}))
+    return found
 
 
 def train_end(
@@ -227,13 +245,14 @@ def all_scores(
     problem: Problem,
     trained: Ensemble,
     chosen: Callable[[Sequence[Score]], list[int]],
+    trainings: Mapping[End, Training],
     folder: Path,
     parts: Parts,
 ) -> tuple[list[Score], list[Score], list[int]]:
     """Scores of all probes and of all ends, and the members that are reported on.
 
     Args:
-        chosen: picks these members from the scores of the trained networks.
+        chosen: picks these members from the scores of the trained networks. trainings: of :func:`end_trainings`.
     """
     split, runs = measured.split, problem.runs
     latent = len(trained.features(split.test_images[:1])[0, 0])
@@ -252,16 +271,14 @@ def all_scores(
         scores += probe_scores(config, split, kinds, parts, config.seed)
     ends: list[Score] = []
     wanted = config.ends or ()
-    # Both ends share their programs where they have equally many networks.
-    programs = functools.cache(lambda count: end_training(config, split, problem, count))
+
+    def train_one(end: End, members: Sequence[int]) -> EndTraining:
+        return train_end(end, config, split, problem, trained, trainings[end], members, folder, parts)
+
     if End.fine_tuning in wanted:
-        ends += train_end(
-            End.fine_tuning, config, split, problem, trained, programs(len(reported)), reported, folder, parts
-        ).scores
+        ends += train_one(End.fine_tuning, reported).scores
     if End.from_scratch in wanted or End.supervised in wanted:
-        made = train_end(
-            End.from_scratch, config, split, problem, trained, programs(len(firsts)), firsts, folder, parts
-        )
+        made = train_one(End.from_scratch, firsts)
         ends += made.scores if End.from_scratch in wanted else []
         if End.supervised in wanted:
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import experiments.alignment_vs_probe as module
+from experiments import alignment_cells
 from experiments.alignment_cells import Cell, Loss, NetworkConfig, closed_form, probe_tasks
 from experiments.alignment_vs_probe import PRESETS, Config, main
 from experiments.alignment_vs_probe_table import KEYS, read_table
@@ -122,10 +127,12 @@ def test_a_task_on_some_classes_is_probed_on_its_images_alone():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--mask-ratios", "0.5"], "at least two different ratios"),
+        (["--mask-ratios", "0.25", "0.5"], "at least three different ones"),
         (["--patch-sizes", "3"], "does not divide"),
         (["--seeds", "1", "1"], "repeats a value"),
-        (["--mask-ratios", "0.5", "1.0"], "mask ratio 1"),
+        (["--mask-ratios", "0.25", "0.5", "1.0"], "mask ratio 1"),
+        (["--seeds", "0", "4294967296"], "--seeds 4294967296: give whole numbers below 2^32"),
+        (["--max-train", "50"], "--network.batch-size 64: there are 50 training images"),
         (["--analyse-only", "nowhere.csv"], "nowhere.csv"),
     ],
 )
@@ -136,7 +143,22 @@ def test_bad_settings_are_refused_in_one_line(arguments, says, tmp_path, capsys)
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
-    assert not list(tmp_path.glob("run/networks"))
+    assert not list(tmp_path.glob("run/networks")) and not list(tmp_path.glob("run/points"))
+
+
+def test_the_last_two_checkpoints_of_a_cell_are_kept(tmp_path, monkeypatch):
+    kept = []
+
+    def fit(*arguments, checkpoints, **options):
+        for step in (1, 2, 3):
+            checkpoints.save(step, {"x": jnp.zeros(1)}, {}, {"loss": 1.0})
+        checkpoints.wait()
+        kept.extend(checkpoints.steps())
+
+    monkeypatch.setattr(alignment_cells, "fit", fit)
+    programs: Any = SimpleNamespace(init=list, put=list)
+    alignment_cells.train(programs, np.zeros(50), TINY.network, (0,), tmp_path, "toy")
+    assert kept == [2, 3]
 
 
 def test_cells_have_names_of_their_own():
