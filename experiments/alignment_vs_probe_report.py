@@ -19,6 +19,7 @@ from experiments.alignment_vs_probe_table import (
     Group,
     Row,
     check_rows,
+    closed_form_columns,
     groups_of,
     read_table,
 )
@@ -71,8 +72,8 @@ class AnalysisConfig:
     """Column of the prediction that decides."""
     observed: str = "probe_r2_test"
     """Column of the observed score that decides."""
-    other_predicted: tuple[str, ...] = ("closed_eval_r2_k8", "closed_eval_r2_k32", "closed_eval_r2_k128")
-    """Further predictions, by the same statistic."""
+    other_predicted: tuple[str, ...] | None = None
+    """Further predictions, by the same statistic; none for all numbers of features that the table has."""
     other_observed: tuple[str, ...] = ("probe_accuracy_test",)
     """Further scores; tasks that lack them are left out."""
     permutations: int = 10_000
@@ -134,7 +135,8 @@ def analyse(rows: Sequence[Row], config: AnalysisConfig) -> Analysis:
     for group in groups:
         for statistic in (PRIMARY, *SECONDARY):
             add(group, statistic, config.predicted, config.observed, rivals=True)
-    for predicted in config.other_predicted:
+    others = closed_form_columns(rows) if config.other_predicted is None else config.other_predicted
+    for predicted in others:
         for group in _groups_if_any(rows, predicted, config.observed):
             add(group, PRIMARY, predicted, config.observed, rivals=False)
     for observed in config.other_observed:

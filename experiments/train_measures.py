@@ -21,6 +21,7 @@ from mae_align.metrics import Outputs, report_row
 from mae_align.moments import group_of
 from mae_align.patches import patch_hw
 from mae_align.predictions import KS, closed_form_row
+from mae_align.targets import varying_components
 
 # Pixel values up to which whole images are measured; larger ones are pooled.
 MOST_PIXELS = 12_288
@@ -66,6 +67,11 @@ class Measured:
         """Of the training images and labels."""
         split = self.split
         return ma.Moments.from_arrays(self.pool(split.train_images), split.train_labels, num_classes=split.num_classes)
+
+    @functools.cached_property
+    def components(self) -> tuple[np.ndarray, np.ndarray]:
+        """Principal components of the training images and their variances."""
+        return varying_components(self.train)
 
     @functools.cached_property
     def test(self) -> ma.Moments:
@@ -145,6 +151,7 @@ def measure(
                 eval_targets=split.test_labels,
                 probes={},
                 closed_form=corrupted,
+                components=measured.components,
             )
 
         row = parts.once(f"report-{member}", compute)
