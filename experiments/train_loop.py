@@ -136,9 +136,7 @@ def train(
     every = config.checkpoint_every or max(100, steps // epochs)
     where = fingerprint([], {"data": identity, "part": folder.name, "steps": steps, "config": _settings(config)})
     with (
-        Checkpoints.open(
-            folder / "checkpoints", identity=where, every=every, keep_best=BestBy("loss")
-        ) as checkpoints,
+        Checkpoints.open(folder / "checkpoints", identity=where, every=every, keep_best=BestBy("loss")) as checkpoints,
         MetricLog(folder, shown=("probe_accuracy", "accuracy"), progress=True) as log,
     ):
         return fit(

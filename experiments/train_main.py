@@ -10,8 +10,9 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.parts import Parts
 from experiments.run_folder import RunFolder, atomic_path, netcdf3_ready
-from experiments.train_common import IGNORED, LabelledSplit, Parts, Probe, TrainConfig
+from experiments.train_common import IGNORED, LabelledSplit, Probe, TrainConfig
 from experiments.train_figures import accuracy_figure, training_figure
 from experiments.train_loop import Ensemble, OnlineProbe, Problem, initial, make_training, steps_of, train
 from experiments.train_measures import Measured, Report, measure, report_sentences
@@ -48,7 +49,7 @@ def run(
     # Refuses what does not fit before anything is trained.
     trainings = end_trainings(config, split, problem)
     folder = RunFolder.open(experiment, config.data, config, config.out, ignore=IGNORED)
-    parts = Parts(folder.points, split)
+    parts = Parts(folder.points, split.identity)
     state = initial(training, runs, rates)
     probe = OnlineProbe.of(training, split, config.online_images, config.seed)
     state = train(config, split, training, state, config.epochs, folder.shared, parts.identity, probe)

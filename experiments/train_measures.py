@@ -12,7 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 import mae_align as ma
-from experiments.train_common import LabelledSplit, Parts
+from experiments.parts import Parts
+from experiments.train_common import LabelledSplit
 from experiments.train_loop import FEATURE_BATCH, Ensemble, Problem
 from experiments.train_report import NETWORK, Score
 from mae_align.corruption import Corruption, PatchMask

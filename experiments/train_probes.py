@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from experiments.train_common import End, LabelledSplit, Parts, Probe, Run, TrainConfig
+from experiments.parts import Parts
+from experiments.train_common import End, LabelledSplit, Probe, Run, TrainConfig
 from experiments.train_loop import FEATURE_BATCH, Ensemble, Problem, initial, make_training, train, with_encoder
 from experiments.train_measures import Measured
 from experiments.train_report import (

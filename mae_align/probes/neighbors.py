@@ -108,9 +108,7 @@ def knn_probe(
     n = len(parts.train.y)
     counts = sorted(set([k for k in NEIGHBORS if k < n] if neighbors is None else neighbors))
     if not counts or counts[0] < 1 or counts[-1] >= n or any(int(k) != k for k in counts):
-        raise InputError(
-            f"neighbors={counts}: give whole numbers from 1 to {n - 1}, one less than fitted samples"
-        )
+        raise InputError(f"neighbors={counts}: give whole numbers from 1 to {n - 1}, one less than fitted samples")
     bank, labels = _unit(jnp.asarray(parts.train.x)), jnp.asarray(parts.train.y)
     wanted = jnp.asarray(counts)
 

@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import json
 from pathlib import Path
-
 from types import SimpleNamespace
 from typing import Any
 
