@@ -156,8 +156,8 @@ def main(config: Config) -> None:
     kept = _compared(rows)
     if not kept:
         raise ma.InputError(
-            f"{len(lost)} of {len(cells)} cells diverged, and no loss is left with networks at three mask ratios: give a "
-            "smaller --network.learning-rate"
+            f"{len(lost)} of {len(cells)} cells diverged, and no loss is left with networks at three mask ratios: "
+            "give a smaller --network.learning-rate"
         )
     notes = [*baseline_sentences(kept, baselines), *lost]
     write_report(check_rows(kept), folder, AnalysisConfig(seed=config.seed), notes)

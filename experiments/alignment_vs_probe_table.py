@@ -75,7 +75,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("probe_strength", float, False, "protocol: chosen strength"),
     Column("probe_selected_by", str, False, "protocol: what was best on the validation images"),
 )
-"""All columns that the analysis knows; others are kept and ignored. The closed form may have any numbers of features."""
+"""All columns that the analysis knows; others are kept and ignored. Numbers of features may be any."""
 
 _CLOSED = re.compile(r"closed_(eval_)?r2_k(\d+)")
 

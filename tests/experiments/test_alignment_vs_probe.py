@@ -161,9 +161,7 @@ def study(monkeypatch, tmp_path):
 
 def test_cells_that_diverge_are_left_out_and_the_others_reported(study):
     study.lost.add((0.5, Loss.standard))
-    with pytest.warns(
-        UserWarning, match=r"Left out: patch.-ratio0\.5-standard, the loss of member 1 is nan at step 17"
-    ):
+    with pytest.warns(UserWarning, match=r"Left out: patch.-ratio0\.5-standard, the loss of member 1 is nan at"):
         main(study.config)
     assert set(study.where) == {study.folder.shared} and len(study.where) == 12
     rows, _, _, notes = study.reports[0]
@@ -180,9 +178,7 @@ def test_a_study_without_networks_fails_clearly(study):
     study.lost |= {(0.5, loss) for loss in Loss}
     with (
         pytest.warns(UserWarning, match="Left out"),
-        pytest.raises(
-            InputError, match=r"4 of 12 cells diverged, .* three mask ratios: give a smaller --network.learn"
-        ),
+        pytest.raises(InputError, match=r"4 of 12 cells diverged, .* mask ratios: give a smaller --network.learn"),
     ):
         main(study.config)
 
