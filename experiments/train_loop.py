@@ -41,6 +41,7 @@ class Problem:
         runs: the members. make_autoencoder: the network without heads. make_model: what is trained, which may hold that
             network. objective: its loss. inside: name under which it does, empty where it is the model itself.
         restore: (model, images [b, h, w, c] float32, key) -> what it makes of corrupted images. restores: in words.
+        apart: which parameters' gradients are clipped apart from the others'; None for one norm of all.
     """
 
     runs: Sequence[Run]
@@ -50,6 +51,7 @@ class Problem:
     restore: Callable[[Any, jax.Array, jax.Array], jax.Array]
     restores: str
     inside: str = ""
+    apart: Callable[[jax.tree_util.KeyPath], bool] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,8 +79,9 @@ def make_training(
     rates: Sequence[float],
     epochs: int,
     warmup_epochs: float,
+    apart: Callable[[jax.tree_util.KeyPath], bool] | None = None,
 ) -> Training:
-    """The programs that train one network for each learning rate.
+    """The programs that train one network for each learning rate; ``apart`` as in :func:`mae_align.optimizer.adamw`.
 
     Raises:
         InputError: a mesh, batch or model that do not fit together.
@@ -95,7 +98,7 @@ def make_training(
     return Training(
         make_model,
         objective,
-        adamw(optimizer),
+        adamw(optimizer, apart),
         batch_size=config.batch_size,
         num_members=len(rates),
         mesh=train_mesh(config.ensemble_axis, jax.devices()[: config.devices]),

@@ -44,7 +44,7 @@ def run(
     runs = problem.runs
     rates = [r.learning_rate for r in runs]
     training = make_training(
-        config, split, problem.make_model, problem.objective, rates, config.epochs, config.warmup_epochs
+        config, split, problem.make_model, problem.objective, rates, config.epochs, config.warmup_epochs, problem.apart
     )
     # Refuses what does not fit before anything is trained.
     trainings = end_trainings(config, split, problem)

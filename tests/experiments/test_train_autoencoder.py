@@ -19,6 +19,7 @@ from experiments.launch import launch
 from experiments.train_autoencoder import PRESETS, Config, Network, Noise, main
 from experiments.train_common import End, LabelledSplit, Probe
 from experiments.train_measures import Measured
+from mae_align.models import in_head
 
 TINY = Config(
     max_train=300,
@@ -138,12 +139,12 @@ def test_warm_up_is_as_given_and_a_quarter_at_most_with_labels(monkeypatch, tmp_
     def stop(*arguments, **options):
         raise Opened
 
-    monkeypatch.setattr(train_loop, "adamw", lambda config, *more: made.append(config) or adamw(config, *more))
+    monkeypatch.setattr(train_loop, "adamw", lambda *of: made.append(of) or adamw(*of))
     monkeypatch.setattr(train_main.RunFolder, "open", stop)
     with pytest.raises(Opened):
         main(dataclasses.replace(TINY, warmup_epochs=4.0, ends=(End.from_scratch,), end_epochs=8))
-    # Six steps in an epoch.
-    assert [config.warmup_steps for config in made] == [24, 12]
+    # Six steps in an epoch. The head that guides is clipped apart.
+    assert [(config.warmup_steps, apart) for config, apart in made] == [(24, in_head), (12, None)]
 
 
 def test_the_checkpoint_of_least_loss_is_kept_beside_the_last_two(monkeypatch, tmp_path):
