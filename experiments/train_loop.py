@@ -23,6 +23,7 @@ from mae_align.metrics import rankme
 from mae_align.models import Autoencoder
 from mae_align.optimizer import OptimizerConfig, adamw
 from mae_align.probes import Rows, ridge_probe
+from mae_align.recalibrate import has_batch_statistics, recalibrated
 from mae_align.run_log import MetricLog
 from mae_align.store import fingerprint
 from mae_align.train import DeviceData, Objective, Training, TrainState
@@ -56,14 +57,32 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ensemble:
-    """Networks and the programs that run them."""
+    """Networks and the programs that run them.
+
+    Attributes:
+        training, state: of the networks. clean: the state with batch statistics of clean images, which features are
+            taken with; None where ``state`` serves.
+    """
 
     training: Training
     state: TrainState
+    clean: TrainState | None = None
+
+    @classmethod
+    def of(cls, training: Training, state: TrainState, split: LabelledSplit, corrupted: bool) -> Ensemble:
+        """Trained networks; their features are taken with batch statistics of clean images if training saw others."""
+        if not (corrupted and has_batch_statistics(state)):
+            return cls(training, state)
+        return cls(training, state, recalibrated(training, state, split.train_images))
+
+    @property
+    def note(self) -> str:
+        """What is to be said of its features."""
+        return "" if self.clean is None else "batch statistics of clean training images"
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """[E, n, k] of images [n, h, w, c], in eval mode."""
-        return self.training.features(self.state, images, FEATURE_BATCH)
+        return self.training.features(self.clean or self.state, images, FEATURE_BATCH)
 
 
 def steps_of(config: TrainConfig, split: LabelledSplit, epochs: float) -> int:
@@ -176,8 +195,8 @@ def _source(config: TrainConfig, split: LabelledSplit, training: Training) -> De
 class OnlineProbe:
     """A ridge probe of every member while it trains, on some training and validation images.
 
-    The strength is chosen on the validation images that the accuracy is measured on: good for watching, not for
-    reporting.
+    The strength is chosen on the validation images that the accuracy is measured on, and batch statistics are those of
+    training, of corrupted images where there is a corruption: good for watching, not for reporting.
     """
 
     training: Training

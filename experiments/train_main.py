@@ -53,7 +53,7 @@ def run(
     state = initial(training, runs, rates)
     probe = OnlineProbe.of(training, split, config.online_images, config.seed)
     state = train(config, split, training, state, config.epochs, folder.shared, parts.identity, probe)
-    trained = Ensemble(training, state)
+    trained = Ensemble.of(training, state, split, corrupted=corruption is not None)
     measured = Measured.of(split, corruption)
     scores, ends, chosen = all_scores(
         config,

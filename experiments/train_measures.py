@@ -155,11 +155,12 @@ def measure(
                 components=measured.components,
             )
 
-        row = parts.once(f"report-{member}", compute)
+        row = parts.once(f"report-{member}" + ("" if trained.clean is None else "-clean"), compute)
         for score in scores:
             if (score.features, score.member) == (NETWORK, member):
                 row |= {f"{score.probe}_{key}": value for key, value in score.values.items() if key != "probe"}
-        rows.append(row | {"reconstruction_of": problem.restores, "images": f"whole{measured.note}"})
+        about = {"reconstruction_of": problem.restores, "images": f"whole{measured.note}"}
+        rows.append(row | about | ({"features_note": trained.note} if trained.note else {}))
     return Report(rows, corrupted, clean, problem.restores)
 
 

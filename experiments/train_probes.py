@@ -64,16 +64,19 @@ class Features:
 
     Attributes:
         name: kind. member: position of the network, -1 for none. encoded: gives them, computed when asked for.
+        note: how they are taken, for the protocol; empty for as usual.
     """
 
     name: str
     member: int
     encoded: Callable[[], Encoded]
+    note: str = ""
 
     @property
     def key(self) -> str:
         """As a part of a file name."""
-        return re.sub(r"\W+", "-", self.name) + (f"-{self.member}" if self.member >= 0 else "")
+        words = " ".join(part for part in (self.name, self.note) if part)
+        return re.sub(r"\W+", "-", words) + (f"-{self.member}" if self.member >= 0 else "")
 
 
 def probe_scores(
@@ -96,7 +99,8 @@ def probe_scores(
                 seed=seed,
                 features=features.name,
             )
-            return result.as_dict() | {"split": split.description}
+            note = {"features_note": features.note} if features.note else {}
+            return result.as_dict() | {"split": split.description} | note
 
         found = parts.once(f"probe-{features.key}-{probe.value}", compute)
         scores.append(Score(features.member, features.name, probe.value, found))
@@ -264,6 +268,7 @@ def all_scores(
         return Ensemble(trained.training, state)
 
     networks = network_features(NETWORK, lambda: trained, split, range(len(runs)))
+    networks = [dataclasses.replace(features, note=trained.note) for features in networks]
     start = [f for f in network_features(UNTRAINED, untrained, split, range(len(runs))) if f.member in firsts]
     # By kind, so that only one ensemble's features are held at a time.
     scores = probe_scores(config, split, networks, parts, config.seed)

@@ -100,7 +100,7 @@ def test_report_row_is_of_the_networks_reconstructions(run):
     "change",
     [
         {"network": Network.conv, "widths": (4, 4), "corruption": Noise.gaussian_noise},
-        {"network": Network.resnet, "widths": (1, 1), "resnet_width": 4, "corruption": Noise.none},
+        {"network": Network.resnet, "widths": (1, 1), "resnet_width": 4, "corruption": Noise.patches},
     ],
 )
 def test_other_networks_and_corruptions(tmp_path, change):
@@ -109,6 +109,11 @@ def test_other_networks_and_corruptions(tmp_path, change):
     rows = table(tmp_path / "run", "report")
     assert len(rows) == 1 and float(rows[0]["reconstruction_error"]) > 0
     assert (tmp_path / "run" / "reconstructions.pdf").exists()
+    # Batch statistics of training are of corrupted images.
+    note = "batch statistics of clean training images" if change["network"] is Network.resnet else ""
+    assert rows[0].get("features_note", "") == note
+    notes = {row["features"]: row.get("features_note", "") for row in table(tmp_path / "run", "results")}
+    assert notes["trained network"] == note and notes["raw pixels"] == notes["untrained network"] == ""
 
 
 def test_large_images_are_pooled_within_patches():
