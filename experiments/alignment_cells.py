@@ -139,7 +139,7 @@ def train(
     """Trains the networks of one cell, from their latest checkpoint if there is one."""
     per_epoch = max(len(images) // config.batch_size, 1)
     with (
-        Checkpoints.open(folder, identity=identity, every=max(per_epoch, 100), keep_latest=1) as checkpoints,
+        Checkpoints.open(folder, identity=identity, every=max(per_epoch, 100), keep_latest=2) as checkpoints,
         MetricLog(folder) as log,
     ):
         return fit(

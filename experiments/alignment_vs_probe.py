@@ -6,7 +6,8 @@ scores of the top and of the bottom principal components. For each task the clos
 LeCun, 2024, for the same exact-count patch masks) predicts how a linear probe gains over the lowest mask ratio; the
 ridge probe on the networks' features measures it. The unit is a pair (task, patch size); the statistic is the
 correlation of predicted and observed gain within units, and tasks are permuted for the null. Rival predictors stand
-beside ours: the mask ratio alone, the reconstruction loss, RankMe.
+beside ours: the mask ratio alone, the reconstruction loss, RankMe. The baselines are the same probes on raw pixels, on
+principal components and on the untrained networks. Cells whose networks diverge are left out, with a warning.
 
     python -m experiments.alignment_vs_probe                                        # digits: a smoke test, two minutes
     python -m experiments.alignment_vs_probe --preset fashion_mnist --data idx:DIR
@@ -23,12 +24,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -43,15 +44,17 @@ from experiments.alignment_cells import (
     probe_tasks,
     train,
 )
-from experiments.alignment_vs_probe_report import AnalysisConfig, write_report
-from experiments.alignment_vs_probe_table import read_table
+from experiments.alignment_vs_probe_report import UNTRAINED, AnalysisConfig, baseline_sentences, write_report
+from experiments.alignment_vs_probe_table import check_rows, read_table
 from experiments.launch import launch
+from experiments.parts import Parts
 from experiments.run_folder import RunFolder
+from mae_align.fit import Diverged
 from mae_align.metrics import rankme
 from mae_align.models import Pixels
 from mae_align.moments import Moments
 from mae_align.probes import ProbeResult, principal_components, raw_pixels
-from mae_align.store import PointStore, fingerprint
+from mae_align.store import fingerprint
 from mae_align.tasks import Task, standard_tasks
 
 _FEATURE_BATCH = 500
@@ -74,7 +77,7 @@ class Config:
     patch_sizes: tuple[int, ...] = (2, 4)
     """Sides of square patches, in pixels; each must divide the image."""
     mask_ratios: tuple[float, ...] = (0.25, 0.5, 0.75)
-    """Shares of patches to mask, at least two; gains are over the lowest."""
+    """Shares of patches to mask, at least three, since two points always lie on a line; gains are over the lowest."""
     losses: tuple[Loss, ...] = (Loss.matched, Loss.standard)
     """matched: all pixels, what the closed form solves; standard: hidden patches, normalised, as published."""
     seeds: tuple[int, ...] = (0, 1)
@@ -121,28 +124,62 @@ def main(config: Config) -> None:
     _check(config)
     data = ma.load_dataset(config.data, image_size=config.image_size, seed=config.seed)
     run = _Run.of(config, data)
+    num_images = len(run.probed.train_images)
+    if config.network.batch_size > num_images:
+        raise ma.InputError(
+            f"--network.batch-size {config.network.batch_size}: there are {num_images} training images, give a smaller "
+            "batch"
+        )
     cells = [Cell(*of) for of in itertools.product(config.patch_sizes, config.mask_ratios, config.losses)]
     for cell in cells:
         # Refuses sizes that do not fit before anything is trained.
-        make_training(run.pixels, cell, config.network, len(run.probed.train_images), len(config.seeds))
+        make_training(run.pixels, cell, config.network, num_images, len(config.seeds))
     folder = RunFolder.open("alignment_vs_probe", config.data, config, config.out)
-    parts = _Parts(folder.points, run)
+    parts = Parts(folder.points, run.identity)
     baselines = parts.once("baselines", lambda: _baselines(run))
+    for patch in config.patch_sizes:
+        baselines += parts.once(f"untrained-patch{patch}", lambda patch=patch: list(_untrained(config, run, patch)))
     folder.save_table("baselines", baselines)
     predicted = _predictions(config, run, parts)
-    rows = []
-    bar = tqdm(cells, desc="networks", unit="cell", disable=None)
+    rows, lost = [], []
+    bar = tqdm(cells, desc="networks", unit="cell", disable=_silent())
     for cell in bar:
         bar.set_postfix_str(cell.key)
-        observed = parts.once(cell.key, lambda cell=cell: list(_observed(config, run, cell, folder.path)))
+        try:
+            observed = parts.once(cell.key, lambda cell=cell: list(_observed(config, run, cell, folder.shared)))
+        except Diverged as error:
+            lost.append(f"Left out: {cell.key}, {error}.")
+            warnings.warn(lost[-1], stacklevel=2)
+            continue
         rows += [row | predicted[cell.patch_size, cell.mask_ratio, row["task"]] for row in observed]
-    write_report(read_table(folder.save_table("rows", rows)), folder, AnalysisConfig(seed=config.seed))
+        folder.save_table("rows", rows)
+    kept = _compared(rows)
+    if not kept:
+        raise ma.InputError(
+            f"{len(lost)} of {len(cells)} cells diverged, and no loss is left with networks at three mask ratios: "
+            "give a smaller --network.learning-rate"
+        )
+    notes = [*baseline_sentences(kept, baselines), *lost]
+    write_report(check_rows(kept), folder, AnalysisConfig(seed=config.seed), notes)
+
+
+def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the losses that have networks at three mask ratios; fewer have no correlation."""
+    ratios: dict[str, set[float]] = {}
+    for row in rows:
+        ratios.setdefault(row["objective"], set()).add(row["mask_ratio"])
+    return [row for row in rows if len(ratios[row["objective"]]) >= 3]
+
+
+def _silent() -> bool | None:
+    """Whether this process shows no progress: of several the first does, on a terminal."""
+    return True if jax.process_index() > 0 else None
 
 
 def _check(config: Config) -> None:
     """Refuse settings that no data could fit."""
-    if len(set(config.mask_ratios)) < 2:
-        raise ma.InputError("--mask-ratios: a gain over the lowest ratio needs at least two different ratios")
+    if len(set(config.mask_ratios)) < 3:
+        raise ma.InputError("--mask-ratios: a correlation over ratios needs at least three different ones, give more")
     for name in ("patch_sizes", "mask_ratios", "losses", "seeds", "ks"):
         values = getattr(config, name)
         if len(set(values)) < len(values):
@@ -153,6 +190,8 @@ def _check(config: Config) -> None:
             raise ma.InputError(f"--{name.replace('_', '-')} {value}: give at least 40 images")
     if min(config.ks) < 1 or min(config.seed, *config.seeds) < 0:
         raise ma.InputError("--ks must be at least 1, --seed and --seeds at least 0")
+    if max(config.seeds) >= 2**32:
+        raise ma.InputError(f"--seeds {max(config.seeds)}: give whole numbers below 2^32")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,6 +212,12 @@ class _Run:
     closed_tasks: tuple[Task, ...]
     moments: Moments
     pixels: Pixels
+
+    @property
+    def identity(self) -> str:
+        """What parts of a run belong to."""
+        arrays = [getattr(half, name) for half in (self.probed, self.predicted) for name in _ARRAYS]
+        return fingerprint(arrays, {"tasks": [task.name for task in self.probe_tasks]})
 
     @classmethod
     def of(cls, config: Config, data: ma.ImageDataset) -> _Run:
@@ -196,23 +241,6 @@ class _Run:
 
 def _some(n: int, most: int | None, rng: np.random.Generator) -> np.ndarray:
     return np.arange(n) if most is None or most >= n else np.sort(rng.choice(n, most, replace=False))
-
-
-class _Parts:
-    """Finished parts on disk: lists of rows, so that a killed run computes none of them twice."""
-
-    def __init__(self, folder: Path, run: _Run) -> None:
-        arrays = [getattr(half, name) for half in (run.probed, run.predicted) for name in _ARRAYS]
-        self.identity = fingerprint(arrays, {"tasks": [task.name for task in run.probe_tasks]})
-        self._store = PointStore(folder, self.identity)
-
-    def once(self, key: str, compute: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-        """The rows of that name: read where they are finished, computed and written where not."""
-        found = self._store.load(key)
-        if found is None:
-            found = {"json": np.array(json.dumps(compute()))}
-            self._store.save(key, found)
-        return json.loads(str(found["json"]))
 
 
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -246,11 +274,24 @@ def _baselines(run: _Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _predictions(config: Config, run: _Run, parts: _Parts) -> dict[tuple[int, float, str], dict[str, Any]]:
+def _untrained(config: Config, run: _Run, patch: int) -> Iterator[dict[str, Any]]:
+    """The same probes on the networks of a patch size before their first step, which no mask or loss has changed."""
+    data = run.probed
+    cell = Cell(patch, config.mask_ratios[0], config.losses[0])
+    training = make_training(run.pixels, cell, config.network, len(data.train_images), len(config.seeds))
+    state = training.init(config.seeds)
+    features = [training.features(state, part, _FEATURE_BATCH) for part in (data.train_images, data.test_images)]
+    for seed, fitted, tested in zip(config.seeds, *features, strict=True):
+        about = {"dataset": data.name, "features": UNTRAINED, "patch_size": patch, "seed": seed}
+        for task, result in probe_tasks(fitted, tested, run.probe_tasks, UNTRAINED).items():
+            yield about | {"task": task} | _probe_columns(result)
+
+
+def _predictions(config: Config, run: _Run, parts: Parts) -> dict[tuple[int, float, str], dict[str, Any]]:
     """Columns of the closed form by patch size, mask ratio and task."""
     grid = list(itertools.product(config.patch_sizes, config.mask_ratios))
     found = {}
-    for patch, ratio in tqdm(grid, desc="closed form", unit="mask", disable=None):
+    for patch, ratio in tqdm(grid, desc="closed form", unit="mask", disable=_silent()):
 
         def solve(patch: int = patch, ratio: float = ratio) -> list[dict[str, Any]]:
             masking = ma.FixedCountPatchMasking.from_ratio(patch, ratio, run.probed.image_shape)

@@ -19,6 +19,7 @@ from experiments.alignment_vs_probe_table import (
     Group,
     Row,
     check_rows,
+    closed_form_columns,
     groups_of,
     read_table,
 )
@@ -40,12 +41,14 @@ __all__ = [
     "PRIMARY",
     "REQUIRED",
     "SECONDARY",
+    "UNTRAINED",
     "Analysis",
     "AnalysisConfig",
     "Column",
     "Group",
     "Row",
     "analyse",
+    "baseline_sentences",
     "check_rows",
     "groups_of",
     "read_table",
@@ -53,6 +56,9 @@ __all__ = [
     "table_text",
     "write_report",
 ]
+
+UNTRAINED = "untrained network"
+"""Name of the features of the networks before their first step."""
 
 PRIMARY: tuple[str, Statistic] = ("correlation within task and patch", mean_unit_correlation)
 """The statistic that decides; declared before looking."""
@@ -71,8 +77,8 @@ class AnalysisConfig:
     """Column of the prediction that decides."""
     observed: str = "probe_r2_test"
     """Column of the observed score that decides."""
-    other_predicted: tuple[str, ...] = ("closed_eval_r2_k8", "closed_eval_r2_k32", "closed_eval_r2_k128")
-    """Further predictions, by the same statistic."""
+    other_predicted: tuple[str, ...] | None = None
+    """Further predictions, by the same statistic; none for all numbers of features that the table has."""
     other_observed: tuple[str, ...] = ("probe_accuracy_test",)
     """Further scores; tasks that lack them are left out."""
     permutations: int = 10_000
@@ -134,7 +140,8 @@ def analyse(rows: Sequence[Row], config: AnalysisConfig) -> Analysis:
     for group in groups:
         for statistic in (PRIMARY, *SECONDARY):
             add(group, statistic, config.predicted, config.observed, rivals=True)
-    for predicted in config.other_predicted:
+    others = closed_form_columns(rows) if config.other_predicted is None else config.other_predicted
+    for predicted in others:
         for group in _groups_if_any(rows, predicted, config.observed):
             add(group, PRIMARY, predicted, config.observed, rivals=False)
     for observed in config.other_observed:
@@ -249,11 +256,32 @@ def sentences(analysis: Analysis, config: AnalysisConfig) -> Iterator[str]:
     )
 
 
-def write_report(rows: Sequence[Row], folder: RunFolder, config: AnalysisConfig | None = None) -> Analysis:
+def baseline_sentences(rows: Sequence[Row], baselines: Sequence[Row]) -> Iterator[str]:
+    """Mean scores over tasks and networks, the trained networks beside what they are to be read beside.
+
+    Args:
+        rows: of networks. baselines: with features, task and probe_r2_test each.
+    """
+
+    def mean(of: Sequence[Row], name: str, value: str) -> str:
+        scores = [row["probe_r2_test"] for row in of if row[name] == value and row["probe_r2_test"] is not None]
+        return f"{value} {np.mean(scores):+.3f}" if scores else f"{value} not defined"
+
+    losses = dict.fromkeys(row["objective"] for row in rows)
+    kinds = dict.fromkeys(row["features"] for row in baselines)
+    networks = ", ".join(mean(rows, "objective", loss) for loss in losses)
+    others = ", ".join(mean(baselines, "features", kind) for kind in kinds)
+    yield f"Mean r2 of the probe on test images over all tasks: networks by loss: {networks}; baselines: {others}."
+
+
+def write_report(
+    rows: Sequence[Row], folder: RunFolder, config: AnalysisConfig | None = None, notes: Sequence[str] = ()
+) -> Analysis:
     """Analyse rows and write tables, figures and a summary.
 
     Args:
         rows: of :func:`read_table` or :func:`check_rows`. folder: where to. config: None for the defaults.
+        notes: further lines of the summary.
 
     Returns:
         The analysis. Files: agreement.csv, units.csv, gains-DATASET.png and .pdf, predictors.png and .pdf, summary.txt.
@@ -270,5 +298,5 @@ def write_report(rows: Sequence[Row], folder: RunFolder, config: AnalysisConfig 
         name = "".join(c if c.isalnum() or c in "._-" else "-" for c in dataset)
         folder.save_figure(f"gains-{name}", gain_figure(panels, title=dataset))
     folder.save_figure("predictors", forest_figure(analysis.primary, label=PRIMARY[0], level=config.level))
-    folder.summary("\n".join([table_text(analysis), "", *sentences(analysis, config)]))
+    folder.summary("\n".join([table_text(analysis), "", *sentences(analysis, config), *notes]))
     return analysis

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,21 @@ COLUMNS: tuple[Column, ...] = (
     Column("probe_strength", float, False, "protocol: chosen strength"),
     Column("probe_selected_by", str, False, "protocol: what was best on the validation images"),
 )
-"""All columns that the analysis knows; others are kept and ignored."""
+"""All columns that the analysis knows; others are kept and ignored. Numbers of features may be any."""
+
+_CLOSED = re.compile(r"closed_(eval_)?r2_k(\d+)")
 
 KEYS = ("dataset", "task", "patch_size", "mask_ratio", "objective", "seed")
 """What tells rows apart: one row for each combination."""
 
 REQUIRED = tuple(column.name for column in COLUMNS if column.required)
 """Columns without which there is no analysis."""
+
+
+def closed_form_columns(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The columns of held-out r2 of a number of features that rows have, fewest features first."""
+    found = {int(match[2]): name for row in rows for name in row if (match := _CLOSED.fullmatch(name)) and match[1]}
+    return tuple(found[k] for k in sorted(found))
 
 
 def read_table(path: str | Path) -> list[Row]:
@@ -118,20 +127,26 @@ def check_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
     """
     if not rows:
         raise InputError("the table has no rows")
-    of = {column.name: column.of for column in COLUMNS}
     seen: dict[tuple[Any, ...], int] = {}
     checked = []
     for number, row in enumerate(rows, start=1):
         lost = [name for name in REQUIRED if row.get(name) in (None, "")]
         if lost:
             raise InputError(f"row {number} has no {lost[0]}: the table needs {', '.join(REQUIRED)}")
-        cells = {name: _cell(value, of.get(name, str), name, number) for name, value in row.items() if name}
+        cells = {name: _cell(value, _type(name), name, number) for name, value in row.items() if name}
         key = tuple(cells[name] for name in KEYS)
         if key in seen:
             raise InputError(f"rows {seen[key]} and {number} have the same {', '.join(KEYS)}: drop one of them")
         seen[key] = number
         checked.append(cells)
     return checked
+
+
+_TYPES = {column.name: column.of for column in COLUMNS}
+
+
+def _type(name: str) -> type:
+    return _TYPES.get(name, float if _CLOSED.fullmatch(name) else str)
 
 
 def _cell(value: Any, of: type, name: str, number: int) -> Any:

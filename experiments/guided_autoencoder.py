@@ -42,7 +42,6 @@ from experiments.guided_runs import (
     GuidedSplit,
     Labels,
     NetworkConfig,
-    Parts,
     Probe,
     Runs,
     make_training,
@@ -50,7 +49,9 @@ from experiments.guided_runs import (
     train,
 )
 from experiments.launch import launch
+from experiments.parts import Parts
 from experiments.run_folder import RunFolder
+from mae_align.store import fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +148,7 @@ def main(config: Config) -> None:
     for runs in parts:
         make_training(split, config.network, runs)
     folder = RunFolder.open("guided_autoencoder", config.data, config, config.out)
-    store = Parts(folder.points, split, [p.value for p in config.probes])
+    store = Parts(folder.points, fingerprint(split.arrays(), {"probes": [p.value for p in config.probes]}))
     rows = []
     if (lambdas := config.frontier) is not None:
         rows += store.once("frontier", lambda: linear_rows(split, config.latents, lambdas, config.probes))
@@ -175,7 +176,7 @@ def _crossed(weights: Sequence[float], seeds: Sequence[int]) -> tuple[tuple[floa
 
 def _observed(config: Config, split: GuidedSplit, runs: Runs, folder: RunFolder) -> list[dict[str, object]]:
     training = make_training(split, config.network, runs)
-    state = train(training, split, config.network, runs, folder.path / "networks" / runs.key)
+    state = train(training, split, config.network, runs, folder.shared / "networks" / runs.key)
     return list(measure(training, state, split, runs, config.probes))
 
 

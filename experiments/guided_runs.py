@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
@@ -28,7 +27,7 @@ from mae_align.models.base import BottleneckAutoencoder
 from mae_align.optimizer import OptimizerConfig, adamw
 from mae_align.probes import ProbeResult, Rows, knn_probe, logistic_probe, mlp_probe, ridge_probe
 from mae_align.run_log import MetricLog
-from mae_align.store import PointStore, fingerprint
+from mae_align.store import fingerprint
 from mae_align.train import Member, Metrics, Training, TrainState, guide
 
 Row = dict[str, Any]
@@ -239,28 +238,6 @@ class Runs:
         """A file name."""
         seeds = "-".join(str(seed) for seed in dict.fromkeys(seed for _, seed in self.members))
         return f"latent{self.latent}-{self.labels.value}-seeds{seeds}"
-
-
-class Parts:
-    """Finished parts on disk: lists of rows, so that a killed run computes none of them twice.
-
-    Args:
-        folder: where they are kept. split: the images they belong to. probes: their names.
-
-    Raises:
-        InputError: the folder holds parts of other images.
-    """
-
-    def __init__(self, folder: Path, split: GuidedSplit, probes: Sequence[str]) -> None:
-        self._store = PointStore(folder, fingerprint(split.arrays(), {"probes": list(probes)}))
-
-    def once(self, key: str, compute: Callable[[], list[Row]]) -> list[Row]:
-        """The rows of that name: read where they are finished, computed and written where not."""
-        found = self._store.load(key)
-        if found is None:
-            found = {"json": np.array(json.dumps(compute()))}
-            self._store.save(key, found)
-        return json.loads(str(found["json"]))
 
 
 def make_training(split: GuidedSplit, config: NetworkConfig, runs: Runs) -> Training:

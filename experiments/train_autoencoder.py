@@ -44,6 +44,7 @@ from mae_align.models import (
     MLPAutoencoder,
     Pixels,
     ResNetAutoencoder,
+    in_head,
 )
 from mae_align.models.base import BottleneckAutoencoder
 from mae_align.train import guide, reconstruct
@@ -155,6 +156,7 @@ def main(config: Config) -> None:
         restore,
         "clean images" if corruption is None else "clean images from corrupted ones",
         "autoencoder" if guided else "",
+        in_head if guided else None,
     )
 
     def pictures(model: Any, images: np.ndarray, like: np.ndarray, seed: int) -> Figure:

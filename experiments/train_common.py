@@ -1,22 +1,18 @@
-"""What the training experiments share: settings, the split of the data, the members of an ensemble, stored parts."""
+"""What the training experiments share: settings, the split of the data, the members of an ensemble."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 import mae_align as ma
 from mae_align.data import stratified_split
-from mae_align.store import PointStore, fingerprint
+from mae_align.store import fingerprint
 
 
 class Probe(enum.Enum):
@@ -153,6 +149,11 @@ class LabelledSplit:
         most = np.bincount(self.train_labels, minlength=self.num_classes).argmax()
         return float((self.test_labels == most).mean())
 
+    @property
+    def identity(self) -> str:
+        """What parts of a run belong to."""
+        return fingerprint(self.arrays(), {"name": self.name, "split": self.description})
+
     def arrays(self) -> tuple[np.ndarray, ...]:
         """All arrays, for a fingerprint."""
         parts = (self.train_images, self.validation_images, self.test_images)
@@ -226,54 +227,3 @@ def check_numbers(config: TrainConfig) -> None:
 
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-class Parts:
-    """Finished parts of the report on disk, so that a killed run computes none of them twice.
-
-    Of several processes the first has the files, and all of them get its parts.
-
-    Args:
-        folder: where they are kept. split: the data they belong to.
-
-    Raises:
-        InputError: the folder holds parts of other data.
-    """
-
-    def __init__(self, folder: Path, split: LabelledSplit) -> None:
-        self.identity = fingerprint(split.arrays(), {"name": split.name, "split": split.description})
-        self._store = PointStore(folder, self.identity)
-
-    def once(self, key: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """The part of that name: read where it is finished, computed and written where not.
-
-        Args:
-            key: a file name. compute: gives numbers, text, and lists and mappings of them.
-        """
-        found = self._store.load(key)
-        text = _of_first("" if found is None else str(found["json"]))
-        if not text:
-            text = _of_first(json.dumps(compute(), default=_plain))
-            self._store.save(key, {"json": np.array(text)})
-        return json.loads(text)
-
-
-def _of_first(text: str) -> str:
-    """The text that the first process has, in every process."""
-    if jax.process_count() == 1:
-        return text
-    encoded = np.frombuffer(text.encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(encoded))))
-    padded = np.zeros(size, np.uint8)
-    padded[: len(encoded)] = encoded[:size]
-    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().decode()
-
-
-def _plain(value: object) -> Any:
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    if isinstance(value, enum.Enum):
-        return value.value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    raise TypeError(f"{type(value).__name__} {value!r} cannot be written as JSON")

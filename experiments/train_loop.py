@@ -14,7 +14,7 @@ from flax import nnx
 
 import mae_align as ma
 from experiments.train_common import IGNORED, LabelledSplit, Run, TrainConfig
-from mae_align.checkpoint import Checkpoints
+from mae_align.checkpoint import BestBy, Checkpoints
 from mae_align.data import ArraySource
 from mae_align.devices import train_mesh
 from mae_align.feed import Feed, StreamedBatches
@@ -23,6 +23,7 @@ from mae_align.metrics import rankme
 from mae_align.models import Autoencoder
 from mae_align.optimizer import OptimizerConfig, adamw
 from mae_align.probes import Rows, ridge_probe
+from mae_align.recalibrate import has_batch_statistics, recalibrated
 from mae_align.run_log import MetricLog
 from mae_align.store import fingerprint
 from mae_align.train import DeviceData, Objective, Training, TrainState
@@ -41,6 +42,7 @@ class Problem:
         runs: the members. make_autoencoder: the network without heads. make_model: what is trained, which may hold that
             network. objective: its loss. inside: name under which it does, empty where it is the model itself.
         restore: (model, images [b, h, w, c] float32, key) -> what it makes of corrupted images. restores: in words.
+        apart: which parameters' gradients are clipped apart from the others'; None for one norm of all.
     """
 
     runs: Sequence[Run]
@@ -50,18 +52,37 @@ class Problem:
     restore: Callable[[Any, jax.Array, jax.Array], jax.Array]
     restores: str
     inside: str = ""
+    apart: Callable[[jax.tree_util.KeyPath], bool] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ensemble:
-    """Networks and the programs that run them."""
+    """Networks and the programs that run them.
+
+    Attributes:
+        training, state: of the networks. clean: the state with batch statistics of clean images, which features are
+            taken with; None where ``state`` serves.
+    """
 
     training: Training
     state: TrainState
+    clean: TrainState | None = None
+
+    @classmethod
+    def of(cls, training: Training, state: TrainState, split: LabelledSplit, corrupted: bool) -> Ensemble:
+        """Trained networks; their features are taken with batch statistics of clean images if training saw others."""
+        if not (corrupted and has_batch_statistics(state)):
+            return cls(training, state)
+        return cls(training, state, recalibrated(training, state, split.train_images))
+
+    @property
+    def note(self) -> str:
+        """What is to be said of its features."""
+        return "" if self.clean is None else "batch statistics of clean training images"
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """[E, n, k] of images [n, h, w, c], in eval mode."""
-        return self.training.features(self.state, images, FEATURE_BATCH)
+        return self.training.features(self.clean or self.state, images, FEATURE_BATCH)
 
 
 def steps_of(config: TrainConfig, split: LabelledSplit, epochs: float) -> int:
@@ -76,18 +97,19 @@ def make_training(
     objective: Objective,
     rates: Sequence[float],
     epochs: int,
+    warmup_epochs: float,
+    apart: Callable[[jax.tree_util.KeyPath], bool] | None = None,
 ) -> Training:
-    """The programs that train one network for each learning rate.
+    """The programs that train one network for each learning rate; ``apart`` as in :func:`mae_align.optimizer.adamw`.
 
     Raises:
         InputError: a mesh, batch or model that do not fit together.
     """
     steps = steps_of(config, split, epochs)
-    warmup = min(config.warmup_epochs, epochs / 4)
     optimizer = OptimizerConfig(
         total_steps=steps,
         learning_rate=max(rates),
-        warmup_steps=min(steps_of(config, split, warmup), steps - 1),
+        warmup_steps=min(steps_of(config, split, warmup_epochs), steps - 1),
         weight_decay=config.weight_decay,
         b2=config.beta2,
         clip_norm=None if math.isinf(config.clip_norm) else config.clip_norm,
@@ -95,7 +117,7 @@ def make_training(
     return Training(
         make_model,
         objective,
-        adamw(optimizer),
+        adamw(optimizer, apart),
         batch_size=config.batch_size,
         num_members=len(rates),
         mesh=train_mesh(config.ensemble_axis, jax.devices()[: config.devices]),
@@ -136,7 +158,7 @@ def train(
     every = config.checkpoint_every or max(100, steps // epochs)
     where = fingerprint([], {"data": identity, "part": folder.name, "steps": steps, "config": _settings(config)})
     with (
-        Checkpoints.open(folder / "checkpoints", identity=where, every=every) as checkpoints,
+        Checkpoints.open(folder / "checkpoints", identity=where, every=every, keep_best=BestBy("loss")) as checkpoints,
         MetricLog(folder, shown=("probe_accuracy", "accuracy"), progress=True) as log,
     ):
         return fit(
@@ -173,8 +195,8 @@ def _source(config: TrainConfig, split: LabelledSplit, training: Training) -> De
 class OnlineProbe:
     """A ridge probe of every member while it trains, on some training and validation images.
 
-    The strength is chosen on the validation images that the accuracy is measured on: good for watching, not for
-    reporting.
+    The strength is chosen on the validation images that the accuracy is measured on, and batch statistics are those of
+    training, of corrupted images where there is a corruption: good for watching, not for reporting.
     """
 
     training: Training

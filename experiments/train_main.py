@@ -10,12 +10,13 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.parts import Parts
 from experiments.run_folder import RunFolder, atomic_path, netcdf3_ready
-from experiments.train_common import IGNORED, LabelledSplit, Parts, Probe, TrainConfig
+from experiments.train_common import IGNORED, LabelledSplit, Probe, TrainConfig
 from experiments.train_figures import accuracy_figure, training_figure
 from experiments.train_loop import Ensemble, OnlineProbe, Problem, initial, make_training, steps_of, train
 from experiments.train_measures import Measured, Report, measure, report_sentences
-from experiments.train_probes import all_scores
+from experiments.train_probes import all_scores, end_trainings
 from experiments.train_report import NETWORK, Results, Score, comparisons, table_text
 from mae_align.corruption import Corruption
 
@@ -42,16 +43,27 @@ def run(
     """
     runs = problem.runs
     rates = [r.learning_rate for r in runs]
-    training = make_training(config, split, problem.make_model, problem.objective, rates, config.epochs)
+    training = make_training(
+        config, split, problem.make_model, problem.objective, rates, config.epochs, config.warmup_epochs, problem.apart
+    )
+    # Refuses what does not fit before anything is trained.
+    trainings = end_trainings(config, split, problem)
     folder = RunFolder.open(experiment, config.data, config, config.out, ignore=IGNORED)
-    parts = Parts(folder.points, split)
+    parts = Parts(folder.points, split.identity)
     state = initial(training, runs, rates)
     probe = OnlineProbe.of(training, split, config.online_images, config.seed)
     state = train(config, split, training, state, config.epochs, folder.shared, parts.identity, probe)
-    trained = Ensemble(training, state)
+    trained = Ensemble.of(training, state, split, corrupted=corruption is not None)
     measured = Measured.of(split, corruption)
     scores, ends, chosen = all_scores(
-        config, measured, problem, trained, lambda found: _chosen(problem, found), folder.shared / "ends", parts
+        config,
+        measured,
+        problem,
+        trained,
+        lambda found: _chosen(problem, found),
+        trainings,
+        folder.shared / "ends",
+        parts,
     )
     report = measure(problem, measured, trained, chosen, scores, parts, config.seed)
     results = Results(runs, chosen, scores, ends, report.rows, len(split.test_labels), split.chance)

@@ -12,7 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 import mae_align as ma
-from experiments.train_common import LabelledSplit, Parts
+from experiments.parts import Parts
+from experiments.train_common import LabelledSplit
 from experiments.train_loop import FEATURE_BATCH, Ensemble, Problem
 from experiments.train_report import NETWORK, Score
 from mae_align.corruption import Corruption, PatchMask
@@ -21,6 +22,7 @@ from mae_align.metrics import Outputs, report_row
 from mae_align.moments import group_of
 from mae_align.patches import patch_hw
 from mae_align.predictions import KS, closed_form_row
+from mae_align.targets import varying_components
 
 # Pixel values up to which whole images are measured; larger ones are pooled.
 MOST_PIXELS = 12_288
@@ -66,6 +68,11 @@ class Measured:
         """Of the training images and labels."""
         split = self.split
         return ma.Moments.from_arrays(self.pool(split.train_images), split.train_labels, num_classes=split.num_classes)
+
+    @functools.cached_property
+    def components(self) -> tuple[np.ndarray, np.ndarray]:
+        """Principal components of the training images and their variances."""
+        return varying_components(self.train)
 
     @functools.cached_property
     def test(self) -> ma.Moments:
@@ -145,13 +152,15 @@ def measure(
                 eval_targets=split.test_labels,
                 probes={},
                 closed_form=corrupted,
+                components=measured.components,
             )
 
-        row = parts.once(f"report-{member}", compute)
+        row = parts.once(f"report-{member}" + ("" if trained.clean is None else "-clean"), compute)
         for score in scores:
             if (score.features, score.member) == (NETWORK, member):
                 row |= {f"{score.probe}_{key}": value for key, value in score.values.items() if key != "probe"}
-        rows.append(row | {"reconstruction_of": problem.restores, "images": f"whole{measured.note}"})
+        about = {"reconstruction_of": problem.restores, "images": f"whole{measured.note}"}
+        rows.append(row | about | ({"features_note": trained.note} if trained.note else {}))
     return Report(rows, corrupted, clean, problem.restores)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from experiments.train_common import End, LabelledSplit, Parts, Probe, Run, TrainConfig
+from experiments.parts import Parts
+from experiments.train_common import End, LabelledSplit, Probe, Run, TrainConfig
 from experiments.train_loop import FEATURE_BATCH, Ensemble, Problem, initial, make_training, train, with_encoder
 from experiments.train_measures import Measured
 from experiments.train_report import (
@@ -63,16 +64,19 @@ class Features:
 
     Attributes:
         name: kind. member: position of the network, -1 for none. encoded: gives them, computed when asked for.
+        note: how they are taken, for the protocol; empty for as usual.
     """
 
     name: str
     member: int
     encoded: Callable[[], Encoded]
+    note: str = ""
 
     @property
     def key(self) -> str:
         """As a part of a file name."""
-        return re.sub(r"\W+", "-", self.name) + (f"-{self.member}" if self.member >= 0 else "")
+        words = " ".join(part for part in (self.name, self.note) if part)
+        return re.sub(r"\W+", "-", words) + (f"-{self.member}" if self.member >= 0 else "")
 
 
 def probe_scores(
@@ -95,7 +99,8 @@ def probe_scores(
                 seed=seed,
                 features=features.name,
             )
-            return result.as_dict() | {"split": split.description}
+            note = {"features_note": features.note} if features.note else {}
+            return result.as_dict() | {"split": split.description} | note
 
         found = parts.once(f"probe-{features.key}-{probe.value}", compute)
         scores.append(Score(features.member, features.name, probe.value, found))
@@ -140,14 +145,32 @@ class EndTraining:
     best: list[int]
 
 
-def end_training(config: TrainConfig, split: LabelledSplit, problem: Problem, count: int) -> Training:
-    """The programs that train ``count`` networks with labels, one with each learning rate."""
+def end_trainings(config: TrainConfig, split: LabelledSplit, problem: Problem) -> dict[End, Training]:
+    """The programs of the ends that are wanted; nothing is compiled yet.
+
+    One network for each learning rate and, from scratch, each seed; fine-tuned, each seed at each guidance weight. Both
+    share their programs where they have equally many networks. Warm-up is no more than a quarter of the epochs.
+
+    Raises:
+        InputError: numbers of networks or images that the mesh does not divide.
+    """
 
     def make_model(rngs: nnx.Rngs) -> Classifier:
         return Classifier(problem.make_autoencoder(rngs), split.num_classes, rngs=rngs)
 
-    rates = [rate for _ in range(count) for rate in config.end_learning_rates]
-    return make_training(config, split, make_model, classify, rates, config.end_epochs)
+    @functools.cache
+    def programs(count: int) -> Training:
+        rates = [rate for _ in range(count) for rate in config.end_learning_rates]
+        warmup = min(config.warmup_epochs, config.end_epochs / 4)
+        return make_training(config, split, make_model, classify, rates, config.end_epochs, warmup)
+
+    found = {}
+    for end in config.ends or ():
+        # A supervised network is one from scratch.
+        kind = End.fine_tuning if end is End.fine_tuning else End.from_scratch
+        tuned = end is End.fine_tuning
+        found[kind] = programs(len({(run.seed, run.guidance if tuned else 0.0) for run in problem.runs}))
+    return found
 
 
 def train_end(
@@ -227,13 +250,14 @@ def all_scores(
     problem: Problem,
     trained: Ensemble,
     chosen: Callable[[Sequence[Score]], list[int]],
+    trainings: Mapping[End, Training],
     folder: Path,
     parts: Parts,
 ) -> tuple[list[Score], list[Score], list[int]]:
     """Scores of all probes and of all ends, and the members that are reported on.
 
     Args:
-        chosen: picks these members from the scores of the trained networks.
+        chosen: picks these members from the scores of the trained networks. trainings: of :func:`end_trainings`.
     """
     split, runs = measured.split, problem.runs
     latent = len(trained.features(split.test_images[:1])[0, 0])
@@ -244,6 +268,7 @@ def all_scores(
         return Ensemble(trained.training, state)
 
     networks = network_features(NETWORK, lambda: trained, split, range(len(runs)))
+    networks = [dataclasses.replace(features, note=trained.note) for features in networks]
     start = [f for f in network_features(UNTRAINED, untrained, split, range(len(runs))) if f.member in firsts]
     # By kind, so that only one ensemble's features are held at a time.
     scores = probe_scores(config, split, networks, parts, config.seed)
@@ -252,16 +277,14 @@ def all_scores(
         scores += probe_scores(config, split, kinds, parts, config.seed)
     ends: list[Score] = []
     wanted = config.ends or ()
-    # Both ends share their programs where they have equally many networks.
-    programs = functools.cache(lambda count: end_training(config, split, problem, count))
+
+    def train_one(end: End, members: Sequence[int]) -> EndTraining:
+        return train_end(end, config, split, problem, trained, trainings[end], members, folder, parts)
+
     if End.fine_tuning in wanted:
-        ends += train_end(
-            End.fine_tuning, config, split, problem, trained, programs(len(reported)), reported, folder, parts
-        ).scores
+        ends += train_one(End.fine_tuning, reported).scores
     if End.from_scratch in wanted or End.supervised in wanted:
-        made = train_end(
-            End.from_scratch, config, split, problem, trained, programs(len(firsts)), firsts, folder, parts
-        )
+        made = train_one(End.from_scratch, firsts)
         ends += made.scores if End.from_scratch in wanted else []
         if End.supervised in wanted:
 

@@ -223,14 +223,14 @@ class _Loop:
                 position = {"source": self.feed.position(), "log": self.window.position()}
                 checkpoints.save(step, state, position, self._scores(values, saving))
             if checkpoints is not None and stopping:
-                checkpoints.wait()
-                if signals.interrupted:
-                    raise KeyboardInterrupt
-                raise Preempted(step, checkpoints.folder)
+                raise _stopped(step, checkpoints, signals)
         self._read()
         self._check_parameters(state, step)
         if checkpoints is not None:
             checkpoints.wait()
+            # During the last save, which takes a while: whoever called goes on to the next long work.
+            if signals.received:
+                raise _stopped(step, checkpoints, signals)
         return state
 
     def _read(self) -> None:
@@ -279,6 +279,12 @@ class _Loop:
                 f"{', '.join(sorted(scores))}: choose one of these, or save at steps that are evaluated"
             )
         return {name: score for name, score in scores.items() if math.isfinite(score)}
+
+
+def _stopped(step: int, checkpoints: Checkpoints, signals: StopSignals) -> BaseException:
+    """What a run ends with that was asked to stop, when everything is saved."""
+    checkpoints.wait()
+    return KeyboardInterrupt() if signals.interrupted else Preempted(step, checkpoints.folder)
 
 
 def _on_host(array: jax.Array) -> np.ndarray:

@@ -20,7 +20,7 @@ from mae_align.frequency import error_by_band
 from mae_align.moments import Moments
 from mae_align.predictions import KS, Row, closed_form_row
 from mae_align.probes import ProbeResult, as_images, ridge_from_moments
-from mae_align.targets import Components
+from mae_align.targets import count_of_share, varying_components
 
 # Images held in float64 at a time.
 _ROWS = 4096
@@ -139,7 +139,13 @@ def feature_r2(
 
 
 def reconstruction_errors(
-    images: np.ndarray, reconstructed: np.ndarray, moments: Moments, *, share: float = 0.9, num_bands: int = 8
+    images: np.ndarray,
+    reconstructed: np.ndarray,
+    moments: Moments,
+    *,
+    share: float = 0.9,
+    num_bands: int = 8,
+    components: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> SubspaceErrors:
     """Where a reconstruction errs: in total, in the top and bottom principal subspaces, per band of frequency.
 
@@ -149,9 +155,11 @@ def reconstruction_errors(
         images: [m, h, w, c] clean. reconstructed: likewise, stored pixel units.
         moments: of the training images: their mean and principal components.
         share: of the variance, in the top subspace. num_bands: see :mod:`mae_align.frequency`.
+        components: of :func:`mae_align.targets.varying_components` of the moments, where several networks share them;
+            None: computed.
 
     Returns:
-        The errors. Cost: one eigh of size d, m d^2.
+        The errors. Cost: m d^2, and one eigh of size d for the components.
 
     Raises:
         InputError: shapes that differ, NaN or infinite pixels, a share outside (0, 1).
@@ -171,8 +179,8 @@ def reconstruction_errors(
         )
     if not 0.0 < share < 1.0:
         raise InputError(f"share={share}: give a share of the variance between 0 and 1")
-    top = Components.top_share(moments, share).components
-    whole = Components.top_share(moments, 1.0).components
+    whole, variances = varying_components(moments) if components is None else components
+    top_count = count_of_share(variances, share)
     mean = moments.mean_x
     # Sums over images of squares: in total, within the top components, within all components with variance.
     error, energy = np.zeros(3), np.zeros(3)
@@ -181,13 +189,13 @@ def reconstruction_errors(
         e = x_hat[start : start + _ROWS].reshape(clean.shape) - clean
         for sums, part in ((error, e), (energy, clean - mean)):
             along = (part @ whole) ** 2
-            sums += (part**2).sum(), along[:, : top.shape[1]].sum(), along.sum()
+            sums += (part**2).sum(), along[:, :top_count].sum(), along.sum()
     bands = error_by_band(x, x_hat, num_bands, mean_image=mean.reshape(moments.image_shape)).share
     bottom = math.nan
-    if whole.shape[1] > top.shape[1]:
+    if len(variances) > top_count:
         bottom = _ratio(error[2] - error[1], energy[2] - energy[1])
     total = _ratio(error[0], energy[0])
-    return SubspaceErrors(float(error[0] / x.size), total, _ratio(error[1], energy[1]), bottom, bands, top.shape[1])
+    return SubspaceErrors(float(error[0] / x.size), total, _ratio(error[1], energy[1]), bottom, bands, top_count)
 
 
 def _ratio(error: float, energy: float) -> float:
@@ -229,6 +237,7 @@ def report_row(
     share: float = 0.9,
     num_bands: int = 8,
     closed_form: Mapping[str, float | int | str] | None = None,
+    components: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Row:
     """One row: a trained network and its data, what the closed form says and what was measured.
 
@@ -240,7 +249,7 @@ def report_row(
         probes: by name, which becomes the prefix of their cells.
         ks: numbers of features of the closed form. share, num_bands: see :func:`reconstruction_errors`.
         closed_form: the cells of :func:`mae_align.predictions.closed_form_row` where several networks share them;
-            None: computed, which is most of the cost.
+            None: computed, which is most of the cost. components: likewise, see :func:`reconstruction_errors`.
 
     Returns:
         ``identity``, latent, rankme (of held-out features), feature_r2, feature_eval_r2, the cells of
@@ -262,7 +271,9 @@ def report_row(
     """
     classes = moments.num_targets if np.ndim(targets) == 1 and np.asarray(targets).dtype.kind in "iub" else None
     own = feature_r2(outputs.features, targets, outputs.eval_features, eval_targets, num_classes=classes)
-    error = reconstruction_errors(eval_images, outputs.reconstructed, moments, share=share, num_bands=num_bands)
+    error = reconstruction_errors(
+        eval_images, outputs.reconstructed, moments, share=share, num_bands=num_bands, components=components
+    )
     parts: list[Mapping[str, float | int | str]] = [
         identity,
         {"latent": outputs.features.shape[1], "rankme": rankme(outputs.eval_features)},

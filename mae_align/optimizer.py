@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -89,13 +90,17 @@ def warmup_cosine(learning_rate: float, warmup_steps: int, total_steps: int) -> 
     return rate
 
 
-def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
+def adamw(
+    config: OptimizerConfig, apart: Callable[[jax.tree_util.KeyPath], bool] | None = None
+) -> optax.GradientTransformation:
     """AdamW of a configuration: clip, scale by Adam, add decay, times -learning rate.
 
     Decay acts on parameters of two or more axes: not on biases, scales of norms and other vectors.
 
     Args:
         config: see :class:`OptimizerConfig`.
+        apart: which parameters, by their paths, have a norm of their own to be clipped by, so that they do not shrink
+            the step of the others (:func:`mae_align.models.in_head`); None: all have one norm together.
 
     Returns:
         A transformation of one network's parameters; its state is two copies of them, float32.
@@ -108,7 +113,7 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
         ([[-0.05...]], [-0.0])
     """
     return optax.chain(
-        *_clipping(config.clip_norm),
+        *_clipping(config.clip_norm, apart),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=_decays),
         optax.scale_by_learning_rate(warmup_cosine(config.learning_rate, config.warmup_steps, config.total_steps)),
@@ -149,8 +154,20 @@ def _decays(params: optax.Params) -> optax.Params:
     return jax.tree.map(lambda p: p.ndim >= 2, params)
 
 
-def _clipping(norm: float | None) -> tuple[optax.GradientTransformation, ...]:
-    return () if norm is None else (optax.clip_by_global_norm(norm),)
+def _clipping(
+    norm: float | None, apart: Callable[[jax.tree_util.KeyPath], bool] | None = None
+) -> tuple[optax.GradientTransformation, ...]:
+    if norm is None:
+        return ()
+    clip = optax.clip_by_global_norm(norm)
+    if apart is None:
+        return (clip,)
+
+    def those(wanted: bool) -> Callable[[optax.Params], optax.Params]:
+        return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: apart(path) is wanted, params)
+
+    # One link of the chain, so that the states after it stand where they do without.
+    return (optax.chain(optax.masked(clip, those(True)), optax.masked(clip, those(False))),)
 
 
 def _check_clip(norm: float | None) -> None:

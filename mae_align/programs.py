@@ -299,21 +299,50 @@ def compile_features(program: Program, recipe: Recipe) -> Callable[[TrainState, 
         model = in_eval_mode(recipe.graphdef, params, rest)
         return model.features(images.astype(jnp.float32)).astype(jnp.float32)
 
-    def of_all(state: TrainState, images: jax.Array) -> jax.Array:
-        return jax.vmap(encode, (0, 0, None), spmd_axis_name="ensemble")(state.params, state.rest, images)
+    return _of_every_member(program, recipe, encode)
 
-    def of_one(state: TrainState, images: jax.Array, member: jax.Array) -> jax.Array:
+
+def compile_statistics(program: Program, recipe: Recipe) -> Callable[[TrainState, jax.Array], nnx.State]:
+    """The function that takes the batch statistics of a batch as given with every member.
+
+    Args:
+        program, recipe: as for :func:`compile_features`.
+
+    Returns:
+        A function (state, images [b, h, w, c] split over "data") -> what the pass to the features leaves in a model
+        whose running statistics forget all batches but the last, [E, ...] each, on the host.
+    """
+
+    def statistics(params: nnx.State, rest: nnx.State, images: jax.Array) -> nnx.State:
+        model = nnx.merge(recipe.graphdef, params, rest, copy=True)
+        model.train()
+        model.set_attributes(nnx.BatchNorm, momentum=0.0)
+        model.features(images.astype(jnp.float32))
+        return nnx.state(model, nnx.BatchStat)
+
+    return _of_every_member(program, recipe, statistics)
+
+
+def _of_every_member(
+    program: Program, recipe: Recipe, function: Callable[[nnx.State, nnx.State, jax.Array], Any]
+) -> Callable[[TrainState, jax.Array], Any]:
+    """A function of parameters, other variables and images, of all members: its results [E, ...] on the host."""
+
+    def of_all(state: TrainState, images: jax.Array) -> Any:
+        return jax.vmap(function, (0, 0, None), spmd_axis_name="ensemble")(state.params, state.rest, images)
+
+    def of_one(state: TrainState, images: jax.Array, member: jax.Array) -> Any:
         params, rest = pick((state.params, state.rest), member)
-        return encode(params, rest, images)
+        return function(params, rest, images)
 
     if program is Program.VMAPPED_SCAN:
         every = recipe.jit(of_all, recipe.sharding())
-        return lambda state, images: np.asarray(every(state, images))
+        return lambda state, images: jax.tree.map(np.asarray, every(state, images))
     one = recipe.jit(of_one, recipe.sharding())
 
-    def one_by_one(state: TrainState, images: jax.Array) -> np.ndarray:
+    def one_by_one(state: TrainState, images: jax.Array) -> Any:
         turns = (recipe.on_all(np.int32(member)) for member in range(state.num_members))
-        return np.stack([np.asarray(one(state, images, turn)) for turn in turns])
+        return jax.tree.map(lambda *x: np.stack(x), *(jax.tree.map(np.asarray, one(state, images, t)) for t in turns))
 
     return one_by_one
 

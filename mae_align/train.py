@@ -133,7 +133,7 @@ class Training:
         self.batch_size, self.num_members, self.steps_per_call = batch_size, num_members, steps
         self.image_shape: ImageShape = tuple(model.image_shape)
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-        self._recipe = Recipe(graphdef, objective, optimizer, batch_size, mesh, compiler_options or {})
+        self.recipe = Recipe(graphdef, objective, optimizer, batch_size, mesh, compiler_options or {})
         self._make_model, self._num_classes = make_model, None
         if hasattr(model, "logits"):
             image = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
@@ -141,19 +141,19 @@ class Training:
             self._num_classes = int(logits.shape[1])
         members = np.zeros(num_members, np.uint32), np.ones((2, num_members), np.float32)
         shapes = jax.eval_shape(self._initial, *members)
-        layout = jax.tree.map(lambda x: self._recipe.sharding(*(["ensemble"] if x.ndim else [])), shapes)
+        layout = jax.tree.map(lambda x: self.recipe.sharding(*(["ensemble"] if x.ndim else [])), shapes)
         self.abstract_state: TrainState = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout
         )
         # It runs once, and XLA takes seconds to optimise random numbers for a CPU.
         quick = {"xla_backend_optimization_level": 0} if is_cpu(mesh.devices.flat[0]) else None
         self._init = jax.jit(self._initial, out_shardings=layout, compiler_options=quick)
-        self._run = compile_run(program, self._recipe, layout, steps)
-        self._blank = jax.jit(Orders.blank, static_argnums=1, out_shardings=self._recipe.sharding("ensemble"))
-        self._order = jax.jit(permutations, static_argnums=2, out_shardings=self._recipe.sharding("ensemble"))
-        self._joined = jax.jit(_joined, static_argnums=1, out_shardings=self._recipe.sharding())
-        self._pick = jax.jit(pick, out_shardings=self._recipe.sharding())
-        self._encode = compile_features(program, self._recipe)
+        self._run = compile_run(program, self.recipe, layout, steps)
+        self._blank = jax.jit(Orders.blank, static_argnums=1, out_shardings=self.recipe.sharding("ensemble"))
+        self._order = jax.jit(permutations, static_argnums=2, out_shardings=self.recipe.sharding("ensemble"))
+        self._joined = jax.jit(_joined, static_argnums=1, out_shardings=self.recipe.sharding())
+        self._pick = jax.jit(pick, out_shardings=self.recipe.sharding())
+        self._encode = compile_features(program, self.recipe)
         # Where each number of images stands in its order: a memo of what follows from state and step.
         self._orders: dict[int, Orders] = {}
 
@@ -162,7 +162,7 @@ class Training:
 
         def one(key: jax.Array) -> tuple[nnx.State, nnx.State, optax.OptState]:
             _, params, rest = nnx.split(self._make_model(nnx.Rngs(weights_key(key))), nnx.Param, ...)
-            return params, rest, self._recipe.optimizer.init(params)
+            return params, rest, self.recipe.optimizer.init(params)
 
         member = Member(scalars[0], scalars[1])
         return TrainState(jnp.zeros((), jnp.int32), *jax.vmap(one)(keys), keys, member)
@@ -199,7 +199,7 @@ class Training:
                 if array.shape != (self.num_members,) or not (np.isfinite(array) & (array >= 0)).all():
                     raise InputError(f"{name}={values}: give {self.num_members} numbers of at least 0, one a member")
                 scalars[row] = array
-        return self._init(self._recipe.on_all(np.asarray(seeds, np.uint32)), self._recipe.on_all(scalars))
+        return self._init(self.recipe.on_all(np.asarray(seeds, np.uint32)), self.recipe.on_all(scalars))
 
     def put(self, images: np.ndarray, labels: np.ndarray | None = None) -> DeviceData:
         """A data set on every device, bytes as bytes.
@@ -221,7 +221,7 @@ class Training:
                 f"{len(images)} images are fewer than a batch of {self.batch_size}: make batch_size smaller"
             )
         check_fits([images, labels], self._local_devices)
-        return DeviceData(self._recipe.on_all(images), None if labels is None else self._recipe.on_all(labels))
+        return DeviceData(self.recipe.on_all(images), None if labels is None else self.recipe.on_all(labels))
 
     def order(self, state: TrainState, epoch: int, n: int) -> jax.Array:
         """The order in which each member goes through n images in one epoch.
@@ -234,7 +234,7 @@ class Training:
         Returns:
             [E, n] int32 on the devices; each row a permutation that depends on its member's seed and the epoch alone.
         """
-        return self._order(state.keys, self._recipe.on_all(np.int32(epoch)), n)
+        return self._order(state.keys, self.recipe.on_all(np.int32(epoch)), n)
 
     def advance(self, state: TrainState, data: DeviceData, num_steps: int) -> tuple[TrainState, Metrics]:
         """Steps on batches of a data set on the devices; the old state is given away.
@@ -326,7 +326,7 @@ class Training:
     @property
     def batch_rows(self) -> slice:
         """The rows of each batch of a stream that this process gives to :meth:`advance_batches`."""
-        spans = self._recipe.sharding("data").addressable_devices_indices_map((self.batch_size,)).values()
+        spans = self.recipe.sharding("data").addressable_devices_indices_map((self.batch_size,)).values()
         ranges = [span[0].indices(self.batch_size) for span in spans if span is not None]
         return slice(min(start for start, _, _ in ranges), max(stop for _, stop, _ in ranges))
 
@@ -338,7 +338,7 @@ class Training:
             start, stop, _ = index[1].indices(self.batch_size)
             return local[:, start - first : stop - first]
 
-        return place((count, self.batch_size, *array.shape[1:]), self._recipe.sharding(None, "data"), read)
+        return place((count, self.batch_size, *array.shape[1:]), self.recipe.sharding(None, "data"), read)
 
     def model(self, state: TrainState, member: int) -> Any:
         """A copy of one member's network in eval mode, on the default device.
@@ -351,9 +351,9 @@ class Training:
         """
         if not 0 <= member < self.num_members:
             raise InputError(f"member {member}: there are members 0 to {self.num_members - 1}")
-        parts = self._pick((state.params, state.rest), self._recipe.on_all(np.int32(member)))
+        parts = self._pick((state.params, state.rest), self.recipe.on_all(np.int32(member)))
         # By way of the host: on one device whatever the mesh.
-        return in_eval_mode(self._recipe.graphdef, *jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), parts))
+        return in_eval_mode(self.recipe.graphdef, *jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), parts))
 
     def features(self, state: TrainState, images: np.ndarray, batch_size: int) -> np.ndarray:
         """Features of every member, in eval mode, of images as given.
@@ -376,7 +376,7 @@ class Training:
         for start in range(0, len(images), size):
             part = images[start : start + size]
             rows = np.concatenate([part, np.repeat(part[:1], size - len(part), axis=0)])
-            batch = place(rows.shape, self._recipe.sharding("data"), rows.__getitem__)
+            batch = place(rows.shape, self.recipe.sharding("data"), rows.__getitem__)
             found.append(self._encode(state, batch)[:, : len(part)])
         return np.concatenate(found, axis=1)
 

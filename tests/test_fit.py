@@ -161,6 +161,21 @@ def test_ctrl_c_saves_and_interrupts_and_a_second_one_ends_at_once(tmp_path):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Preempted), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_during_the_last_save_is_not_lost(tmp_path, monkeypatch, number, error):
+    save = Checkpoints.save
+
+    def interrupted(self: Checkpoints, step: int, *rest: Any) -> None:
+        save(self, step, *rest)
+        if step == STEPS:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(Checkpoints, "save", interrupted)
+    with pytest.raises(error):
+        run(tmp_path)
+    assert (tmp_path / "checkpoints" / str(STEPS)).is_dir()
+
+
 def test_outside_the_main_thread_and_without_checkpoints_signals_are_left_alone(tmp_path):
     seen = []
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LinearRegression
 
-from mae_align import InputError, Moments, PatchMasking
+from mae_align import InputError, Moments, PatchMasking, targets
 from mae_align.metrics import (
     Outputs,
     feature_r2,
@@ -102,6 +102,18 @@ def test_errors_in_subspaces_are_those_of_projections():
     assert perfect.mse == perfect.total == perfect.top == perfect.bottom == 0.0 and (perfect.bands == 0).all()
 
 
+def test_networks_share_one_eigendecomposition(monkeypatch):
+    x, test = images(), images(50, seed=1)
+    moments, solved, solve = Moments.from_arrays(x), [], targets.principal_components
+    monkeypatch.setattr(targets, "principal_components", lambda m: solved.append(1) or solve(m))
+    alone = reconstruction_errors(test, test * 0.9, moments)
+    assert len(solved) == 1
+    shared = targets.varying_components(moments)
+    assert len(solved) == 2
+    again = reconstruction_errors(test, test * 0.9, moments, components=shared)
+    assert len(solved) == 2 and again[:4] == alone[:4]
+
+
 def test_errors_of_integer_images_and_dead_pixels():
     x = np.clip(images(), 0, 255).astype(np.uint8)
     x[:, 0] = 9
@@ -140,7 +152,8 @@ def test_one_row_holds_everything():
         "num_bands": 4,
     }
     outputs = Outputs(z, z_test, test * 0.9)
-    row = report_row({"model": "random", "seed": 3}, outputs, probes={"ridge": probe}, **arguments)
+    shared = targets.varying_components(moments)
+    row = report_row({"model": "random", "seed": 3}, outputs, probes={"ridge": probe}, components=shared, **arguments)
     assert list(row)[:2] == ["model", "seed"] and row["latent"] == 7 and row["rankme"] == rankme(z_test)
     own = feature_r2(z, y, z_test, y_test)
     assert (row["feature_r2"], row["feature_eval_r2"]) == own

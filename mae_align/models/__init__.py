@@ -3,7 +3,7 @@
 from mae_align.models.base import Autoencoder, BottleneckAutoencoder, ImageModel, ModelKind
 from mae_align.models.classifier import Classifier, classification
 from mae_align.models.conv import ConvAutoencoder
-from mae_align.models.guided import GuidedAutoencoder, scale_gradient
+from mae_align.models.guided import GuidedAutoencoder, in_head, scale_gradient
 from mae_align.models.layers import gelu_exact
 from mae_align.models.mlp import MLPAutoencoder
 from mae_align.models.pixels import Constant, Pixels
@@ -51,6 +51,7 @@ __all__ = [
     "VitSize",
     "classification",
     "gelu_exact",
+    "in_head",
     "predicted_classes",
     "scale_gradient",
 ]

@@ -122,10 +122,11 @@ class Autoencoder(ImageModel):
             images: [b, h, w, c] clean, in stored pixel units. key: PRNG key of the corruption.
 
         Returns:
-            The loss, its metrics, features [b, k] float32. Costs another pass of the encoder over all of the image.
+            The loss, its metrics, features [b, k] float32. Costs another pass of the encoder over all of the image,
+            which leaves running batch statistics as the loss has made them.
         """
         loss, metrics = self.loss(images, key)
-        return loss, metrics, self.encode(images)
+        return loss, metrics, nnx.clone(self).encode(images)
 
     def features(self, images: Array) -> jax.Array:
         """:meth:`encode`: what probes are given."""

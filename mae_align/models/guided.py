@@ -41,11 +41,26 @@ def _scale_backward(weight: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.
 scale_gradient.defvjp(_scale_forward, _scale_backward)
 
 
+def in_head(path: jax.tree_util.KeyPath) -> bool:
+    """Whether a parameter of a :class:`GuidedAutoencoder` is its head's.
+
+    Args:
+        path: of the parameter in the tree of all parameters.
+
+    Example:
+        >>> jax.tree_util.tree_map_with_path(lambda path, _: in_head(path), {"autoencoder": {"head": 1}, "head": [1]})
+        {'autoencoder': {'head': False}, 'head': [True]}
+    """
+    return path[:1] == (jax.tree_util.DictKey("head"),)
+
+
 class GuidedAutoencoder(nnx.Module):
     """An autoencoder and a linear head on its features.
 
     loss = reconstruction + weight * cross-entropy for the autoencoder, while the head gets the full gradient of the
-    cross-entropy whatever the weight: at weight 0 it is an online probe that leaves the autoencoder alone.
+    cross-entropy whatever the weight: at weight 0 it is an online probe that leaves the gradient of the autoencoder
+    alone, and its batch statistics. Its steps too, where gradients are not clipped or the head's are clipped apart:
+    ``adamw(config, in_head)``.
 
     Args:
         autoencoder: what is guided. num_classes: at least 2. rngs: of the head.

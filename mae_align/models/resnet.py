@@ -73,7 +73,9 @@ class ResNetAutoencoder(BottleneckAutoencoder):
     undoes the stages in reverse by nearest upsampling before the last block of each. ``blocks=(2, 2, 2, 2)`` with width
     64 is ResNet-18, ``(3, 4, 6, 3)`` ResNet-34.
 
-    Call ``train()`` before training steps and ``eval()`` before features are taken: batch normalisation differs.
+    Call ``train()`` before training steps and ``eval()`` before features are taken: batch normalisation differs. After
+    training with a corruption its running statistics are of corrupted images; for features of clean ones give it theirs
+    (:func:`mae_align.recalibrate.recalibrated`).
 
     Args:
         pixels: normalisation, and the image shape. blocks: basic blocks per stage. width: channels of the first stage.

@@ -74,7 +74,7 @@ def knn_probe(
     num_classes: int | None = None,
     val: Rows | None = None,
     val_fraction: float = 0.1,
-    neighbors: Sequence[int] = NEIGHBORS,
+    neighbors: Sequence[int] | None = None,
     votes: Votes = ExponentialVotes(),
     normalization: Normalization = per_feature,
     seed: int = 0,
@@ -85,8 +85,8 @@ def knn_probe(
     Args:
         train_features: [n, k]. train_targets: [n] class labels. test_features, test_targets: likewise.
         num_classes, val, val_fraction, normalization, seed, features: as in :func:`mae_align.probes.ridge_probe`.
-        neighbors: values of k to choose among; one alone is fixed. votes: :class:`ExponentialVotes` or
-            :func:`plain_votes`.
+        neighbors: values of k to choose among; one alone is fixed; None: those of ``NEIGHBORS`` that are fewer than the
+            fitted samples. votes: :class:`ExponentialVotes` or :func:`plain_votes`.
 
     Returns:
         Scores (r2 is NaN; the training accuracy leaves each sample out of its own neighbours, on 2,000 samples at most)
@@ -106,11 +106,9 @@ def knn_probe(
     train, test = Rows(train_features, train_targets), Rows(test_features, test_targets)
     parts = class_parts(train, test, num_classes, val, val_fraction, normalization, seed, np.dtype(np.float32))
     n = len(parts.train.y)
-    counts = sorted(set(neighbors))
+    counts = sorted(set([k for k in NEIGHBORS if k < n] if neighbors is None else neighbors))
     if not counts or counts[0] < 1 or counts[-1] >= n or any(int(k) != k for k in counts):
-        raise InputError(
-            f"neighbors={list(neighbors)}: give whole numbers from 1 to {n - 1}, one less than fitted samples"
-        )
+        raise InputError(f"neighbors={counts}: give whole numbers from 1 to {n - 1}, one less than fitted samples")
     bank, labels = _unit(jnp.asarray(parts.train.x)), jnp.asarray(parts.train.y)
     wanted = jnp.asarray(counts)
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import experiments.alignment_vs_probe as module
-from experiments.alignment_cells import Cell, Loss, NetworkConfig, closed_form, probe_tasks
+from experiments import alignment_cells
+from experiments.alignment_cells import Cell, Loss, NetworkConfig, closed_form, make_training, probe_tasks
 from experiments.alignment_vs_probe import PRESETS, Config, main
+from experiments.alignment_vs_probe_report import UNTRAINED
 from experiments.alignment_vs_probe_table import KEYS, read_table
 from experiments.launch import launch
+from experiments.run_folder import RunFolder
 from mae_align import FixedCountPatchMasking, InputError, Moments, denoising_autoencoder, encoder_curves, load_dataset
 from mae_align.data import ImageDataset
+from mae_align.fit import Diverged
 from mae_align.tasks import Task, TaskKind
 
 TINY = Config(
@@ -50,6 +58,7 @@ def test_one_row_for_each_task_network_and_mask(run):
         assert 1.0 <= row["rankme"] <= 8.0
         # Of the 120 test images, the probes see one half (a task of some classes: fewer).
         assert row["probe_n_test"] <= 60
+    assert "untrained network" in (run / "summary.txt").read_text()
     assert {"agreement.csv", "baselines.csv", "summary.txt", "gains-digits.png"} <= {p.name for p in run.iterdir()}
 
 
@@ -119,13 +128,84 @@ def test_a_task_on_some_classes_is_probed_on_its_images_alone():
     assert found["1, 2"].accuracy_test > 0.9
 
 
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    """The study without networks: in a process whose own folder is not the shared one, where some cells diverge."""
+    where, lost, reports = [], set(), []
+
+    def observed(config, run, cell, folder):
+        where.append(folder)
+        if (cell.mask_ratio, cell.loss) in lost:
+            raise Diverged("the loss of member 1 is nan", 17, 1, None)
+        for task in ("a", "b"):
+            row = {"dataset": "digits", "task": task, "task_kind": "labels", "patch_size": cell.patch_size}
+            row |= {"mask_ratio": cell.mask_ratio, "objective": cell.loss.value, "seed": 0}
+            yield row | dict.fromkeys(("probe_r2_test", "reconstruction_loss", "rankme"), 0.5)
+
+    def untrained(config, run, patch):
+        yield {"features": UNTRAINED, "patch_size": patch, "task": "a", "probe_r2_test": 0.25}
+
+    folder = RunFolder(tmp_path / "own", resumed=False, shared=tmp_path / "shared")
+    folder.path.mkdir()
+    monkeypatch.setattr(module, "_observed", observed)
+    monkeypatch.setattr(module, "_untrained", untrained)
+    monkeypatch.setattr(
+        module, "_baselines", lambda run: [{"features": "raw pixels", "task": "a", "probe_r2_test": 0.75}]
+    )
+    monkeypatch.setattr(module, "_predictions", lambda *of: defaultdict(lambda: {"closed_eval_r2_logmean": 0.5}))
+    monkeypatch.setattr(module, "write_report", lambda *of: reports.append(of))
+    monkeypatch.setattr(module.RunFolder, "open", lambda *of: folder)
+    config = dataclasses.replace(TINY, patch_sizes=(2, 4), losses=(Loss.matched, Loss.standard))
+    return SimpleNamespace(config=config, where=where, lost=lost, reports=reports, folder=folder)
+
+
+def test_cells_that_diverge_are_left_out_and_the_others_reported(study):
+    study.lost.add((0.5, Loss.standard))
+    with pytest.warns(UserWarning, match=r"Left out: patch.-ratio0\.5-standard, the loss of member 1 is nan at"):
+        main(study.config)
+    assert set(study.where) == {study.folder.shared} and len(study.where) == 12
+    rows, _, _, notes = study.reports[0]
+    # Two ratios of the standard loss are not enough; the table has them all the same.
+    assert {row["objective"] for row in rows} == {"matched"} and len(rows) == 2 * 3 * 2
+    assert len(read_table(study.folder.path / "rows.csv")) == len(rows) + 2 * 2 * 2
+    assert len([note for note in notes if note.startswith("Left out: patch")]) == 2
+    assert "matched +0.500; baselines: raw pixels +0.750, untrained network +0.250." in notes[0]
+    baselines = (study.folder.path / "baselines.csv").read_text()
+    assert baselines.count(UNTRAINED) == 2
+
+
+def test_a_study_without_networks_fails_clearly(study):
+    study.lost |= {(0.5, loss) for loss in Loss}
+    with (
+        pytest.warns(UserWarning, match="Left out"),
+        pytest.raises(InputError, match=r"4 of 12 cells diverged, .* mask ratios: give a smaller --network.learn"),
+    ):
+        main(study.config)
+
+
+def test_untrained_networks_are_probed_as_trained_ones(monkeypatch):
+    made = []
+    monkeypatch.setattr(module, "make_training", lambda *of: made.append(make_training(*of)) or made[-1])
+    run = module._Run.of(TINY, load_dataset("digits"))
+    run = dataclasses.replace(run, probe_tasks=run.probe_tasks[:2])
+    found = list(module._untrained(TINY, run, 4))
+    assert [(row["task"], row["seed"]) for row in found] == [(t.name, s) for s in TINY.seeds for t in run.probe_tasks]
+    model = made[0].model(made[0].init(TINY.seeds), 1)
+    parts = [np.asarray(model.features(jnp.asarray(x))) for x in (run.probed.train_images, run.probed.test_images)]
+    for task, result in probe_tasks(parts[0], parts[1], run.probe_tasks, "x").items():
+        (row,) = [row for row in found if (row["task"], row["seed"]) == (task, TINY.seeds[1])]
+        assert row["probe_r2_test"] == pytest.approx(result.r2_test, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--mask-ratios", "0.5"], "at least two different ratios"),
+        (["--mask-ratios", "0.25", "0.5"], "at least three different ones"),
         (["--patch-sizes", "3"], "does not divide"),
         (["--seeds", "1", "1"], "repeats a value"),
-        (["--mask-ratios", "0.5", "1.0"], "mask ratio 1"),
+        (["--mask-ratios", "0.25", "0.5", "1.0"], "mask ratio 1"),
+        (["--seeds", "0", "4294967296"], "--seeds 4294967296: give whole numbers below 2^32"),
+        (["--max-train", "50"], "--network.batch-size 64: there are 50 training images"),
         (["--analyse-only", "nowhere.csv"], "nowhere.csv"),
     ],
 )
@@ -136,7 +216,22 @@ def test_bad_settings_are_refused_in_one_line(arguments, says, tmp_path, capsys)
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
-    assert not list(tmp_path.glob("run/networks"))
+    assert not list(tmp_path.glob("run/networks")) and not list(tmp_path.glob("run/points"))
+
+
+def test_the_last_two_checkpoints_of_a_cell_are_kept(tmp_path, monkeypatch):
+    kept = []
+
+    def fit(*arguments, checkpoints, **options):
+        for step in (1, 2, 3):
+            checkpoints.save(step, {"x": jnp.zeros(1)}, {}, {"loss": 1.0})
+        checkpoints.wait()
+        kept.extend(checkpoints.steps())
+
+    monkeypatch.setattr(alignment_cells, "fit", fit)
+    programs: Any = SimpleNamespace(init=list, put=list)
+    alignment_cells.train(programs, np.zeros(50), TINY.network, (0,), tmp_path, "toy")
+    assert kept == [2, 3]
 
 
 def test_cells_have_names_of_their_own():

@@ -51,6 +51,7 @@ def rows(tasks=8) -> list[dict]:
                 "probe_r2_test": score,
                 "closed_eval_r2_logmean": float(predicted[t, s, r]),
                 "closed_eval_r2_k8": float(predicted[t, s, r]) + 0.01 * float(rng.normal()),
+                "closed_eval_r2_k100": float(predicted[t, s, r]),
                 "reconstruction_loss": 0.3 + RATIOS[r] + float(noise[s, r, e]),
                 "rankme": 30.0 + 100 * float(noise[s, r, e]),
                 "note": "kept",
@@ -66,7 +67,7 @@ def test_columns_are_named_once():
     assert len(set(names)) == len(names) and set(KEYS) <= set(REQUIRED) <= set(names)
     assert all(column.text and column.of in (str, int, float) for column in COLUMNS)
     config = AnalysisConfig()
-    assert {config.predicted, config.observed, *config.other_predicted, *config.other_observed} <= set(names)
+    assert {config.predicted, config.observed, *config.other_observed} <= set(names)
 
 
 def test_a_table_is_read_back(tmp_path):
@@ -153,10 +154,11 @@ def test_the_report_says_what_came_out(tmp_path, capsys):
     assert "ours is better" in first and PRIMARY[0] in text and "One seed's scores" in text
     with (folder.path / "agreement.csv").open() as file:
         saved = list(csv.DictReader(file))
-    # Three statistics of five predictors, k = 8 and accuracies (of the tasks that have them); no k = 32 in the table.
-    assert len(saved) == 2 * (3 * 5 + 1 + 1)
+    # Three statistics of five predictors, k = 8 and 100, and accuracies (of the tasks that have them).
+    assert len(saved) == 2 * (3 * 5 + 2 + 1)
     assert {row["num_tasks"] for row in saved if row["observed"] == "probe_accuracy_test"} == {"4"}
-    assert {row["predicted"] for row in saved} == {"closed_eval_r2_logmean", "closed_eval_r2_k8"}
+    predicted = list(dict.fromkeys(row["predicted"] for row in saved))
+    assert predicted == ["closed_eval_r2_logmean", "closed_eval_r2_k8", "closed_eval_r2_k100"]
     with (folder.path / "units.csv").open() as file:
         units = list(csv.DictReader(file))
     assert len(units) == 2 * 8 * 2 and {"correlation", "predicted_at_0.25", "observed_at_0.9"} <= set(units[0])

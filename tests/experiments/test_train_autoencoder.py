@@ -6,15 +6,20 @@ import csv
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import mae_align as ma
+from experiments import train_loop, train_main
 from experiments.launch import launch
 from experiments.train_autoencoder import PRESETS, Config, Network, Noise, main
-from experiments.train_common import LabelledSplit, Probe
+from experiments.train_common import End, LabelledSplit, Probe
 from experiments.train_measures import Measured
+from mae_align.models import in_head
 
 TINY = Config(
     max_train=300,
@@ -95,7 +100,7 @@ def test_report_row_is_of_the_networks_reconstructions(run):
     "change",
     [
         {"network": Network.conv, "widths": (4, 4), "corruption": Noise.gaussian_noise},
-        {"network": Network.resnet, "widths": (1, 1), "resnet_width": 4, "corruption": Noise.none},
+        {"network": Network.resnet, "widths": (1, 1), "resnet_width": 4, "corruption": Noise.patches},
     ],
 )
 def test_other_networks_and_corruptions(tmp_path, change):
@@ -104,6 +109,11 @@ def test_other_networks_and_corruptions(tmp_path, change):
     rows = table(tmp_path / "run", "report")
     assert len(rows) == 1 and float(rows[0]["reconstruction_error"]) > 0
     assert (tmp_path / "run" / "reconstructions.pdf").exists()
+    # Batch statistics of training are of corrupted images.
+    note = "batch statistics of clean training images" if change["network"] is Network.resnet else ""
+    assert rows[0].get("features_note", "") == note
+    notes = {row["features"]: row.get("features_note", "") for row in table(tmp_path / "run", "results")}
+    assert notes["trained network"] == note and notes["raw pixels"] == notes["untrained network"] == ""
 
 
 def test_large_images_are_pooled_within_patches():
@@ -124,6 +134,39 @@ def test_large_images_are_pooled_within_patches():
     assert Measured.of(split, None).factor == 1
 
 
+def test_warm_up_is_as_given_and_a_quarter_at_most_with_labels(monkeypatch, tmp_path):
+    """Both trainings are there before there is a run folder."""
+    made, adamw = [], train_loop.adamw
+
+    class Opened(Exception):
+        pass
+
+    def stop(*arguments, **options):
+        raise Opened
+
+    monkeypatch.setattr(train_loop, "adamw", lambda *of: made.append(of) or adamw(*of))
+    monkeypatch.setattr(train_main.RunFolder, "open", stop)
+    with pytest.raises(Opened):
+        main(dataclasses.replace(TINY, warmup_epochs=4.0, ends=(End.from_scratch,), end_epochs=8))
+    # Six steps in an epoch. The head that guides is clipped apart.
+    assert [(config.warmup_steps, apart) for config, apart in made] == [(24, in_head), (12, None)]
+
+
+def test_the_checkpoint_of_least_loss_is_kept_beside_the_last_two(monkeypatch, tmp_path):
+    kept = []
+
+    def fit(*arguments, checkpoints, **options):
+        for step, loss in enumerate((0.1, 0.4, 0.2, 0.3), start=1):
+            checkpoints.save(step, {"x": jnp.zeros(1)}, {}, {"loss": loss})
+        checkpoints.wait()
+        kept.extend(checkpoints.steps())
+
+    monkeypatch.setattr(train_loop, "fit", fit)
+    programs: Any = SimpleNamespace(put=lambda *arrays: arrays)
+    train_loop.train(TINY, LabelledSplit.load(TINY), programs, programs, 6, tmp_path, "toy")
+    assert kept == [1, 3, 4]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -132,6 +175,11 @@ def test_large_images_are_pooled_within_patches():
         (["--mask-ratio", "1"], "--mask-ratio 1: give a number from 0 to below 1"),
         (["--patch-size", "9"], "patch 9x9 is larger than the image 8x8"),
         (["--latent", "0"], "latent=0: give at least one feature"),
+        (
+            ["--ends", "fine_tuning", "--end-learning-rates", "1e-3", "--learning-rates", "1e-3", "1e-4"]
+            + ["--seeds", "0", "--ensemble-axis", "2", "--devices", "2"],
+            "num_members=1 is not divisible by the 2 devices",
+        ),
         (["--network", "resnet", "--widths", "0"], "blocks (0,): give at least one number"),
     ],
 )

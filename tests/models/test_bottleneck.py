@@ -122,9 +122,12 @@ def test_batch_norm_learns_its_statistics_in_train_mode_only():
     np.testing.assert_array_equal(layer.norm.mean[...], running[0])
 
 
-def test_a_training_step_of_the_residual_network_updates_its_statistics_once():
-    """Through merge(copy=True) inside a gradient, and not again by the features that the loss has anyway."""
-    model = make("resnet")
+@pytest.mark.parametrize("corruption", [None, Shift(1.0)])
+def test_a_training_step_of_the_residual_network_updates_its_statistics_once(corruption):
+    """Through merge(copy=True) inside a gradient, and not again by the features, of a pass of their own or not."""
+    model = nnx.clone(make("resnet"))
+    assert isinstance(model, ResNetAutoencoder)
+    model.corruption = corruption
     model.train()
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 

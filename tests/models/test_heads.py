@@ -5,12 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from model_zoo import IMAGES, LABELS, make
 
 from mae_align.errors import InputError
-from mae_align.models import Classifier, GuidedAutoencoder, classification
+from mae_align.models import Classifier, GuidedAutoencoder, classification, in_head
+from mae_align.optimizer import OptimizerConfig, adamw
 
 KEY = jax.random.key(3)
 
@@ -50,6 +52,34 @@ def test_head_gets_all_of_the_gradient_and_the_autoencoder_its_share(guided):
             *(tree["autoencoder"] for tree in (grads, r_grad, c_grad)),
         )
         assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(grads["head"]))
+
+
+def test_at_weight_0_the_autoencoder_steps_as_without_a_head():
+    """Also where gradients are clipped."""
+    graph, params, rest = split(GuidedAutoencoder(make("noisy_mlp"), 3, rngs=nnx.Rngs(0)))
+
+    def gradient(loss) -> nnx.State:
+        return jax.jit(jax.grad(lambda p: loss(nnx.merge(graph, p, rest))))(params)
+
+    with_head = gradient(lambda model: model.loss(IMAGES, LABELS, KEY, jnp.float32(0.0))[0])
+    alone = gradient(lambda model: model.autoencoder.loss(IMAGES, KEY)[0])["autoencoder"]
+    # Adam would undo a scale but for eps.
+    config = OptimizerConfig(total_steps=2, learning_rate=1.0, weight_decay=0.0, eps=1.0, clip_norm=0.01)
+
+    def step(rule: optax.GradientTransformation, grads, params) -> list[np.ndarray]:
+        updates = jax.jit(lambda g, p: rule.update(g, rule.init(p), p)[0])(grads, params)
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(updates)]
+
+    expected = step(adamw(config), alone, params["autoencoder"])
+    found = step(adamw(config, in_head), with_head, params)[: len(expected)]
+    together = step(adamw(config), with_head, params)[: len(expected)]
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8)
+    assert not np.allclose(together[0], expected[0], rtol=1e-3, atol=0.0)
+    # Checkpoints of either can be read by the other.
+    plain, apart = (jax.eval_shape(adamw(config, path).init, params) for path in (None, in_head))
+    names = [[jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(x)] for x in (plain, apart)]
+    assert names[0] == names[1]
 
 
 def test_a_traced_weight_per_member_under_vmap(guided):

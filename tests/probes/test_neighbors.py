@@ -54,6 +54,13 @@ def test_number_of_neighbors_is_chosen_on_validation():
     assert row["votes"] == "ExponentialVotes(temperature=0.07)"
 
 
+def test_few_samples_have_fewer_numbers_of_neighbors_to_choose_among():
+    few = blobs(0, 30, 2.0)
+    assert knn_probe(*few, *few, val=Rows(*few)).as_dict()["neighbors_tried"] == "1 5 20"
+    with pytest.raises(InputError, match=r"neighbors=\[1, 5, 50\]: give whole numbers from 1 to 26"):
+        knn_probe(*few, *few, neighbors=(50, 1, 5))
+
+
 def test_what_a_linear_probe_misses_and_a_constant_feature():
     train, test = rings(0, 400), rings(1, 200)
     # The cosine sees directions only, so inside and outside are told apart after a lift to a paraboloid.

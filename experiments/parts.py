@@ -1,0 +1,67 @@
+"""Finished parts of a run on disk, so that a killed run computes none of them twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mae_align.store import PointStore
+
+
+class Parts:
+    """Parts by name, each written when it is done.
+
+    Of several processes the first has the files, and all of them get its parts.
+
+    Args:
+        folder: where they are kept. identity: of the data they belong to, see :func:`mae_align.store.fingerprint`.
+
+    Raises:
+        InputError: the folder holds parts of other data.
+    """
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self.identity = identity
+        self._store = PointStore(folder, identity)
+
+    def once(self, key: str, compute: Callable[[], Any]) -> Any:
+        """The part of that name: read where it is finished, computed (by all processes) and written where not.
+
+        Args:
+            key: a file name. compute: gives numbers, text, and lists and mappings of them.
+        """
+        found = self._store.load(key)
+        text = _of_first("" if found is None else str(found["json"]))
+        if not text:
+            text = _of_first(json.dumps(compute(), default=_plain))
+            self._store.save(key, {"json": np.array(text)})
+        return json.loads(text)
+
+
+def _of_first(text: str) -> str:
+    """The text that the first process has, in every process."""
+    if jax.process_count() == 1:
+        return text
+    encoded = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(encoded))))
+    padded = np.zeros(size, np.uint8)
+    padded[: len(encoded)] = encoded[:size]
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().decode()
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, enum.Enum):
+        return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    raise TypeError(f"{type(value).__name__} {value!r} cannot be written as JSON")
