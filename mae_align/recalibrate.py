@@ -76,6 +76,8 @@ def recalibrated(training: Training, state: TrainState, images: np.ndarray) -> T
         total = sums.get(jax.tree_util.keystr(path))
         if total is None:
             return leaf
-        return place(leaf.shape, leaf.sharding, (total / len(batches)).astype(leaf.dtype).__getitem__)
+        return place(
+            leaf.shape, training.recipe.sharding("ensemble"), (total / len(batches)).astype(leaf.dtype).__getitem__
+        )
 
     return dataclasses.replace(state, rest=jax.tree_util.tree_map_with_path(put, state.rest))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -53,8 +55,8 @@ def started(program: Program, batch: int) -> tuple[Training, TrainState]:
 
 
 def dense(model: Normed, layer: int, x: np.ndarray) -> np.ndarray:
-    kernel, bias = model.layers[layer].kernel, model.layers[layer].bias
-    return x @ np.asarray(kernel[...], np.float64) + np.asarray(bias[...])
+    linear: Any = model.layers[layer]
+    return x @ np.asarray(linear.kernel[...], np.float64) + np.asarray(linear.bias[...])
 
 
 def normal(x: np.ndarray) -> np.ndarray:
