@@ -9,8 +9,8 @@ dimension, since equal variance is not equal dimension; and a linear probe on ea
 normalisation on images of several scales show what rescaling each projected image has to do with it.
 
     python -m experiments.subspace_classification                                          # digits: a smoke test
-    python -m experiments.subspace_classification --preset fashion_mnist --data idx:DIR    # 30 CPU minutes
-    python -m experiments.subspace_classification --preset cifar10 --data npz:FILE         # 30 CPU minutes
+    python -m experiments.subspace_classification --preset fashion_mnist --data idx:DIR
+    python -m experiments.subspace_classification --preset cifar10 --data npz:FILE         # 15 minutes
     python -m experiments.subspace_classification --preset paper --data folder:DIR         # ResNet9: accelerators
 
 As published, images are cropped and mirrored after the projection, which takes them a little out of the subspace;
