@@ -17,7 +17,7 @@ from matplotlib.ticker import LogFormatterSciNotation
 from experiments.dynamics_analysis import Cell
 from experiments.dynamics_cells import GROUPS, Images, Learner
 from mae_align.half_time_laws import Law
-from mae_align.plot import PALETTE, ordered_colors, panels
+from mae_align.plot import PALETTE, legend_below, ordered_colors, panels
 
 _NAMES = {
     Learner.linear_descent: "linear, gradient descent",
@@ -146,8 +146,8 @@ def groups_figure(cells: Sequence[Cell], title: str) -> Figure:
     axes[0, 0].set_ylim(-0.03, 1.6)
     axes[1, 0].set_ylim(0.0, 1.2)
     axes[1, 0].set_ylabel("share", fontsize=7)
-    _legend_below(figure, "above: tenth of variance", axes[0, -1])
-    _legend_below(figure, "below", axes[1, -1])
+    legend_below(figure, axes[0, -1], 8, title="above: tenth of variance", loc="outside lower left")
+    legend_below(figure, axes[1, -1], 2, title="below", loc="outside lower right")
     figure.suptitle(title, fontsize=8)
     return figure
 
@@ -173,8 +173,8 @@ def frequency_figure(cells: Sequence[Cell], widths: Sequence[float], title: str)
     axes[0, 0].set_ylim(-0.03, 1.6)
     axes[0, 0].set_ylabel("error by spatial\nfrequency of the image", fontsize=7)
     axes[1, 0].set_ylabel("error by response\nfrequency of the map", fontsize=7)
-    _legend_below(figure, "above: radial band, low to high", axes[0, -1])
-    _legend_below(figure, "below: part, filter width", axes[1, -1])
+    legend_below(figure, axes[0, -1], 8, title="above: radial band, low to high", loc="outside lower left")
+    legend_below(figure, axes[1, -1], 8, title="below: part, filter width", loc="outside lower right")
     figure.suptitle(title, fontsize=8)
     return figure
 
@@ -253,16 +253,6 @@ def set_apart_figure(cells: Sequence[Cell], title: str) -> Figure:
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
     figure.suptitle(title, fontsize=8)
     return figure
-
-
-def _legend_below(figure: Figure, title: str, axis: Axes) -> None:
-    """The legend of one row of axes under the figure, where it hides no curve."""
-    place = "outside lower left" if title.startswith("above") else "outside lower right"
-    handles, labels = axis.get_legend_handles_labels()
-    legend = figure.legend(
-        handles, labels, title=title, loc=place, ncols=8, fontsize=6, title_fontsize=7, frameon=False
-    )
-    legend.get_title().set_horizontalalignment("left")
 
 
 def _points(axis: Axes, cell: Cell, colors: Sequence[Any]) -> None:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from experiments.guided_runs import GuidedSplit, Labels, Row
 from experiments.run_folder import RunFolder
 from mae_align.metrics import report_table
-from mae_align.plot import COLUMN_WIDTH, PALETTE, panels
+from mae_align.plot import COLUMN_WIDTH, PALETTE, legend_below, panels
 from mae_align.statistics import PairedDifference, paired_difference
 
 _TRUE, _SHUFFLED, _LINEAR = Labels.true.value, Labels.shuffled.value, "linear"
@@ -294,8 +294,7 @@ def trade_off_figure(rows: Sequence[Row], probe: str, tolerance: float) -> Figur
         axis.set_xlabel("reconstruction error over unguided [%]")
     for axis in grid[:, 0]:
         axis.set_ylabel(f"test accuracy, {probe} probe [%]")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+    legend_below(figure, grid[0, 0], 2)
     return figure
 
 
@@ -364,6 +363,5 @@ def latent_figure(rows: Sequence[Row], verdicts: Sequence[Row], probe: str) -> F
         axis.set_xticks([], minor=True)
         axis.set_xlabel("size of the code")
         axis.set_ylabel(label)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
+    legend_below(figure, axes[0, 0], 3)
     return figure

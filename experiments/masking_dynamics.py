@@ -21,7 +21,6 @@ import dataclasses
 import enum
 import functools
 import itertools
-import json
 from collections.abc import Sequence
 
 import jax
@@ -33,6 +32,7 @@ from tqdm import tqdm
 import mae_align as ma
 from experiments.launch import launch
 from experiments.masking_dynamics_report import Curve, write_report
+from experiments.parts import Parts
 from experiments.run_folder import RunFolder
 from mae_align.checkpoint import Checkpoints
 from mae_align.corruption import FixedCountPatchMasking
@@ -183,13 +183,10 @@ def main(config: Config) -> None:
     cells = [Cell(*of) for of in itertools.product(config.patch_sizes, config.mask_ratios)]
     # Refuses sizes that do not fit before anything is trained.
     trainings = {cell: make_training(pixels, cell, config, len(data.train_images)) for cell in cells}
-    # All at once is what runs without the setting did: they go on.
-    unsaid = ("seeds_at_once",) if config.seeds_at_once is None else ()
-    folder = RunFolder.open("masking_dynamics", config.data, config, config.out, ignore=("out", *unsaid))
+    folder = RunFolder.open("masking_dynamics", config.data, config, config.out)
     arrays = (data.train_images, data.train_labels, data.test_images, data.test_labels)
-    settings = dataclasses.asdict(dataclasses.replace(config, out=None))
-    mark = fingerprint(arrays, {"config": {k: v for k, v in settings.items() if k not in unsaid}})
-    store = PointStore(folder.points, mark)
+    mark = fingerprint(arrays, {"config": dataclasses.asdict(dataclasses.replace(config, out=None))})
+    store, closed = PointStore(folder.points, mark), Parts(folder.points, mark)
     probed = _probed(data, config)
     raw = probe(raw_pixels(probed.train_images), raw_pixels(probed.test_images), probed, config)
     steps = milestones(num_steps(config.network, len(data.train_images)), config.evaluations)
@@ -207,12 +204,10 @@ def main(config: Config) -> None:
         for cell, training in trainings.items():
             bar.set_postfix_str(cell.key)
             masking = FixedCountPatchMasking.from_ratio(cell.patch_size, cell.mask_ratio, data.image_shape)
-            kept = store.load(f"{cell.key}-closed_form")
-            if kept is None:
-                train, test = moments()
-                kept = {"json": np.array(json.dumps(closed_form_row(train, masking, test, ks)))}
-                store.save(f"{cell.key}-closed_form", kept)
-            predicted = json.loads(str(kept["json"]))
+            predicted = closed.once(
+                f"{cell.key}-closed_form",
+                lambda masking=masking: closed_form_row(moments()[0], masking, moments()[1], ks),
+            )
             parts = []
             for seeds in groups:
                 key = cell.key if len(groups) == 1 else f"{cell.key}-seeds{'-'.join(map(str, seeds))}"

@@ -15,7 +15,7 @@ from experiments.subspace_networks import NETWORK_WORDS, SCALE_WORDS, Network, S
 from mae_align.crop_flip import CropFlip
 from mae_align.metrics import report_table
 from mae_align.paired import PairedDifference, paired_difference
-from mae_align.plot import PALETTE, panels
+from mae_align.plot import PALETTE, legend_below, panels
 from mae_align.principal import Family, PrincipalAxes, Subspace
 
 Row = dict[str, float | int | str]
@@ -308,14 +308,8 @@ def accuracy_figure(
         _series(paper, family, x, y)
     _frame(paper, "published: ResNet9, Tiny ImageNet", PUBLISHED_FULL, 0.5)
     axes[0, 0].set_ylabel("test accuracy [%]")
-    _legend_below(figure, axes[0, 0])
+    legend_below(figure, axes[0, 0], 5)
     return figure
-
-
-def _legend_below(figure: Figure, axis: Axes) -> None:
-    """Under the axes, where it hides no point."""
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
 
 
 def _series(axis: Axes, family: Family, shares: Sequence[float] | np.ndarray, values: Sequence[float] | np.ndarray):
@@ -349,7 +343,7 @@ def dimension_figure(dataset: str, rank: int, points: Sequence[Point], chance: f
         axis.set_xlabel(f"dimensions kept of {rank}")
         axis.set_title(f"{dataset}: {NETWORK_WORDS[study.network]}", fontsize=7)
     axes[0, 0].set_ylabel("test accuracy [%]")
-    _legend_below(figure, axes[0, 0])
+    legend_below(figure, axes[0, 0], 5)
     return figure
 
 
@@ -379,5 +373,5 @@ def scale_figure(dataset: str, rank: int, points: Sequence[Point]) -> Figure:
     for i, scale in enumerate(scales):
         axes[0, 0].plot([], [], "o", color=PALETTE[i], markersize=4, label=SCALE_WORDS[scale])
     axes[0, 0].set_ylabel("test accuracy [%]")
-    _legend_below(figure, axes[0, 0])
+    legend_below(figure, axes[0, 0], 5)
     return figure

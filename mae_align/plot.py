@@ -60,6 +60,26 @@ def panels(
     return figure, axes
 
 
+def legend_below(
+    figure: Figure, axis: Axes, columns: int, *, title: str | None = None, loc: str = "outside lower center"
+) -> None:
+    """The legend of an axis under the whole figure, where it hides nothing.
+
+    Args:
+        figure: of :func:`panels`. axis: whose labelled artists it names. columns: of the legend.
+        title: above it. loc: matplotlib's name of a place outside.
+
+    Example:
+        >>> figure, axes = panels(1, 1, width=2.0, height=1.5)
+        >>> _ = axes[0, 0].plot([1, 2], label="line")
+        >>> legend_below(figure, axes[0, 0], 1)
+        >>> [text.get_text() for text in figure.legends[0].get_texts()]
+        ['line']
+    """
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, title=title, loc=loc, ncols=columns, fontsize=7, title_fontsize=7, frameon=False)  # pyright: ignore[reportArgumentType]
+
+
 def ordered_colors(count: int) -> list[tuple[float, float, float, float]]:
     """Colours for an ordered quantity (mask ratio, contrast): viridis without its palest end.
 
