@@ -1,6 +1,6 @@
 """Configures JAX and BLAS for every test and doctest, before either is imported.
 
-It lies in the root, beside both `mae_align` (doctests) and `tests`, so that it is loaded first
+It lies in the root, beside `mae_align`, `experiments` (doctests) and `tests`, so that it is loaded first
 whatever file pytest is asked to run.
 """
 

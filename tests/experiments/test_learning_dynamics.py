@@ -27,7 +27,7 @@ from experiments.dynamics_cells import (
     run_cell,
 )
 from experiments.dynamics_figures import intervention_figure
-from experiments.dynamics_reference import flow_cost
+from experiments.dynamics_reference import flow_cost, flow_half_times
 from experiments.launch import launch
 from experiments.learning_dynamics import PRESETS, Config, main
 from experiments.learning_dynamics_report import sentences
@@ -154,6 +154,16 @@ def test_looks_are_at_the_network_of_their_step(whole, training, scene):
         direction = scene.spectrum.vectors[:, 2]
         missed, there = ((a.reshape(len(a), -1) @ direction) ** 2 for a in (reconstructed - images, images))
         assert residual[1, -1, 2] == pytest.approx(missed.sum() / there.sum(), rel=1e-3)
+    # Of all directions, also those beyond the code.
+    assert whole["spectrum"].shape == whole["energy"].shape == (2, len(whole["steps"]), scene.spectrum.rank)
+    seen = scene.images[scene.seen]
+    rebuilt = np.asarray(model.reconstruct(seen))  # pyright: ignore[reportAttributeAccessIssue]
+    for name, values, scale in (
+        ("spectrum", rebuilt - seen, whole["data_energy"]),
+        ("energy", rebuilt, np.ones(scene.spectrum.rank)),
+    ):
+        along = np.mean((values.reshape(len(seen), -1) @ scene.spectrum.vectors) ** 2, axis=0) / scale
+        np.testing.assert_allclose(whole[name][1, -1], along, rtol=1e-3, atol=1e-6 * along.max())
     # Before training nothing of any direction is there: a small start.
     np.testing.assert_allclose(whole["seen"][:, 0], 1, atol=0.02)
     assert (whole["loss"][:, -1] < 0.6).all()
@@ -211,6 +221,13 @@ def test_a_class_that_is_not_looked_at_in_training_is_no_error(training, scene):
     few = scene._replace(seen_labels=scene.seen_labels % 3)
     looked = dynamics_cells._look(training, training.init([0, 1]), few, 6, 3)
     assert ((0 <= looked["accuracy"]) & (looked["accuracy"] < 1)).all()
+
+
+def test_the_flow_says_nothing_of_directions_that_it_does_not_reach(training, scene):
+    steps = np.array([0, 1, 2])
+    state = training.init([0, 1], learning_rates=[1e-6] * 2)
+    found = flow_half_times(training, state, scene.spectrum, steps, 1e-6)
+    assert found.shape == (2, scene.spectrum.rank) and np.isnan(found).all()
 
 
 def test_the_flow_is_left_out_where_it_would_take_hours(training, scene, whole, monkeypatch):
