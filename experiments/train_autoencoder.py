@@ -165,7 +165,7 @@ def main(config: Config) -> None:
         if corruption is not None:
             columns.append(Column.pixels("corrupted", np.asarray(shown), like))
         columns.append(Column.pixels("output", np.asarray(jax.jit(lambda m, x: m.reconstruct(x))(model, shown)), like))
-        what = "the input itself" if corruption is None else "the corrupted image; hidden patches hold the mean image"
+        what = "the input itself" if corruption is None else "the corrupted image (hidden patches hold the mean image)"
         return picture_figure(columns, f"The network is given {what}, and was trained to return the clean one.")
 
     widths = " ".join(map(str, config.widths))
