@@ -19,14 +19,14 @@ from mae_align.corruption import FixedCountPatchMasking
 from mae_align.data import ImageDataset
 from mae_align.devices import train_mesh
 from mae_align.fit import fit
-from mae_align.models import AllPixels, MaskedAutoencoder, MaskedPatches, Pixels, VitSize
+from mae_align.models import AllPixels, Classifier, MaskedAutoencoder, MaskedPatches, Pixels, VitSize
 from mae_align.moments import Moments
 from mae_align.optimizer import OptimizerConfig, adamw
 from mae_align.predictions import Row, closed_form_rows, denoising_encoder
 from mae_align.probes import ProbeResult, ridge_probe, ridge_probe_many
 from mae_align.run_log import MetricLog
 from mae_align.tasks import Task
-from mae_align.train import Training, TrainState, reconstruct
+from mae_align.train import Training, TrainState, classify, reconstruct
 
 # Images of one forward pass when features are taken.
 _FEATURE_BATCH = 500
@@ -99,30 +99,53 @@ def make_training(pixels: Pixels, cell: Cell, config: NetworkConfig, num_images:
     Raises:
         InputError: sizes that do not fit the images or each other.
     """
+
+    def make(rngs: nnx.Rngs) -> MaskedAutoencoder:
+        return _network(pixels, cell, config, rngs)
+
+    optimizer = adamw(_schedule(config, num_images))
+    return Training(make, reconstruct, optimizer, batch_size=config.batch_size, num_members=seeds, mesh=_mesh(config))
+
+
+def make_supervised(
+    pixels: Pixels, cell: Cell, config: NetworkConfig, num_images: int, seeds: int, num_classes: int
+) -> Training:
+    """The encoders of a cell's networks with a linear head, one for each seed, to be trained with labels instead.
+
+    No patch is hidden and no decoder used: the cell's mask and loss do not matter.
+
+    Raises:
+        InputError: as :func:`make_training`, and fewer than two classes.
+    """
+
+    def make(rngs: nnx.Rngs) -> Classifier:
+        return Classifier(_network(pixels, cell, config, rngs), num_classes, rngs=rngs)
+
+    optimizer = adamw(_schedule(config, num_images))
+    return Training(make, classify, optimizer, batch_size=config.batch_size, num_members=seeds, mesh=_mesh(config))
+
+
+def _network(pixels: Pixels, cell: Cell, config: NetworkConfig, rngs: nnx.Rngs) -> MaskedAutoencoder:
+    return MaskedAutoencoder(
+        pixels,
+        patch_size=cell.patch_size,
+        mask_ratio=cell.mask_ratio,
+        objective=_OBJECTIVES[cell.loss],
+        dtype=jnp.bfloat16 if config.bfloat16 else jnp.float32,
+        rngs=rngs,
+        **vars(config.size),
+    )
+
+
+def _schedule(config: NetworkConfig, num_images: int) -> OptimizerConfig:
     per_epoch = max(num_images // config.batch_size, 1)
     steps = config.epochs * per_epoch
     warmup = min(round(config.warmup_epochs * per_epoch), steps - 1)
-    optimizer = OptimizerConfig(
+    return OptimizerConfig(
         total_steps=steps,
         learning_rate=config.learning_rate,
         warmup_steps=warmup,
         weight_decay=config.weight_decay,
-    )
-    dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
-
-    def make(rngs: nnx.Rngs) -> MaskedAutoencoder:
-        return MaskedAutoencoder(
-            pixels,
-            patch_size=cell.patch_size,
-            mask_ratio=cell.mask_ratio,
-            objective=_OBJECTIVES[cell.loss],
-            dtype=dtype,
-            rngs=rngs,
-            **vars(config.size),
-        )
-
-    return Training(
-        make, reconstruct, adamw(optimizer), batch_size=config.batch_size, num_members=seeds, mesh=_mesh(config)
     )
 
 
@@ -134,9 +157,15 @@ def _mesh(config: NetworkConfig) -> Mesh:
 
 
 def train(
-    training: Training, images: np.ndarray, config: NetworkConfig, seeds: Sequence[int], folder: Path, identity: str
+    training: Training,
+    images: np.ndarray,
+    config: NetworkConfig,
+    seeds: Sequence[int],
+    folder: Path,
+    identity: str,
+    labels: np.ndarray | None = None,
 ) -> TrainState:
-    """Trains the networks of one cell, from their latest checkpoint if there is one."""
+    """Trains an ensemble, from its latest checkpoint if there is one; with labels where its objective needs them."""
     per_epoch = max(len(images) // config.batch_size, 1)
     with (
         Checkpoints.open(folder, identity=identity, every=max(per_epoch, 100), keep_latest=2) as checkpoints,
@@ -145,7 +174,7 @@ def train(
         return fit(
             training,
             training.init(seeds),
-            training.put(images),
+            training.put(images, labels),
             num_steps=config.epochs * per_epoch,
             checkpoints=checkpoints,
             log=log,

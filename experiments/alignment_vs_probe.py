@@ -7,7 +7,8 @@ LeCun, 2024, for the same exact-count patch masks) predicts how a linear probe g
 ridge probe on the networks' features measures it. The unit is a pair (task, patch size); the statistic is the
 correlation of predicted and observed gain within units, and tasks are permuted for the null. Rival predictors stand
 beside ours: the mask ratio alone, the reconstruction loss, RankMe. The baselines are the same probes on raw pixels, on
-principal components and on the untrained networks. Cells whose networks diverge are left out, with a warning.
+principal components, on the untrained networks and on the same networks trained with the fine labels instead, for as
+many epochs. Cells whose networks diverge are left out, with a warning.
 
     python -m experiments.alignment_vs_probe                                        # digits: a smoke test, two minutes
     python -m experiments.alignment_vs_probe --preset fashion_mnist --data idx:DIR
@@ -25,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,19 @@ from experiments.alignment_cells import (
     Loss,
     NetworkConfig,
     closed_form,
+    make_supervised,
     make_training,
     masked_loss,
     probe_tasks,
     train,
 )
-from experiments.alignment_vs_probe_report import UNTRAINED, AnalysisConfig, baseline_sentences, write_report
+from experiments.alignment_vs_probe_report import (
+    SUPERVISED,
+    UNTRAINED,
+    AnalysisConfig,
+    baseline_sentences,
+    write_report,
+)
 from experiments.alignment_vs_probe_table import check_rows, read_table
 from experiments.launch import launch
 from experiments.parts import Parts
@@ -56,6 +64,7 @@ from mae_align.moments import Moments
 from mae_align.probes import ProbeResult, principal_components, raw_pixels
 from mae_align.store import fingerprint
 from mae_align.tasks import Task, standard_tasks
+from mae_align.train import Training, TrainState
 
 _FEATURE_BATCH = 500
 _MEASURES = ("accuracy", "r2")
@@ -140,24 +149,36 @@ def main(config: Config) -> None:
     for patch in config.patch_sizes:
         baselines += parts.once(f"untrained-patch{patch}", lambda patch=patch: list(_untrained(config, run, patch)))
     folder.save_table("baselines", baselines)
-    predicted = _predictions(config, run, parts)
     rows, lost = [], []
+
+    def trained(key: str, observe: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Rows of some networks; none, and a note, if they diverge."""
+        try:
+            return parts.once(key, observe)
+        except Diverged as error:
+            lost.append(f"Left out: {key}, {error}.")
+            warnings.warn(lost[-1], stacklevel=2)
+            return []
+
+    for patch in config.patch_sizes:
+        baselines += trained(
+            f"supervised-patch{patch}", lambda patch=patch: list(_supervised(config, run, patch, folder.shared))
+        )
+        folder.save_table("baselines", baselines)
+    predicted = _predictions(config, run, parts)
+    diverged = 0
     bar = tqdm(cells, desc="networks", unit="cell", disable=_silent())
     for cell in bar:
         bar.set_postfix_str(cell.key)
-        try:
-            observed = parts.once(cell.key, lambda cell=cell: list(_observed(config, run, cell, folder.shared)))
-        except Diverged as error:
-            lost.append(f"Left out: {cell.key}, {error}.")
-            warnings.warn(lost[-1], stacklevel=2)
-            continue
+        observed = trained(cell.key, lambda cell=cell: list(_observed(config, run, cell, folder.shared)))
         rows += [row | predicted[cell.patch_size, cell.mask_ratio, row["task"]] for row in observed]
+        diverged += not observed
         folder.save_table("rows", rows)
     kept = _compared(rows)
     if not kept:
         raise ma.InputError(
-            f"{len(lost)} of {len(cells)} cells diverged, and no loss is left with networks at three mask ratios: "
-            "give a smaller --network.learning-rate"
+            f"{diverged} of {len(cells)} cells diverged, and no loss is left with networks at three mask ratios: give "
+            "a smaller --network.learning-rate"
         )
     notes = [*baseline_sentences(kept, baselines), *lost]
     write_report(check_rows(kept), folder, AnalysisConfig(seed=config.seed), notes)
@@ -276,14 +297,35 @@ def _baselines(run: _Run) -> list[dict[str, Any]]:
 
 def _untrained(config: Config, run: _Run, patch: int) -> Iterator[dict[str, Any]]:
     """The same probes on the networks of a patch size before their first step, which no mask or loss has changed."""
+    cell = _any_cell(config, patch)
+    training = make_training(run.pixels, cell, config.network, len(run.probed.train_images), len(config.seeds))
+    yield from _network_baseline(config, run, patch, UNTRAINED, training, training.init(config.seeds))
+
+
+def _supervised(config: Config, run: _Run, patch: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """The same probes on the networks of a patch size trained with the fine labels, for as long and as fast."""
+    data, seeds, cell = run.probed, config.seeds, _any_cell(config, patch)
+    num_images = len(data.train_images)
+    training = make_supervised(run.pixels, cell, config.network, num_images, len(seeds), data.num_classes)
+    where = folder / "networks" / f"supervised-patch{patch}"
+    identity = fingerprint([data.train_labels], {"of": _identity(config, run, cell), "supervised": data.num_classes})
+    state = train(training, data.train_images, config.network, seeds, where, identity, data.train_labels)
+    yield from _network_baseline(config, run, patch, SUPERVISED, training, state)
+
+
+def _any_cell(config: Config, patch: int) -> Cell:
+    """One of the cells of a patch size, where mask and loss do not matter."""
+    return Cell(patch, config.mask_ratios[0], config.losses[0])
+
+
+def _network_baseline(
+    config: Config, run: _Run, patch: int, name: str, training: Training, state: TrainState
+) -> Iterator[dict[str, Any]]:
     data = run.probed
-    cell = Cell(patch, config.mask_ratios[0], config.losses[0])
-    training = make_training(run.pixels, cell, config.network, len(data.train_images), len(config.seeds))
-    state = training.init(config.seeds)
     features = [training.features(state, part, _FEATURE_BATCH) for part in (data.train_images, data.test_images)]
     for seed, fitted, tested in zip(config.seeds, *features, strict=True):
-        about = {"dataset": data.name, "features": UNTRAINED, "patch_size": patch, "seed": seed}
-        for task, result in probe_tasks(fitted, tested, run.probe_tasks, UNTRAINED).items():
+        about = {"dataset": data.name, "features": name, "patch_size": patch, "seed": seed}
+        for task, result in probe_tasks(fitted, tested, run.probe_tasks, name).items():
             yield about | {"task": task} | _probe_columns(result)
 
 

@@ -34,6 +34,7 @@ from mae_align.agreement import (
 from mae_align.errors import InputError
 from mae_align.plot_training import forest_figure, gain_figure
 from mae_align.predictors import OURS, Agreement, compare_predictors, reliability
+from mae_align.tasks import TaskKind
 
 __all__ = [
     "COLUMNS",
@@ -41,6 +42,7 @@ __all__ = [
     "PRIMARY",
     "REQUIRED",
     "SECONDARY",
+    "SUPERVISED",
     "UNTRAINED",
     "Analysis",
     "AnalysisConfig",
@@ -58,6 +60,9 @@ __all__ = [
 ]
 
 UNTRAINED = "untrained network"
+SUPERVISED = "supervised network"
+# The task that supervised networks are trained for.
+FINE = TaskKind.FINE_LABELS.value
 """Name of the features of the networks before their first step."""
 
 PRIMARY: tuple[str, Statistic] = ("correlation within task and patch", mean_unit_correlation)
@@ -260,18 +265,22 @@ def baseline_sentences(rows: Sequence[Row], baselines: Sequence[Row]) -> Iterato
     """Mean scores over tasks and networks, the trained networks beside what they are to be read beside.
 
     Args:
-        rows: of networks. baselines: with features, task and probe_r2_test each.
+        rows: of networks. baselines: with features, task and probe_r2_test each, on fine labels probe_accuracy_test.
     """
 
-    def mean(of: Sequence[Row], name: str, value: str) -> str:
-        scores = [row["probe_r2_test"] for row in of if row[name] == value and row["probe_r2_test"] is not None]
-        return f"{value} {np.mean(scores):+.3f}" if scores else f"{value} not defined"
+    def means(score: str, spec: str, task: str | None = None) -> str:
+        def mean(of: Sequence[Row], name: str, value: str) -> str:
+            scores = [row[score] for row in of if row[name] == value and task in (None, row["task"])]
+            scores = [score for score in scores if score is not None]
+            return f"{value} {np.mean(scores):{spec}}" if scores else f"{value} not defined"
 
-    losses = dict.fromkeys(row["objective"] for row in rows)
-    kinds = dict.fromkeys(row["features"] for row in baselines)
-    networks = ", ".join(mean(rows, "objective", loss) for loss in losses)
-    others = ", ".join(mean(baselines, "features", kind) for kind in kinds)
-    yield f"Mean r2 of the probe on test images over all tasks: networks by loss: {networks}; baselines: {others}."
+        networks = ", ".join(mean(rows, "objective", loss) for loss in dict.fromkeys(row["objective"] for row in rows))
+        kinds = dict.fromkeys(row["features"] for row in baselines)
+        return f"networks by loss: {networks}; baselines: {', '.join(mean(baselines, 'features', k) for k in kinds)}."
+
+    yield f"Mean r2 of the probe on test images over all tasks: {means('probe_r2_test', '+.3f')}"
+    if any(row["task"] == FINE for row in rows):
+        yield f"Mean accuracy of the probe on test images, fine labels: {means('probe_accuracy_test', '.1%', FINE)}"
 
 
 def write_report(

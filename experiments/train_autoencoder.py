@@ -4,9 +4,9 @@ Sec. 5 of Balestriero & LeCun (2024), arXiv 2402.11337. Dense, convolutional or 
 bottleneck, plain or denoising (hidden patches, Gaussian noise), trained side by side: one for every seed, learning rate
 and guidance weight. With guidance g the loss is reconstruction + g cross-entropy of a linear head on the code; at 0 the
 head only watches. At the end, in one report: the closed form for the same corruption (Theorem 3), probes on the trained
-networks beside the same probes on raw pixels, on principal components and on the untrained networks, and on request
-(``--ends``) fine-tuning, training from scratch and a supervised network. Everything that is chosen is chosen on
-validation images, everything that is reported is measured on test images.
+networks beside the same probes on raw pixels, on principal components, on the untrained networks and on the same
+networks trained with labels, and on request (``--ends``) fine-tuning and training from scratch. Everything that is
+chosen is chosen on validation images, everything that is reported is measured on test images.
 
     python -m experiments.train_autoencoder                                          # bundled digits
     python -m experiments.train_autoencoder --guidance 0 0.1 --data idx:DIR          # Fashion-MNIST, guided or not

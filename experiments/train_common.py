@@ -74,8 +74,8 @@ class TrainConfig:
     """Steps between checkpoints; none for once an epoch, but at least 100 steps."""
     probes: tuple[Probe, ...] = (Probe.ridge, Probe.knn)
     """Probes to run at the end on frozen features: ridge, logistic, knn, mlp."""
-    ends: tuple[End, ...] | None = None
-    """Whole networks to train with labels: fine_tuning, from_scratch, supervised (probes on the latter); none."""
+    ends: tuple[End, ...] | None = (End.supervised,)
+    """Whole networks to train with labels: fine_tuning, from_scratch, supervised (the probes on it); None for none."""
     end_epochs: int = 30
     """Passes over the training images with labels."""
     end_learning_rates: tuple[float, ...] = (3e-4, 1e-3)

@@ -3,9 +3,10 @@
 Sec. 5 of Balestriero & LeCun (2024), arXiv 2402.11337, and He et al. (2022), arXiv 2111.06377. An ensemble of vision
 transformers that see some patches of an image and predict the others, trained side by side from several seeds and
 probed as they learn. At the end, in one report: the linear masked autoencoder in closed form for the same mask
-(Theorem 3), probes on the trained networks beside the same probes on raw pixels, on principal components and on the
-untrained networks, and on request (``--ends``) fine-tuning, training from scratch and a supervised network. Everything
-that is chosen is chosen on validation images, everything that is reported is measured on test images.
+(Theorem 3), probes on the trained networks beside the same probes on raw pixels, on principal components, on the
+untrained networks and on the same networks trained with labels, and on request (``--ends``) fine-tuning and training
+from scratch. Everything that is chosen is chosen on validation images, everything that is reported is measured on test
+images.
 
     python -m experiments.train_mae                                                  # bundled digits
     python -m experiments.train_mae --preset cifar10 --data npz:FILE                 # 10,000 images of CIFAR-10
@@ -95,6 +96,8 @@ PRESETS = {
         width=128,
         depth=4,
         decoder_width=128,
+        end_epochs=10,
+        end_learning_rates=(1e-3,),
     ),
     "paper": Config(
         data="folder:imagenette2",
@@ -114,6 +117,7 @@ PRESETS = {
         decoder_width=512,
         decoder_depth=8,
         decoder_heads=16,
+        end_epochs=100,
     ),
 }
 

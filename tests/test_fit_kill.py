@@ -1,10 +1,12 @@
 """SIGKILL at random moments: a stream in training goes on each time, and ends with the same numbers bit for bit.
 
-Run as a script, this file trains in child processes, kills them, and trains once undisturbed.
+Run as a script, this file trains in child processes, kills them, and trains once undisturbed. A child that is to be
+killed stands still after some evaluations, so that it cannot end before it is killed, however late that is.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -23,20 +25,26 @@ from tests.test_fit import lines, numbers, run
 from tests.toy_training import ToyTraining
 from tests.two_processes import ROOT
 
-KILLS, STEPS = 3, 280
+KILLS, STEPS, EVERY = 3, 280, 8
+# Evaluations of a child that is to be killed: all such children together leave some steps to the last one.
+MOST = (STEPS // EVERY - 1) // KILLS
 
 
-def child(folder: Path, started: int) -> None:
+def child(folder: Path, started: int, most: int) -> None:
+    evaluations = itertools.count(1)
+
     def tell(state: Any, step: int) -> dict[str, float]:
         os.write(started, b"1")  # from here on it may be killed
+        if next(evaluations) > most:
+            time.sleep(3600)
         return {"weight": float(np.asarray(state.params["w"])[0, 0])}
 
     options: dict[str, Any] = {
         "num_steps": STEPS,
-        "every": 8,
-        "steps_per_call": 8,
-        "log_every": 8,
-        "evaluate_every": 8,
+        "every": EVERY,
+        "steps_per_call": EVERY,
+        "log_every": EVERY,
+        "evaluate_every": EVERY,
     }
     state = run(folder, training=ToyTraining(), streamed=True, evaluate=tell, **options)
     np.savez(folder / "unfinished.npz", *numbers(state))
@@ -53,7 +61,7 @@ def attempt(folder: Path, chance: random.Random | None) -> bool:
     if process == 0:
         status = 1
         try:
-            child(folder, writer)
+            child(folder, writer, STEPS if chance is None else MOST)
             status = 0
         except BaseException:
             traceback.print_exc()

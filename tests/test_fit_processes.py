@@ -28,13 +28,15 @@ OPTIONS: dict[str, Any] = {"streamed": True, "num_steps": 120, "every": 100, "ev
 
 
 def work(folder: Path, seconds: float) -> None:
-    """Train; each evaluation takes some seconds, in process 1 a little more."""
+    """Train; each evaluation takes some seconds, in process 1 a little more; half-way on, SIGTERM is waited for."""
     assert start_distributed()
     me = jax.process_index()
 
     def evaluate(state: Any, step: int) -> dict[str, float]:
         (folder / f"at-{me}").write_text(str(step))
         time.sleep(seconds * (1 + 0.5 * me))
+        while seconds and step >= OPTIONS["num_steps"] // 2 and not (folder / "sent").exists():
+            time.sleep(0.01)
         return {}
 
     try:
@@ -63,6 +65,7 @@ def stopped(tmp_path_factory) -> Path:
             assert running[1].poll() is None, running[1].communicate()[0]
             time.sleep(0.01)
         running[1].send_signal(signal.SIGTERM)
+        (folder / "sent").touch()
         printed = [process.communicate(timeout=60)[0] for process in running]
     assert [process.returncode for process in running] == [143, 143], printed
     return folder

@@ -2,11 +2,13 @@
 
 Run as a script with a folder and a seed, this file starts the sweep in a child, kills it after a random time, and so on
 ten times; then one child runs to the end. Only the children start JAX's backend, so that forking them is safe and none
-pays for the imports again.
+pays for the imports again. A child that is to be killed stands still after a share of the points, so that it cannot end
+before it is killed, however late that is.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -14,13 +16,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 import mae_align as ma
+from mae_align.store import PointStore
 
 KILLS = 10
+RATIOS, PATCHES = 16, 5
+POINTS = PATCHES * RATIOS + PATCHES
 
 
 def sweep(store: Path) -> xr.Dataset:
@@ -28,8 +34,20 @@ def sweep(store: Path) -> xr.Dataset:
     images = rng.integers(0, 256, (300, 12, 12, 1)).astype(np.uint8)
     train, held = (ma.Moments.from_arrays(images[i::2], np.arange(150) % 5, groups=3) for i in (0, 1))
     run = ma.RunOptions(store=store, workers=2)
-    ratios = [float(p) for p in np.linspace(0.1, 0.9, 16)]
+    ratios = [float(p) for p in np.linspace(0.1, 0.9, RATIOS)]
     return ma.masking_sweep(train, [1, 2, 3, 4, 6], ratios, eval_moments=held, run=run)
+
+
+def stand_still_after(count: int) -> None:
+    """Let this process save so many points, and wait at each further one for the kill."""
+    save, numbers = PointStore.save, itertools.count()
+
+    def limited(self: PointStore, key: str, arrays: Any) -> None:
+        if next(numbers) >= count:
+            time.sleep(3600)
+        save(self, key, arrays)
+
+    PointStore.save = limited
 
 
 def finished(store: Path) -> dict[str, int]:
@@ -43,6 +61,7 @@ def kill_at_random(store: Path, seed: int) -> None:
         before = finished(store)
         child = os.fork()
         if child == 0:
+            stand_still_after((POINTS - 1) // KILLS)
             sweep(store)
             os._exit(0)
         # Counted from the first new point, so that no kill falls into the start alone.
@@ -50,7 +69,7 @@ def kill_at_random(store: Path, seed: int) -> None:
         while len(finished(store)) <= len(before) and time.monotonic() < limit:
             time.sleep(0.002)
         time.sleep(chance.uniform(0.0, 0.05))
-        os.kill(child, signal.SIGKILL)  # a child that has ended is still there to be waited for
+        os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         assert os.WIFSIGNALED(status), "the sweep ended before it was killed"
         after = finished(store)
@@ -68,11 +87,10 @@ def test_ten_kills_at_random_moments_lose_nothing(tmp_path):
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
     counts = [int(line) for line in done.stdout.split()]
     assert len(counts) == KILLS and counts == sorted(counts)
-    points = 5 * 16 + 5
-    assert 0 < counts[0] < points, f"seed {seed}: the first kill came after {counts[0]} points"
+    assert counts[0] > 0 and counts[-1] < POINTS and len(set(counts)) == KILLS, f"seed {seed}: {counts}"
     kept = finished(store)
     resumed = sweep(store)
-    assert kept.items() <= finished(store).items() and len(finished(store)) == points
+    assert kept.items() <= finished(store).items() and len(finished(store)) == POINTS
     whole = sweep(tmp_path / "others")
     assert set(resumed.variables) == set(whole.variables)
     for name, expected in whole.variables.items():

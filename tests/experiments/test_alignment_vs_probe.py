@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import re
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,7 @@ import experiments.alignment_vs_probe as module
 from experiments import alignment_cells
 from experiments.alignment_cells import Cell, Loss, NetworkConfig, closed_form, make_training, probe_tasks
 from experiments.alignment_vs_probe import PRESETS, Config, main
-from experiments.alignment_vs_probe_report import UNTRAINED
+from experiments.alignment_vs_probe_report import SUPERVISED, UNTRAINED
 from experiments.alignment_vs_probe_table import KEYS, read_table
 from experiments.launch import launch
 from experiments.run_folder import RunFolder
@@ -58,7 +60,12 @@ def test_one_row_for_each_task_network_and_mask(run):
         assert 1.0 <= row["rankme"] <= 8.0
         # Of the 120 test images, the probes see one half (a task of some classes: fewer).
         assert row["probe_n_test"] <= 60
-    assert "untrained network" in (run / "summary.txt").read_text()
+    summary = (run / "summary.txt").read_text()
+    assert "fine labels: networks by loss: matched " in summary and summary.count(f", {SUPERVISED} ") == 2
+    with (run / "baselines.csv").open(newline="") as file:
+        baselines = [(row["features"], row["seed"], row["task"]) for row in csv.DictReader(file)]
+    assert {(name, seed, task) for name in (UNTRAINED, SUPERVISED) for seed in "01" for task in tasks} <= {*baselines}
+    assert len(baselines) == (2 + 2 * 2) * len(tasks)
     assert {"agreement.csv", "baselines.csv", "summary.txt", "gains-digits.png"} <= {p.name for p in run.iterdir()}
 
 
@@ -145,10 +152,17 @@ def study(monkeypatch, tmp_path):
     def untrained(config, run, patch):
         yield {"features": UNTRAINED, "patch_size": patch, "task": "a", "probe_r2_test": 0.25}
 
+    def supervised(config, run, patch, folder):
+        where.append(folder)
+        if patch in lost:
+            raise Diverged("the loss of member 0 is nan", 3, 0, None)
+        yield {"features": SUPERVISED, "patch_size": patch, "task": "a", "probe_r2_test": 0.875}
+
     folder = RunFolder(tmp_path / "own", resumed=False, shared=tmp_path / "shared")
     folder.path.mkdir()
     monkeypatch.setattr(module, "_observed", observed)
     monkeypatch.setattr(module, "_untrained", untrained)
+    monkeypatch.setattr(module, "_supervised", supervised)
     monkeypatch.setattr(
         module, "_baselines", lambda run: [{"features": "raw pixels", "task": "a", "probe_r2_test": 0.75}]
     )
@@ -160,18 +174,21 @@ def study(monkeypatch, tmp_path):
 
 
 def test_cells_that_diverge_are_left_out_and_the_others_reported(study):
-    study.lost.add((0.5, Loss.standard))
-    with pytest.warns(UserWarning, match=r"Left out: patch.-ratio0\.5-standard, the loss of member 1 is nan at"):
+    study.lost |= {(0.5, Loss.standard), 4}
+    with pytest.warns(UserWarning, match=r"Left out: .*, the loss of member . is nan at"):
         main(study.config)
-    assert set(study.where) == {study.folder.shared} and len(study.where) == 12
+    assert set(study.where) == {study.folder.shared} and len(study.where) == 12 + 2
     rows, _, _, notes = study.reports[0]
     # Two ratios of the standard loss are not enough; the table has them all the same.
     assert {row["objective"] for row in rows} == {"matched"} and len(rows) == 2 * 3 * 2
     assert len(read_table(study.folder.path / "rows.csv")) == len(rows) + 2 * 2 * 2
-    assert len([note for note in notes if note.startswith("Left out: patch")]) == 2
-    assert "matched +0.500; baselines: raw pixels +0.750, untrained network +0.250." in notes[0]
+    assert len([note for note in notes if re.match(r"Left out: patch.-ratio0\.5-standard, the loss of m", note)]) == 2
+    assert (
+        "matched +0.500; baselines: raw pixels +0.750, untrained network +0.250, supervised network +0.875." in notes[0]
+    )
+    assert len([note for note in notes if note.startswith("Left out: supervised-patch4, the loss of member 0 is")]) == 1
     baselines = (study.folder.path / "baselines.csv").read_text()
-    assert baselines.count(UNTRAINED) == 2
+    assert baselines.count(UNTRAINED) == 2 and baselines.count(SUPERVISED) == 1
 
 
 def test_a_study_without_networks_fails_clearly(study):
@@ -195,6 +212,23 @@ def test_untrained_networks_are_probed_as_trained_ones(monkeypatch):
     for task, result in probe_tasks(parts[0], parts[1], run.probe_tasks, "x").items():
         (row,) = [row for row in found if (row["task"], row["seed"]) == (task, TINY.seeds[1])]
         assert row["probe_r2_test"] == pytest.approx(result.r2_test, abs=1e-4)
+
+
+def test_supervised_networks_learn_the_fine_labels_and_go_on_where_they_stopped(tmp_path, monkeypatch):
+    config = dataclasses.replace(TINY, network=dataclasses.replace(TINY.network, epochs=30, learning_rate=0.02))
+    run = module._Run.of(config, load_dataset("digits"))
+    run = dataclasses.replace(run, probe_tasks=tuple(t for t in run.probe_tasks if t.kind is TaskKind.FINE_LABELS))
+    before = [row["probe_accuracy_train"] for row in module._untrained(config, run, 4)]
+    found = list(module._supervised(config, run, 4, tmp_path))
+    assert [(row["features"], row["patch_size"], row["seed"]) for row in found] == [(SUPERVISED, 4, s) for s in (0, 1)]
+    after = [row["probe_accuracy_train"] for row in found]
+    assert np.subtract(after, before).min() > 0.15, (before, after)
+    # Finished networks are taken from their checkpoint; those of other labels are not.
+    monkeypatch.setattr(alignment_cells.MetricLog, "write", None)
+    assert list(module._supervised(config, run, 4, tmp_path)) == found
+    other = dataclasses.replace(run, probed=dataclasses.replace(run.probed, train_labels=run.probed.train_labels[::-1]))
+    with pytest.raises(InputError, match="another"):
+        list(module._supervised(config, other, 4, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -229,7 +263,7 @@ def test_the_last_two_checkpoints_of_a_cell_are_kept(tmp_path, monkeypatch):
         kept.extend(checkpoints.steps())
 
     monkeypatch.setattr(alignment_cells, "fit", fit)
-    programs: Any = SimpleNamespace(init=list, put=list)
+    programs: Any = SimpleNamespace(init=list, put=lambda *of: of)
     alignment_cells.train(programs, np.zeros(50), TINY.network, (0,), tmp_path, "toy")
     assert kept == [2, 3]
 
