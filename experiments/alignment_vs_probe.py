@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -55,7 +54,7 @@ from experiments.alignment_vs_probe_report import (
 )
 from experiments.alignment_vs_probe_table import check_rows, read_table
 from experiments.launch import launch
-from experiments.parts import Parts
+from experiments.parts import Parts, silent
 from experiments.run_folder import RunFolder
 from mae_align.fit import Diverged
 from mae_align.metrics import rankme
@@ -167,7 +166,7 @@ def main(config: Config) -> None:
         folder.save_table("baselines", baselines)
     predicted = _predictions(config, run, parts)
     diverged = 0
-    bar = tqdm(cells, desc="networks", unit="cell", disable=_silent())
+    bar = tqdm(cells, desc="networks", unit="cell", disable=silent())
     for cell in bar:
         bar.set_postfix_str(cell.key)
         observed = trained(cell.key, lambda cell=cell: list(_observed(config, run, cell, folder.shared)))
@@ -190,11 +189,6 @@ def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         ratios.setdefault(row["objective"], set()).add(row["mask_ratio"])
     return [row for row in rows if len(ratios[row["objective"]]) >= 3]
-
-
-def _silent() -> bool | None:
-    """Whether this process shows no progress: of several the first does, on a terminal."""
-    return True if jax.process_index() > 0 else None
 
 
 def _check(config: Config) -> None:
@@ -333,7 +327,7 @@ def _predictions(config: Config, run: _Run, parts: Parts) -> dict[tuple[int, flo
     """Columns of the closed form by patch size, mask ratio and task."""
     grid = list(itertools.product(config.patch_sizes, config.mask_ratios))
     found = {}
-    for patch, ratio in tqdm(grid, desc="closed form", unit="mask", disable=_silent()):
+    for patch, ratio in tqdm(grid, desc="closed form", unit="mask", disable=silent()):
 
         def solve(patch: int = patch, ratio: float = ratio) -> list[dict[str, Any]]:
             masking = ma.FixedCountPatchMasking.from_ratio(patch, ratio, run.probed.image_shape)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import mae_align as ma
 from experiments.dynamics_reference import flow_cost, flow_half_times
+from experiments.parts import silent
 from mae_align.checkpoint import Checkpoints
 from mae_align.dynamics import DirectionErrors, direction_energy, group_shares, log_steps, variance_groups
 from mae_align.frequency import error_by_band, mean_frequency
@@ -307,7 +308,7 @@ def run_cell(
     if checkpoints is not None and checkpoints.latest_step() is not None:
         _, state, position = checkpoints.restore(state)
         looks = [{k: np.array(v) for k, v in look.items()} for look in position["looks"]]
-    with tqdm(total=int(steps[-1]), desc=label, unit="step", leave=False, disable=None) as bar:
+    with tqdm(total=int(steps[-1]), desc=label, unit="step", leave=False, disable=silent()) as bar:
         for index, step in enumerate(steps.tolist()):
             bar.update(step - bar.n)
             if index < len(looks):

@@ -49,10 +49,11 @@ from experiments.dynamics_cells import (
 )
 from experiments.launch import launch
 from experiments.learning_dynamics_report import write_report
+from experiments.parts import shared_points, silent
 from experiments.run_folder import RunFolder
 from mae_align.checkpoint import Checkpoints
 from mae_align.spectrum import Spectrum
-from mae_align.store import PointStore, fingerprint
+from mae_align.store import fingerprint
 
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -154,11 +155,11 @@ def main(config: Config) -> None:
     trainings = {x: make_training(x, training, data.image_shape, len(config.seeds)) for _, x in todo}
     folder = RunFolder.open("learning_dynamics", config.data, config, config.out)
     identity = fingerprint([getattr(data, name) for name in _ARRAYS], {"arrays": 2})
-    store = PointStore(folder.points, identity)
+    store = shared_points(folder.points, identity)
     found: dict[tuple[Images, Learner], Arrays] = {}
     scene, kind = None, None
     total = sum(num_steps(x, training) for _, x in todo)
-    with tqdm(total=total, desc="learning dynamics", unit="step", disable=None) as bar:
+    with tqdm(total=total, desc="learning dynamics", unit="step", disable=silent()) as bar:
         for images, learner in todo:
             key = f"{images.value}-{learner.value}"
             arrays = store.load(key)
@@ -166,7 +167,7 @@ def main(config: Config) -> None:
                 if scene is None or kind is not images:
                     moved = image_map(images, spectrum, training.latent, config.seed)
                     scene, kind = _scene(config, data, moved), images
-                arrays = _cell(config, trainings[learner], scene, learner, folder.path / "networks" / key, identity)
+                arrays = _cell(config, trainings[learner], scene, learner, folder.shared / "networks" / key, identity)
                 store.save(key, arrays)
             found[images, learner] = arrays
             bar.update(num_steps(learner, training))

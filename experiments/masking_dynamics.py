@@ -32,7 +32,7 @@ from tqdm import tqdm
 import mae_align as ma
 from experiments.launch import launch
 from experiments.masking_dynamics_report import Curve, write_report
-from experiments.parts import Parts
+from experiments.parts import Parts, shared_points, silent
 from experiments.run_folder import RunFolder
 from mae_align.checkpoint import Checkpoints
 from mae_align.corruption import FixedCountPatchMasking
@@ -43,7 +43,7 @@ from mae_align.moments import Moments
 from mae_align.optimizer import OptimizerConfig, adamw
 from mae_align.predictions import closed_form_row
 from mae_align.probes import raw_pixels, ridge_probe
-from mae_align.store import PointStore, fingerprint
+from mae_align.store import fingerprint
 from mae_align.train import Training, TrainState, reconstruct
 
 # Images of one forward pass when features are taken.
@@ -186,7 +186,7 @@ def main(config: Config) -> None:
     folder = RunFolder.open("masking_dynamics", config.data, config, config.out)
     arrays = (data.train_images, data.train_labels, data.test_images, data.test_labels)
     mark = fingerprint(arrays, {"config": dataclasses.asdict(dataclasses.replace(config, out=None))})
-    store, closed = PointStore(folder.points, mark), Parts(folder.points, mark)
+    store, closed = shared_points(folder.points, mark), Parts(folder.points, mark)
     probed = _probed(data, config)
     raw = probe(raw_pixels(probed.train_images), raw_pixels(probed.test_images), probed, config)
     steps = milestones(num_steps(config.network, len(data.train_images)), config.evaluations)
@@ -200,7 +200,7 @@ def main(config: Config) -> None:
     ks = tuple(dict.fromkeys((*config.ks, config.network.width)))
     curves = []
     groups = seed_groups(config)
-    with tqdm(total=len(cells) * len(groups) * len(steps), desc="networks", unit="evaluation", disable=None) as bar:
+    with tqdm(total=len(cells) * len(groups) * len(steps), desc="networks", unit="evaluation", disable=silent()) as bar:
         for cell, training in trainings.items():
             bar.set_postfix_str(cell.key)
             masking = FixedCountPatchMasking.from_ratio(cell.patch_size, cell.mask_ratio, data.image_shape)
@@ -212,7 +212,7 @@ def main(config: Config) -> None:
             for seeds in groups:
                 key = cell.key if len(groups) == 1 else f"{cell.key}-seeds{'-'.join(map(str, seeds))}"
                 with Checkpoints.open(
-                    folder.path / "networks" / key, identity=mark, every=steps[-1], keep_latest=1
+                    folder.shared / "networks" / key, identity=mark, every=steps[-1], keep_latest=1
                 ) as checkpoints:
                     found = []
                     state = None
@@ -335,7 +335,7 @@ def make_training(pixels: Pixels, cell: Cell, config: Config, num_images: int) -
         )
 
     # One CPU device is all of its cores.
-    devices = jax.devices()[:1] if jax.default_backend() == "cpu" else None
+    devices = jax.devices()[:1] if jax.default_backend() == "cpu" and jax.process_count() == 1 else None
     return Training(
         make,
         reconstruct,

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mae_align.sharded import SharedStore
 from mae_align.store import PointStore
 
 
@@ -44,6 +45,26 @@ class Parts:
             text = _of_first(json.dumps(compute(), default=_plain))
             self._store.save(key, {"json": np.array(text)})
         return json.loads(text)
+
+
+def shared_points(folder: Path, identity: str) -> PointStore:
+    """Finished points made of arrays; of several processes the first has the files, and all of them get its points.
+
+    Args:
+        folder: where they are kept. identity: of what they belong to, see :func:`mae_align.store.fingerprint`.
+
+    Raises:
+        InputError: the folder holds points of something else.
+    """
+    store = PointStore(folder, identity)
+    if jax.process_count() == 1:
+        return store
+    return SharedStore(store if jax.process_index() == 0 else None)
+
+
+def silent() -> bool | None:
+    """Whether this process shows no progress: of several the first does, on a terminal."""
+    return True if jax.process_index() > 0 else None
 
 
 def _of_first(text: str) -> str:

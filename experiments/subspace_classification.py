@@ -31,6 +31,7 @@ import numpy as np
 
 import mae_align as ma
 from experiments.launch import launch
+from experiments.parts import shared_points
 from experiments.run_folder import RunFolder
 from experiments.subspace_classification_report import Linear, Point, write_report
 from experiments.subspace_networks import (
@@ -50,7 +51,7 @@ from mae_align.principal import Family, PrincipalAxes, Subspace
 from mae_align.probes import ridge_probe
 from mae_align.probes.inputs import one_scale
 from mae_align.runner import Task, TaskGroup, run_groups
-from mae_align.store import PointStore, fingerprint
+from mae_align.store import fingerprint
 from mae_align.train import Training
 
 _ROWS = 4096
@@ -135,8 +136,10 @@ def main(config: Config) -> None:
     _check(config)
     data = prepared(ma.load_dataset(config.data, image_size=config.image_size, seed=config.seed), config)
     training = settled(config.training, data.name, data.image_shape)
-    devices = jax.devices()[:1] if is_cpu(jax.devices()[0]) else jax.devices()
-    workers = worker_count(config.workers) if is_cpu(devices[0]) else 1
+    # One after another on all devices, unless these are the cores of this process.
+    alone = is_cpu(jax.devices()[0]) and jax.process_count() == 1
+    devices = jax.devices()[:1] if alone else jax.devices()
+    workers = worker_count(config.workers) if alone else 1
     # Made before anything is projected: it refuses sizes that do not fit.
     trainings = {
         network: make_training(
@@ -148,9 +151,9 @@ def main(config: Config) -> None:
     axes = PrincipalAxes.of(_moments(data), seed=config.seed)
     plan = subspaces(config, axes)
     arrays = (data.train_images, data.train_labels, data.test_images, data.test_labels)
-    store = PointStore(folder.points, fingerprint(arrays, {"rank": axes.rank}))
+    store = shared_points(folder.points, fingerprint(arrays, {"rank": axes.rank}))
     groups = [_group(subspace, config, data, axes, trainings) for subspace in plan]
-    found = run_groups(groups, workers=workers, store=store, progress=True)
+    found = run_groups(groups, workers=workers, store=store, progress=jax.process_index() == 0)
     shares = {subspace: axes.share(subspace) for subspace in plan}
     points = [
         Point(study, subspace, shares[subspace], [found[_key(study, subspace, seed)] for seed in config.seeds])
@@ -173,6 +176,11 @@ def _check(config: Config) -> None:
     missing = sorted({*config.matched, *config.scale_shares} - set(config.bottom))
     if missing:
         raise ma.InputError(f"--matched and --scale-shares name {missing}, which --bottom has not: add them there")
+    each_once = {"network and --others": (config.network, *config.others)}
+    each_once |= {"scale-networks": config.scale_networks, "scales": config.scales}
+    for name, values in each_once.items():
+        if len(set(values)) < len(values):
+            raise ma.InputError(f"--{name} {' '.join(v.value for v in values)} repeats a value: give each once")
     for name in ("max_train", "max_test"):
         value = getattr(config, name)
         if value is not None and value < 40:

@@ -36,10 +36,11 @@ from tqdm import tqdm
 
 import mae_align as ma
 from experiments.launch import launch
+from experiments.parts import shared_points, silent
 from experiments.run_folder import RunFolder
 from experiments.theorem2_networks import Case, Decoder, NetworkConfig, References, follow, make_training, record_steps
 from experiments.theorem2_report import write_report
-from mae_align.store import PointStore, fingerprint
+from mae_align.store import fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,13 +106,13 @@ def main(config: Config) -> None:
         # Refuses sizes that do not fit before anything is trained.
         make_training(references, config.network, case)
     folder = RunFolder.open("theorem2_check", config.data, config, config.out)
-    store = PointStore(folder.points, fingerprint([images, labels], {}))
+    store = shared_points(folder.points, fingerprint([images, labels], {}))
     steps = record_steps(config.network.steps, config.records)
     found = []
-    bar = tqdm(cases, desc="networks", unit="ensemble", disable=None)
+    bar = tqdm(cases, desc="networks", unit="ensemble", disable=silent())
     for case in bar:
         bar.set_postfix_str(case.key)
-        found += follow(references, config.network, case, steps, store, folder.path / "networks" / case.key)
+        found += follow(references, config.network, case, steps, store, folder.shared / "networks" / case.key)
     write_report(found, folder, references, data.name, config.early)
 
 

@@ -314,6 +314,8 @@ def test_controls_of_a_split_without_a_top_direction():
         ({"training": TrainingConfig(epochs=0)}, "--training"),
         ({"training": TrainingConfig(crop=8)}, "pad=8"),
         ({"network": Network.resnet9}, "16 x 16"),
+        ({"others": (Network.mlp,)}, "--network and --others mlp mlp repeats a value"),
+        ({"scale_networks": (Network.mlp,) * 2}, "--scale-networks mlp mlp repeats a value"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_made(change, message, tmp_path):

@@ -1,0 +1,75 @@
+"""The experiments on deep networks give the same tables in two processes as in one with eight devices."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+from pathlib import Path
+
+import pytest
+
+from experiments.launch import launch
+from tests.two_processes import run_processes
+
+pytestmark = pytest.mark.slow
+
+# 48 images in a step: as many devices as there are here and in two processes divide them.
+CASES = {
+    "theorem2_check": (
+        "--max-train 200 --latent 4 --widths 8 --lambdas inf --seeds 0 --records 4 "
+        "--network.steps 100 --network.batch-size 48 --network.warmup-steps 10",
+        "networks",
+    ),
+    "learning_dynamics": (
+        "--max-train 200 --learners mlp_adamw --intervened mlp_adamw --interventions reversed --seeds 0 1 --records 6 "
+        "--looked-at 60 --bands 3 --response-points 30 --response-widths 0.5 --resamples 20 --training.latent 6 "
+        "--training.batch-size 48 --training.steps 60 --checkpoint",
+        "dynamics",
+    ),
+    "masking_dynamics": (
+        "--max-train 200 --patch-sizes 4 --mask-ratios 0.5 0.75 --evaluations 3 --network.width 8 --network.depth 0 "
+        "--network.heads 2 --network.decoder-width 8 --network.decoder-depth 1 --network.decoder-heads 2 "
+        "--network.epochs 2 --network.batch-size 48",
+        "probes",
+    ),
+    "subspace_classification": (
+        "--max-train 200 --max-test 80 --network mlp --others conv --scale-networks mlp --top 0.8 --bottom 0.2 "
+        "--seeds 0 --training.epochs 2 --training.batch-size 48 --training.crop 1 --training.mlp-widths 8 "
+        "--training.conv-widths 4 4",
+        "points",
+    ),
+}
+
+
+def table(folder: Path, name: str) -> list[dict[str, str]]:
+    with (folder / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_give_the_same_table(name, tmp_path, capsys):
+    options, file = CASES[name]
+    options = options.split()
+    run_processes(f"-m experiments.{name}", *options, "--out", tmp_path / "two", devices=1, timeout=300)
+    module = importlib.import_module(f"experiments.{name}")
+    launch(module.main, module.Config, module.PRESETS, [*options, "--out", str(tmp_path / "one")])
+    ours, expected = table(tmp_path / "two", file), table(tmp_path / "one", file)
+    assert len(ours) == len(expected) > 2
+    for found, right in zip(ours, expected, strict=True):
+        assert found.keys() == right.keys()
+        for key in found.keys() - {"seconds"}:
+            try:
+                number = float(right[key])
+            except ValueError:
+                assert found[key] == right[key]
+            else:
+                assert float(found[key]) == pytest.approx(number, rel=1e-3, abs=1e-5, nan_ok=True), key
+    # What was trained lies in the folder of the run, not in one that is gone.
+    parts = {path.name for path in (tmp_path / "two").iterdir()}
+    assert parts == {path.name for path in (tmp_path / "one").iterdir()} and "points" in parts
+    # The same command finds everything done, in one process too.
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "two" / "points").iterdir()}
+    launch(module.main, module.Config, module.PRESETS, [*options, "--out", str(tmp_path / "two")])
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "two" / "points").iterdir()} == before
+    assert table(tmp_path / "two", file) == ours
