@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -101,9 +102,9 @@ def training_figure(
         if name == "loss" and np.nanmin(values) > 0:
             panel.set_yscale("log")
         if name == "probe_accuracy":
-            styles = ((0, (4, 2)), (0, (1, 1)), (0, (4, 1, 1, 1)))
-            for (baseline, accuracy), style in zip(levels.items(), styles, strict=False):
-                panel.axhline(100.0 * accuracy, color="0.35", linestyle=style, linewidth=1.0, label=baseline)
+            dashes = itertools.cycle([(4, 2), (1, 1), (4, 1, 1, 1), (6, 1, 1, 1, 1, 1)])
+            for (baseline, accuracy), dash in zip(levels.items(), dashes, strict=False):
+                panel.axhline(100.0 * accuracy, color="0.35", linestyle=(0, dash), linewidth=1.0, label=baseline)
     handles, labels = [], []
     for panel in axes[0]:
         for handle, text in zip(*panel.get_legend_handles_labels(), strict=True):

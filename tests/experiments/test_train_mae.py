@@ -25,7 +25,7 @@ import mae_align as ma
 from experiments import train_mae, train_probes
 from experiments.launch import launch
 from experiments.train_common import End, LabelledSplit, Probe
-from experiments.train_figures import Column
+from experiments.train_figures import Column, training_figure
 from experiments.train_mae import PRESETS, Config, main
 from mae_align.models import AllPixels, MaskedAutoencoder, MaskedPatches, Pixels, VitSize
 from mae_align.probes import ridge_probe
@@ -185,6 +185,15 @@ def test_killed_twice_it_ends_with_the_same_numbers(run, tmp_path):
         shutil.copy(part, folder / "points")
     main(dataclasses.replace(TINY, out=str(folder)))
     assert (folder / "results.csv").read_text() == (run / "results.csv").read_text()
+
+
+def test_every_baseline_is_drawn_beside_the_online_probe():
+    levels = {"raw pixels": 0.25, "components": 0.375, "untrained": 0.5, "supervised": 0.75}
+    records = [{"step": step, "loss": [2.0, 1.0], "probe_accuracy": [0.5, 0.625]} for step in (1, 2)]
+    panel = training_figure(records, ["seed 0", "seed 1"], levels, 8).axes[1]
+    lines = [line for line in panel.get_lines() if line.get_linestyle() == "--"]
+    drawn = {line.get_label(): line.get_ydata()[0] for line in lines}
+    assert drawn == {name: 100 * level for name, level in levels.items()}
 
 
 def network(objective: MaskedPatches | AllPixels, images: np.ndarray) -> MaskedAutoencoder:
