@@ -60,10 +60,13 @@ __all__ = [
 ]
 
 UNTRAINED = "untrained network"
-SUPERVISED = "supervised network"
-# The task that supervised networks are trained for.
-FINE = TaskKind.FINE_LABELS.value
 """Name of the features of the networks before their first step."""
+
+SUPERVISED = "supervised network"
+"""Name of the features of the same networks trained with the fine labels."""
+
+FINE = TaskKind.FINE_LABELS.value
+"""The task that supervised networks are trained for."""
 
 PRIMARY: tuple[str, Statistic] = ("correlation within task and patch", mean_unit_correlation)
 """The statistic that decides; declared before looking."""

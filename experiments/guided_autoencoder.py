@@ -49,7 +49,7 @@ from experiments.guided_runs import (
     train,
 )
 from experiments.launch import launch
-from experiments.parts import Parts
+from experiments.parts import Parts, silent
 from experiments.run_folder import RunFolder
 from mae_align.store import fingerprint
 
@@ -152,7 +152,7 @@ def main(config: Config) -> None:
     rows = []
     if (lambdas := config.frontier) is not None:
         rows += store.once("frontier", lambda: linear_rows(split, config.latents, lambdas, config.probes))
-    bar = tqdm(parts, desc="ensembles", unit="ensemble", disable=None)
+    bar = tqdm(parts, desc="ensembles", unit="ensemble", disable=silent())
     for runs in bar:
         bar.set_postfix_str(runs.key)
         rows += store.once(runs.key, lambda runs=runs: _observed(config, split, runs, folder))

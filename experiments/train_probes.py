@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from experiments.train_report import (
     Score,
     components,
 )
+from mae_align.errors import InputError
+from mae_align.fit import Diverged
 from mae_align.models import Classifier
 from mae_align.probes import Rows, knn_probe, logistic_probe, mlp_probe, principal_components, raw_pixels, ridge_probe
 from mae_align.train import Training, classify
@@ -162,7 +165,13 @@ def end_trainings(config: TrainConfig, split: LabelledSplit, problem: Problem) -
     def programs(count: int) -> Training:
         rates = [rate for _ in range(count) for rate in config.end_learning_rates]
         warmup = min(config.warmup_epochs, config.end_epochs / 4)
-        return make_training(config, split, make_model, classify, rates, config.end_epochs, warmup)
+        try:
+            return make_training(config, split, make_model, classify, rates, config.end_epochs, warmup)
+        except InputError as error:
+            raise InputError(
+                f"{error} (networks trained with labels: one for each --seeds and --end-learning-rates; --ends None "
+                "trains none)"
+            ) from None
 
     found = {}
     for end in config.ends or ():
@@ -278,15 +287,21 @@ def all_scores(
     ends: list[Score] = []
     wanted = config.ends or ()
 
-    def train_one(end: End, members: Sequence[int]) -> EndTraining:
-        return train_end(end, config, split, problem, trained, trainings[end], members, folder, parts)
+    def train_one(end: End, members: Sequence[int]) -> EndTraining | None:
+        """None, and a warning, where a network diverges: the report of what is finished is not lost with it."""
+        try:
+            return train_end(end, config, split, problem, trained, trainings[end], members, folder, parts)
+        except Diverged as error:
+            words = f"Left out: networks trained with labels ({end.value}): {error} Give smaller --end-learning-rates."
+            warnings.warn(words, stacklevel=2)
+            return None
 
-    if End.fine_tuning in wanted:
-        ends += train_one(End.fine_tuning, reported).scores
+    if End.fine_tuning in wanted and (tuned := train_one(End.fine_tuning, reported)) is not None:
+        ends += tuned.scores
     if End.from_scratch in wanted or End.supervised in wanted:
         made = train_one(End.from_scratch, firsts)
-        ends += made.scores if End.from_scratch in wanted else []
-        if End.supervised in wanted:
+        ends += made.scores if made is not None and End.from_scratch in wanted else []
+        if made is not None and End.supervised in wanted:
 
             def supervised() -> Ensemble:
                 return made.ensemble

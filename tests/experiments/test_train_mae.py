@@ -129,6 +129,22 @@ def test_raw_pixels_score_is_that_of_a_plain_ridge_regression(run):
     assert float(row["accuracy_test"]) == pytest.approx(accuracy)
 
 
+@pytest.mark.slow
+def test_a_network_with_labels_that_diverges_does_not_cost_the_report(tmp_path):
+    config = dataclasses.replace(TINY, seeds=(0,), probes=(Probe.ridge,), out=str(tmp_path / "run"))
+    config = dataclasses.replace(config, ends=(End.supervised,), end_learning_rates=(1e30,))
+    with pytest.warns(
+        UserWarning, match=r"Left out: networks trained with labels \(from_scratch\): .*--end-learning-rates"
+    ):
+        main(config)
+    assert {row["features"] for row in rows(tmp_path / "run")} == {
+        "trained network",
+        "untrained network",
+        "raw pixels",
+        "16 principal components",
+    }
+
+
 def test_parts_of_the_data_are_apart():
     split = LabelledSplit.load(TINY)
     data = ma.load_dataset("digits")
