@@ -208,7 +208,7 @@ def test_every_baseline_is_drawn_beside_the_online_probe():
     records = [{"step": step, "loss": [2.0, 1.0], "probe_accuracy": [0.5, 0.625]} for step in (1, 2)]
     panel = training_figure(records, ["seed 0", "seed 1"], levels, 8).axes[1]
     lines = [line for line in panel.get_lines() if line.get_linestyle() == "--"]
-    drawn = {line.get_label(): line.get_ydata()[0] for line in lines}
+    drawn = {line.get_label(): float(np.asarray(line.get_ydata())[0]) for line in lines}
     assert drawn == {name: 100 * level for name, level in levels.items()}
 
 
