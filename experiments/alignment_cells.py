@@ -18,7 +18,7 @@ from mae_align.checkpoint import Checkpoints
 from mae_align.corruption import FixedCountPatchMasking
 from mae_align.data import ImageDataset
 from mae_align.devices import train_mesh
-from mae_align.fit import fit
+from mae_align.fit import Evaluate, fit
 from mae_align.models import AllPixels, Classifier, MaskedAutoencoder, MaskedPatches, Pixels, VitSize
 from mae_align.moments import Moments
 from mae_align.optimizer import OptimizerConfig, adamw
@@ -164,12 +164,17 @@ def train(
     folder: Path,
     identity: str,
     labels: np.ndarray | None = None,
+    evaluate: Evaluate | None = None,
 ) -> TrainState:
-    """Trains an ensemble, from its latest checkpoint if there is one; with labels where its objective needs them."""
+    """Trains an ensemble, from its latest checkpoint if there is one.
+
+    Args:
+        labels: where the objective needs them. evaluate: measured once an epoch, for the progress line and the log.
+    """
     per_epoch = max(len(images) // config.batch_size, 1)
     with (
         Checkpoints.open(folder, identity=identity, every=max(per_epoch, 100), keep_latest=2) as checkpoints,
-        MetricLog(folder) as log,
+        MetricLog(folder, shown=("probe_accuracy", "accuracy")) as log,
     ):
         return fit(
             training,
@@ -178,6 +183,8 @@ def train(
             num_steps=config.epochs * per_epoch,
             checkpoints=checkpoints,
             log=log,
+            evaluate=evaluate,
+            evaluate_every=per_epoch,
             steps_per_call=min(per_epoch, 50),
             log_every=per_epoch,
         )

@@ -16,9 +16,9 @@ many epochs. Cells whose networks diverge are left out, with a warning.
     python -m experiments.alignment_vs_probe --preset paper --data npz:FILE         # accelerators
     python -m experiments.alignment_vs_probe --analyse-only runs/.../rows.csv       # the analysis alone, of any rows
 
-Every trained cell (patch size, ratio, loss) is written when it is done and every network is checkpointed while it
-trains: interrupted, the same command goes on where it stopped. ``rows.csv`` is tidy (one row per task, patch size, mask
-ratio, loss and seed): append rows of other networks or data sets and run the last form.
+Every trained cell (patch size, ratio, loss) is written and drawn when it is done, and every network is checkpointed and
+probed online while it trains: interrupted, the same command goes on where it stopped. ``rows.csv`` is tidy (one row per
+task, patch size, mask ratio, loss and seed): append rows of other networks or data sets and run the last form.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ from experiments.alignment_vs_probe_table import check_rows, read_table
 from experiments.launch import launch
 from experiments.parts import Parts, silent
 from experiments.run_folder import RunFolder
+from experiments.train_common import LabelledSplit
+from experiments.train_loop import OnlineProbe
+from experiments.train_mae import pictures
 from mae_align.fit import Diverged
 from mae_align.metrics import rankme
 from mae_align.models import Pixels
@@ -66,6 +69,9 @@ from mae_align.tasks import Task, standard_tasks
 from mae_align.train import Training, TrainState
 
 _FEATURE_BATCH = 500
+# Images in the pictures of reconstructions, and most images in each half of the online probe.
+_PICTURES = 4
+_WATCHED = 1000
 _MEASURES = ("accuracy", "r2")
 _PARTS = ("train", "val", "test")
 
@@ -169,7 +175,7 @@ def main(config: Config) -> None:
     bar = tqdm(cells, desc="networks", unit="cell", disable=silent())
     for cell in bar:
         bar.set_postfix_str(cell.key)
-        observed = trained(cell.key, lambda cell=cell: list(_observed(config, run, cell, folder.shared)))
+        observed = trained(cell.key, lambda cell=cell: list(_observed(config, run, cell, folder)))
         rows += [row | predicted[cell.patch_size, cell.mask_ratio, row["task"]] for row in observed]
         diverged += not observed
         folder.save_table("rows", rows)
@@ -339,12 +345,16 @@ def _predictions(config: Config, run: _Run, parts: Parts) -> dict[tuple[int, flo
     return found
 
 
-def _observed(config: Config, run: _Run, cell: Cell, folder: Path) -> Iterator[dict[str, object]]:
-    """Rows of one cell: its networks trained, and all tasks probed on each."""
+def _observed(config: Config, run: _Run, cell: Cell, folder: RunFolder) -> Iterator[dict[str, object]]:
+    """Rows of one cell: its networks trained, the first one's reconstructions drawn, and all tasks probed on each."""
     data, seeds = run.probed, config.seeds
     training = make_training(run.pixels, cell, config.network, len(data.train_images), len(seeds))
-    where = folder / "networks" / cell.key
-    state = train(training, data.train_images, config.network, seeds, where, _identity(config, run, cell))
+    where = folder.shared / "networks" / cell.key
+    identity, online = _identity(config, run, cell), _online_probe(config, run, training)
+    state = train(training, data.train_images, config.network, seeds, where, identity, evaluate=online)
+    shown = data.test_images[np.random.default_rng(config.seed).permutation(len(data.test_labels))[:_PICTURES]]
+    drawn = pictures(training.model(state, 0), shown, data.train_images, config.seed)
+    folder.save_figure(f"reconstructions-{cell.key}", drawn)
     features = [training.features(state, part, _FEATURE_BATCH) for part in (data.train_images, data.test_images)]
     losses = masked_loss(training, state, data.test_images)
     for member, seed in enumerate(seeds):
@@ -366,6 +376,18 @@ def _observed(config: Config, run: _Run, cell: Cell, folder: Path) -> Iterator[d
         for task in run.probe_tasks:
             name = {"dataset": data.name, "task": task.name, "task_kind": task.kind.value}
             yield name | about | _probe_columns(results[task.name])
+
+
+def _online_probe(config: Config, run: _Run, training: Training) -> OnlineProbe:
+    """Of fine labels on training images alone, half of them to fit: for watching, not for reporting."""
+    data = run.probed
+    order = np.random.default_rng(config.seed).permutation(len(data.train_labels))
+    fit, watch = (np.sort(order[i::2]) for i in (0, 1))
+    images, labels = data.train_images, data.train_labels
+    halves = (images[fit], labels[fit], images[watch], labels[watch], data.test_images, data.test_labels)
+    return OnlineProbe.of(
+        training, LabelledSplit(data.name, data.num_classes, *halves, "halves of the training images"), _WATCHED, 0
+    )
 
 
 def _identity(config: Config, run: _Run, cell: Cell) -> str:

@@ -139,7 +139,8 @@ def main(config: Config) -> None:
     # One after another on all devices, unless these are the cores of this process.
     alone = is_cpu(jax.devices()[0]) and jax.process_count() == 1
     devices = jax.devices()[:1] if alone else jax.devices()
-    workers = worker_count(config.workers) if alone else 1
+    workers = worker_count(config.workers)  # refused whatever the devices, if it is not a number of workers
+    workers = workers if alone else 1
     # Made before anything is projected: it refuses sizes that do not fit.
     trainings = {
         network: make_training(

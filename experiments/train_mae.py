@@ -118,6 +118,7 @@ PRESETS = {
         decoder_depth=8,
         decoder_heads=16,
         end_epochs=100,
+        end_learning_rates=(3e-4,),
     ),
 }
 

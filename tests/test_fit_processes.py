@@ -35,8 +35,10 @@ def work(folder: Path, seconds: float) -> None:
     def evaluate(state: Any, step: int) -> dict[str, float]:
         (folder / f"at-{me}").write_text(str(step))
         time.sleep(seconds * (1 + 0.5 * me))
-        while seconds and step >= OPTIONS["num_steps"] // 2 and not (folder / "sent").exists():
-            time.sleep(0.01)
+        if seconds and step >= OPTIONS["num_steps"] // 2:
+            while not (folder / "sent").exists():
+                time.sleep(0.01)
+            time.sleep(0.3)  # for the notice to come through
         return {}
 
     try:

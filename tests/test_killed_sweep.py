@@ -44,7 +44,7 @@ def stand_still_after(count: int) -> None:
 
     def limited(self: PointStore, key: str, arrays: Any) -> None:
         if next(numbers) >= count:
-            time.sleep(3600)
+            time.sleep(600)
         save(self, key, arrays)
 
     PointStore.save = limited

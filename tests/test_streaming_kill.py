@@ -46,7 +46,7 @@ def batches(started: int, done: int, last: int) -> Iterator[tuple[np.ndarray, np
         if i == done:
             os.write(started, b"1")  # from here on it may be killed
         if i == done + last:
-            time.sleep(3600)
+            time.sleep(600)
 
 
 def child(folder: Path, started: int, last: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import re
 from collections import defaultdict
 from types import SimpleNamespace
@@ -66,6 +67,11 @@ def test_one_row_for_each_task_network_and_mask(run):
         baselines = [(row["features"], row["seed"], row["task"]) for row in csv.DictReader(file)]
     assert {(name, seed, task) for name in (UNTRAINED, SUPERVISED) for seed in "01" for task in tasks} <= {*baselines}
     assert len(baselines) == (2 + 2 * 2) * len(tasks)
+    for cell in (run / "networks").glob("patch*"):
+        lines = [json.loads(line) for line in (cell / "metrics.jsonl").read_text().splitlines()]
+        watched = [line["probe_accuracy"] for line in lines if "probe_accuracy" in line]
+        assert len(watched) == 2 and all(0.0 <= each <= 1.0 for pair in watched for each in pair)
+        assert (run / f"reconstructions-{cell.name}.png").stat().st_size > 1000
     assert {"agreement.csv", "baselines.csv", "summary.txt", "gains-digits.png"} <= {p.name for p in run.iterdir()}
 
 
@@ -141,7 +147,7 @@ def study(monkeypatch, tmp_path):
     where, lost, reports = [], set(), []
 
     def observed(config, run, cell, folder):
-        where.append(folder)
+        where.append(folder.shared)
         if (cell.mask_ratio, cell.loss) in lost:
             raise Diverged("the loss of member 1 is nan", 17, 1, None)
         for task in ("a", "b"):
