@@ -18,7 +18,7 @@ import experiments.alignment_vs_probe as module
 from experiments import alignment_cells
 from experiments.alignment_cells import Cell, Loss, NetworkConfig, closed_form, make_training, probe_tasks
 from experiments.alignment_vs_probe import PRESETS, Config, main
-from experiments.alignment_vs_probe_report import SUPERVISED, UNTRAINED
+from experiments.alignment_vs_probe_report import SUPERVISED, UNTRAINED, baseline_sentences
 from experiments.alignment_vs_probe_table import KEYS, read_table
 from experiments.launch import launch
 from experiments.run_folder import RunFolder
@@ -195,6 +195,16 @@ def test_cells_that_diverge_are_left_out_and_the_others_reported(study):
     assert len([note for note in notes if note.startswith("Left out: supervised-patch4, the loss of member 0 is")]) == 1
     baselines = (study.folder.path / "baselines.csv").read_text()
     assert baselines.count(UNTRAINED) == 2 and baselines.count(SUPERVISED) == 1
+
+
+def test_the_accuracy_of_the_baselines_is_of_fine_labels_alone():
+    scores = {"fine labels": 0.5, "coarse labels": 0.75}
+    rows = [{"task": t, "probe_r2_test": a / 2, "probe_accuracy_test": a} for t, a in scores.items()]
+    networks = [row | {"objective": "matched"} for row in rows]
+    r2, accuracy = baseline_sentences(networks, [row | {"features": "raw pixels"} for row in rows])
+    assert r2.endswith("networks by loss: matched +0.312; baselines: raw pixels +0.312.")
+    assert accuracy.endswith("fine labels: networks by loss: matched 50.0%; baselines: raw pixels 50.0%.")
+    assert len(list(baseline_sentences([networks[1]], []))) == 1
 
 
 def test_a_study_without_networks_fails_clearly(study):
