@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mae_align.sharded import SharedStore
+from mae_align.sharded import shared_store
 from mae_align.store import PointStore
 
 
@@ -31,7 +31,7 @@ class Parts:
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.identity = identity
-        self._store = PointStore(folder, identity)
+        self._store = shared_points(folder, identity)
 
     def once(self, key: str, compute: Callable[[], Any]) -> Any:
         """The part of that name: read where it is finished, computed (by all processes) and written where not.
@@ -40,11 +40,10 @@ class Parts:
             key: a file name. compute: gives numbers, text, and lists and mappings of them.
         """
         found = self._store.load(key)
-        text = _of_first("" if found is None else str(found["json"]))
-        if not text:
-            text = _of_first(json.dumps(compute(), default=_plain))
-            self._store.save(key, {"json": np.array(text)})
-        return json.loads(text)
+        if found is None:
+            found = {"json": np.array(_of_first(json.dumps(compute(), default=_plain)))}
+            self._store.save(key, found)
+        return json.loads(str(found["json"]))
 
 
 def shared_points(folder: Path, identity: str) -> PointStore:
@@ -56,10 +55,9 @@ def shared_points(folder: Path, identity: str) -> PointStore:
     Raises:
         InputError: the folder holds points of something else.
     """
-    store = PointStore(folder, identity)
-    if jax.process_count() == 1:
-        return store
-    return SharedStore(store if jax.process_index() == 0 else None)
+    store = shared_store(folder, lambda: identity)
+    assert store is not None
+    return store
 
 
 def silent() -> bool | None:

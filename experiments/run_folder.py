@@ -28,6 +28,7 @@ import jax
 import numpy as np
 import xarray as xr
 
+from mae_align.distributed import refused_together
 from mae_align.errors import InputError
 
 if TYPE_CHECKING:
@@ -183,6 +184,31 @@ def _check_same_run(config_path: Path, wanted: Mapping[str, Any]) -> None:
         )
 
 
+def _taken(path: Path, identity: Mapping[str, Any]) -> bool:
+    """Makes the folder or takes over that of an earlier run of the same identity; whether it was one.
+
+    Raises:
+        InputError: As `RunFolder.open`.
+    """
+    config_path = path / "config.json"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if config_path.exists():
+            _check_same_run(config_path, identity)
+            return True
+        if any(not entry.name.endswith(_TEMPORARY_SUFFIX) for entry in path.iterdir()):
+            raise InputError(
+                f"{path} is not the folder of a run (it has files but no config.json): choose another --out"
+            )
+        with atomic_path(config_path) as unfinished:
+            unfinished.write_text(_to_json(identity), encoding="utf-8")
+    except FileExistsError:
+        raise InputError(f"{path} is a file, not a folder: choose another --out") from None
+    except OSError as error:
+        raise InputError(f"cannot use the folder {path} ({error.strerror}): choose another --out") from error
+    return False
+
+
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
     """The folder of one run; made by `RunFolder.open`.
@@ -224,7 +250,7 @@ class RunFolder:
 
         Raises:
             InputError: If the folder belongs to another configuration, holds files of something
-                else, has a damaged config.json or cannot be written.
+                else, has a damaged config.json or cannot be written; in every process.
         """
         settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ignore}
         identity = {"experiment": experiment, "dataset": dataset_label, "config": settings}
@@ -238,23 +264,8 @@ class RunFolder:
         if jax.process_index() > 0:
             path = Path(tempfile.mkdtemp())
             atexit.register(shutil.rmtree, path, ignore_errors=True)
-        config_path = path / "config.json"
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            if config_path.exists():
-                _check_same_run(config_path, json.loads(text))
-                return cls(path, resumed=True, shared=shared)
-            if any(not entry.name.endswith(_TEMPORARY_SUFFIX) for entry in path.iterdir()):
-                raise InputError(
-                    f"{path} is not the folder of a run (it has files but no config.json): choose another --out"
-                )
-            with atomic_path(config_path) as unfinished:
-                unfinished.write_text(text, encoding="utf-8")
-        except FileExistsError:
-            raise InputError(f"{path} is a file, not a folder: choose another --out") from None
-        except OSError as error:
-            raise InputError(f"cannot use the folder {path} ({error.strerror}): choose another --out") from error
-        return cls(path, resumed=False, shared=shared)
+        with refused_together(jax.process_count()):
+            return cls(path, _taken(path, json.loads(text)), shared)
 
     @property
     def points(self) -> Path:

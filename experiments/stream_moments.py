@@ -36,7 +36,7 @@ from mae_align.data import open_source, stratified_split
 from mae_align.data.pipeline import ImageBatch, batches, process_range
 from mae_align.data.source import SubsetSource
 from mae_align.devices import data_mesh, start_distributed
-from mae_align.distributed import gathered
+from mae_align.distributed import gathered, refused_together
 
 
 class Split(enum.Enum):
@@ -132,11 +132,12 @@ def main(config: Config) -> None:
         raise ma.InputError(f"--batch-size {config.batch_size}: give at least 1")
     if not (math.isfinite(config.checkpoint_every) and config.checkpoint_every >= 0):
         raise ma.InputError(f"--checkpoint-every {config.checkpoint_every}: give seconds, at least 0")
-    if out.exists():
-        raise ma.InputError(f"{out} exists already: delete it or choose another --out")
     start_distributed(config.coordinator, config.num_processes, config.process_id)
     mesh, process = data_mesh(), jax.process_index()
-    share = make_share(config, process, jax.process_count())
+    with refused_together(jax.process_count()):
+        if out.exists():
+            raise ma.InputError(f"{out} exists already: delete it or choose another --out")
+        share = make_share(config, process, jax.process_count())
     unfinished = out.with_name(f"{out.name}.unfinished")
     moments = ma.stream_moments(
         share.batches,

@@ -31,9 +31,9 @@ from mae_align.identity import identity
 from mae_align.moments import Moments
 from mae_align.patches import PatchSize, patch_hw
 from mae_align.runner import Arrays, Task, TaskGroup, run_groups
-from mae_align.sharded import SharedStore
+from mae_align.sharded import shared_store
 from mae_align.solver import RunOptions
-from mae_align.store import PointStore, fingerprint
+from mae_align.store import fingerprint
 from mae_align.subspace import feature_basis
 
 INERT = "inert"
@@ -333,12 +333,12 @@ def compare_many(
     problem = factorize(moments.ungrouped(), pixel_noise=pixel_noise, rtol=rtol)
     max_k = problem.check_k(max(ks))
     settings = provenance(problem, moments, None) | {"reference": "none" if reference is None else reference.name}
-    store = None
-    if run.store is not None and jax.process_index() == 0:
-        about = settings | {"ks": list(map(int, ks)), "q": q, "program": "losses", "reference": identity(reference)}
-        store = PointStore(run.store, fingerprint(moments.state, about))
-    if jax.process_count() > 1:
-        store = SharedStore(store)
+
+    def about() -> str:
+        settled = {"ks": list(map(int, ks)), "q": q, "program": "losses", "reference": identity(reference)}
+        return fingerprint(moments.state, settings | settled)
+
+    store = shared_store(run.store, about)
     span = partial(span_of, problem, max_k=max_k, images=images, centered=moments.center)
     start = span(reference)
 

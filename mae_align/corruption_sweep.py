@@ -29,8 +29,8 @@ from mae_align.general import corruption_features
 from mae_align.identity import identity
 from mae_align.moments import Moments
 from mae_align.runner import Arrays, Task, TaskGroup, run_groups
-from mae_align.sharded import SharedStore
-from mae_align.store import PointStore, fingerprint
+from mae_align.sharded import shared_store
+from mae_align.store import fingerprint
 from mae_align.sweep import RunOptions
 from mae_align.targets import TargetOperator
 
@@ -98,12 +98,9 @@ def corruption_sweep(
     problem = factorize(moments, pixel_noise=pixel_noise, rtol=rtol, target=target)
     max_k = problem.rank if max_k is None else problem.check_k(max_k)
     settings = provenance(problem, moments, eval_moments)
-    store = None
-    if run.store is not None and jax.process_index() == 0:
-        arrays = [a for m in (moments, eval_moments) if m is not None for a in m.state]
-        store = PointStore(run.store, fingerprint(arrays, settings | {"k": max_k, "program": "corruptions"}))
-    if jax.process_count() > 1:
-        store = SharedStore(store)
+    states = (a for m in (moments, eval_moments) if m is not None for a in m.state)
+    about = settings | {"k": max_k, "program": "corruptions"}
+    store = shared_store(run.store, lambda: fingerprint(states, about))
     held = None if eval_moments is None else hold_out(problem, eval_moments)
     keys = {name: f"corruption-{corruption_key(corruption, images)}" for name, corruption in named.items()}
     once = {key: named[name] for name, key in keys.items()}

@@ -1,8 +1,9 @@
-"""Small host arrays across the processes of a mesh; each call is one collective, and all processes make it together."""
+"""Small host arrays and refusals across processes; each call is a collective that all processes make together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -76,3 +77,44 @@ def gathered(arrays: Sequence[np.ndarray], mesh: Mesh) -> list[list[np.ndarray]]
         [part.copy().view(a.dtype).reshape(a.shape) for part, a in zip(np.split(row, ends), arrays, strict=True)]
         for row in received
     ]
+
+
+@contextlib.contextmanager
+def refused_together(count: int) -> Iterator[None]:
+    """Input that one process refuses within is refused by all, in the same words, when all have left it.
+
+    Without, the others would wait in their next collective for a process that is gone. For short work only: a process
+    that refuses waits for the others.
+
+    Args:
+        count: 1, or the number of all processes. Nothing is sent where it is 1.
+
+    Raises:
+        InputError: of the first process that refused.
+
+    Example:
+        >>> with refused_together(1):
+        ...     raise InputError("no such file")
+        Traceback (most recent call last):
+        ...
+        mae_align.errors.InputError: no such file
+    """
+    words = b""
+    try:
+        yield
+    except InputError as error:
+        if count == 1:
+            raise
+        words = str(error).encode()
+    if count == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    lengths = np.asarray(multihost_utils.process_allgather(np.int32(len(words))))
+    if not lengths.any():
+        return
+    message = np.zeros(lengths.max(), np.uint8)
+    message[: len(words)] = np.frombuffer(words, np.uint8)
+    received = np.asarray(multihost_utils.process_allgather(message))
+    first = int(np.flatnonzero(lengths)[0])
+    raise InputError(received[first, : lengths[first]].tobytes().decode())

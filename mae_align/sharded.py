@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from mae_align.devices import has_float64, is_cpu, solve_dtype
+from mae_align.distributed import refused_together
 from mae_align.errors import InputError
 from mae_align.grid import PointProgram
 from mae_align.store import PointStore
@@ -180,3 +182,27 @@ class SharedStore(PointStore):
         """Write the arrays of a finished point, once."""
         if self._store is not None:
             self._store.save(key, arrays)
+
+
+def shared_store(folder: str | Path | None, identity: Callable[[], str]) -> PointStore | None:
+    """Finished points on disk; of several processes the first has the files, and all of them get its points.
+
+    Args:
+        folder: where they are kept; None for nowhere. The first process's counts.
+        identity: gives what they belong to (:func:`mae_align.store.fingerprint`); asked where there is a folder.
+
+    Returns:
+        The store; None without a folder in a run of one process.
+
+    Raises:
+        InputError: in every process: the folder holds points of something else.
+
+    Example:
+        >>> shared_store(None, str) is None
+        True
+    """
+    store = None
+    with refused_together(jax.process_count()):
+        if folder is not None and jax.process_index() == 0:
+            store = PointStore(folder, identity())
+    return store if jax.process_count() == 1 else SharedStore(store)

@@ -32,8 +32,8 @@ from mae_align.points import BasisKey, GridPoint, GridSpec
 from mae_align.problem import DType, Factorized
 from mae_align.runner import Arrays, Task, TaskGroup, run_groups
 from mae_align.samples import Samples
-from mae_align.sharded import SharedStore, check_mesh, default_mesh, solve_over_mesh
-from mae_align.store import PointStore, fingerprint
+from mae_align.sharded import check_mesh, default_mesh, shared_store, solve_over_mesh
+from mae_align.store import fingerprint
 from mae_align.targets import TargetOperator
 
 
@@ -123,12 +123,9 @@ def solve_grid(
     problem = _factorize(moments, how)
     max_k = problem.rank if how.max_k is None else problem.check_k(how.max_k)
     settings = provenance(problem, moments, eval_moments)
-    store = None
-    if how.run.store is not None and jax.process_index() == 0:
-        arrays = [a for m in (moments, eval_moments) if m is not None for a in m.state]
-        store = PointStore(how.run.store, fingerprint(arrays, settings | {"k": max_k, "program": how.program.name}))
-    if jax.process_count() > 1:
-        store = SharedStore(store)
+    states = (a for m in (moments, eval_moments) if m is not None for a in m.state)
+    about = settings | {"k": max_k, "program": how.program.name}
+    store = shared_store(how.run.store, lambda: fingerprint(states, about))
     held = None if eval_moments is None else _hold_out(problem, eval_moments)
     with solve_context(problem.dtype):
         on_device = None if held is None else jax.device_put(held)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mae_align.accumulate import Accumulator, Batch, TargetKind, check_batch, pivots
 from mae_align.array_file import ArrayFile, read_arrays, remove_unfinished, write_arrays
-from mae_align.distributed import gathered, local_mesh, processes
+from mae_align.distributed import gathered, local_mesh, processes, refused_together
 from mae_align.errors import InputError
 from mae_align.moments import Moments, assemble
 from mae_align.store import fingerprint
@@ -102,27 +102,29 @@ def stream_moments(
         raise InputError(f"first_index={first_index}, index_step={index_step}: give at least 0 and at least 1")
     place = _Place(mesh)
     iterator = iter(batches)
-    first, index = _next(iterator, num_classes)
-    if first is None:
-        raise InputError("the stream has no batches: there is nothing to sum")
-    settings = {
-        "center": center,
-        "groups": groups,
-        "preprocessing": preprocessing,
-        "first_index": first_index,
-        "index_step": index_step,
-        "identity": identity,
-        "total": total,
-        "layout": repr(first.layout),
-        "first batch": fingerprint([first.rows, first.labels, first.numbers], {}),
-        "devices": place.devices,
-        "processes": place.count,
-    }
-    saved = None
     file = None if checkpoint is None else Path(checkpoint) / f"moments-{place.index}-of-{place.count}.npz"
-    if file is not None:
-        remove_unfinished(file)
-        saved = _read_checkpoint(file, settings) if file.exists() else None
+    saved = None
+    # Before the first collective: what one process refuses here, all do.
+    with refused_together(place.count):
+        first, index = _next(iterator, num_classes)
+        if first is None:
+            raise InputError("the stream has no batches: there is nothing to sum")
+        settings = {
+            "center": center,
+            "groups": groups,
+            "preprocessing": preprocessing,
+            "first_index": first_index,
+            "index_step": index_step,
+            "identity": identity,
+            "total": total,
+            "layout": repr(first.layout),
+            "first batch": fingerprint([first.rows, first.labels, first.numbers], {}),
+            "devices": place.devices,
+            "processes": place.count,
+        }
+        if file is not None:
+            remove_unfinished(file)
+            saved = _read_checkpoint(file, settings) if file.exists() else None
     pivot_x, pivot_y = _agreed_pivots(first, saved, place)
     accumulator = Accumulator(first.layout, pivot_x, pivot_y, groups, mesh)
     images = number = 0

@@ -1,0 +1,96 @@
+"""Refusals of two processes; run as a script, this file is one of the processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.parts import Parts
+from experiments.run_folder import RunFolder
+from mae_align.devices import data_mesh, start_distributed
+from mae_align.distributed import refused_together
+from mae_align.errors import InputError
+from mae_align.sharded import shared_store
+from mae_align.streaming import stream_moments
+from tests.two_processes import run_processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int
+    out: str
+
+
+def refusal(action) -> str:
+    """The words of a refusal; none if nothing was refused."""
+    try:
+        action()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def work(folder: Path) -> None:
+    """Each case is refused in one process alone, but for the last two."""
+    assert start_distributed()
+    me = jax.process_index()
+
+    def refusing(*who: int) -> str:
+        def action() -> None:
+            with refused_together(2):
+                if me in who:
+                    raise InputError(f"process {me}: " + "ä" * (1 + 50 * me))
+
+        return refusal(action)
+
+    def stream(rows: int) -> str:
+        def action() -> None:
+            images = [np.zeros((4, 2, 2, 1), np.uint8)] if me or rows else []
+            stream_moments(iter(images), mesh=data_mesh())
+
+        return refusal(action)
+
+    run = str(folder / "run")
+    found = {
+        "first": refusing(0),
+        "second": refusing(1),
+        "both": refusing(0, 1),
+        "folder": refusal(lambda: RunFolder.open("other", "toy", Config(0, run), run)),
+        "parts": refusal(lambda: Parts(folder / "points", "b")),
+        "store": refusal(lambda: shared_store(folder / "points", lambda: "b")),
+        "stream": stream(0),
+        "none": refusing(),
+        "same folder": refusal(lambda: RunFolder.open("toy", "toy", Config(0, run), run)),
+        "whole stream": stream(1),
+    }
+    (folder / f"{me}.json").write_text(json.dumps(found))
+
+
+def test_what_one_process_refuses_all_refuse(tmp_path):
+    run = str(tmp_path / "run")
+    RunFolder.open("toy", "toy", Config(0, run), run)
+    Parts(tmp_path / "points", "a")
+    run_processes(__file__, tmp_path, devices=1)
+    first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in (0, 1))
+    assert first == second
+    assert first["first"] == first["both"] == "process 0: ä"
+    assert first["second"] == "process 1: " + "ä" * 51
+    assert "belongs to another configuration" in first["folder"]
+    assert first["parts"] == first["store"] == refusal(lambda: Parts(tmp_path / "points", "b")) != ""
+    assert "no batches" in first["stream"]
+    assert first["none"] == first["same folder"] == first["whole stream"] == ""
+
+
+def test_other_errors_of_one_process_are_its_own():
+    with pytest.raises(ZeroDivisionError), refused_together(1):
+        raise ZeroDivisionError
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
