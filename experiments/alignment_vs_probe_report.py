@@ -218,10 +218,12 @@ def sentences(analysis: Analysis, config: AnalysisConfig) -> Iterator[str]:
         panel, found = group.panel, analysis.primary[group.name]
         ours, rivals = found[0], found[1:]
         seeds = panel.networks.sum(-1)
+        fewest, most = seeds[seeds > 0].min(), seeds.max()
+        count = f"{most}" if fewest == most else f"{fewest} to {most}"
         sizes, ratios = ", ".join(map(str, panel.patch_sizes)), ", ".join(f"{r:g}" for r in panel.mask_ratios)
         yield (
             f"{group.name}: {len(panel.tasks)} tasks, patch sizes {sizes}, mask ratios {ratios}, "
-            f"{seeds[seeds > 0].min()} to {seeds.max()} seeds, {seeds.sum()} networks."
+            f"{count} seeds, {seeds.sum()} networks."
         )
         if math.isnan(ours.value):
             yield "  No unit has a correlation: the predictions or the observations do not move."

@@ -55,8 +55,9 @@ def choose_program(kind: ModelKind, platform: str) -> Program:
     return Program.ONE_BY_ONE if (kind, platform) == (ModelKind.CONVOLUTION, "cpu") else Program.VMAPPED_SCAN
 
 
-# What a step changes of one member: parameters, other variables, optimiser state.
+# What a step changes of one member: parameters, other variables, optimiser state; and what it does not.
 Moving = tuple[nnx.State, nnx.State, optax.OptState]
+_Fixed = tuple[jax.Array, Member]
 Made = tuple[TrainState, Orders | None, Metrics]
 
 
@@ -235,52 +236,64 @@ def _vmapped_scan(recipe: Recipe, layout: tuple[Any, Any, Any], steps_per_call: 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Turn:
-    """Where a call stands: metrics so far, the step of this call and the member that come next."""
+class _Own:
+    """One member within a call: what moves, its order of the images [1, n], metrics [steps], where it stands."""
 
+    moving: Moving
+    orders: Orders | None
     metrics: Metrics
+    step: jax.Array
     index: jax.Array
-    member: jax.Array
 
 
 def _one_by_one(recipe: Recipe, layout: tuple[Any, Any, Any], steps_per_call: int) -> Run:
-    def begin(state: TrainState, orders: Orders | None, source: Source) -> _Turn:
+    # Members are taken out of their stacks for a call and put back after it. A step on the stacks would be written with
+    # less, but XLA copies whole stacks in it.
+    def split(state: TrainState, orders: Orders | None, source: Source) -> tuple[list[_Own], list[_Fixed]]:
+        metrics = recipe.blank_metrics(state, orders, source, steps_per_call)
         zero = jnp.zeros((), jnp.int32)
-        return _Turn(recipe.blank_metrics(state, orders, source, steps_per_call), zero, zero)
-
-    def train_step(
-        state: TrainState, orders: Orders | None, turn: _Turn, source: Source
-    ) -> tuple[TrainState, Orders | None, _Turn]:
-        def own(tree: Any, keepdims: bool = False) -> Any:
-            return pick(tree, turn.member, keepdims)
-
-        def put(tree: Any, part: Any) -> Any:
-            return jax.tree.map(lambda x, p: jax.lax.dynamic_update_index_in_dim(x, p, turn.member, 0), tree, part)
-
-        rows = None
-        if orders is not None:
-            part = own(orders, keepdims=True).at(own(state.keys, keepdims=True), recipe.epoch(state.step, orders))
-            orders, rows = put(orders, part), part.rows[0]
         stack = (state.params, state.rest, state.opt_state)
-        moving, found = recipe.step(
-            own(stack), own(state.keys), own(state.member), rows, source, state.step, turn.index
-        )
-        last = (turn.member == state.num_members - 1).astype(jnp.int32)
-        metrics = {name: turn.metrics[name].at[turn.index, turn.member].set(found[name]) for name in turn.metrics}
-        after = _Turn(metrics, turn.index + last, (turn.member + 1) * (1 - last))
-        return _moved(state, put(stack, moving), state.step + last), orders, after
+        owns, fixed = [], []
+        for i in range(state.num_members):
+            own = jax.tree.map(lambda x, i=i: x[i : i + 1], orders)
+            columns = {name: column[:, i] for name, column in metrics.items()}
+            owns.append(_Own(jax.tree.map(lambda x, i=i: x[i], stack), own, columns, state.step, zero))
+            fixed.append(jax.tree.map(lambda x, i=i: x[i], (state.keys, state.member)))
+        return owns, fixed
 
-    first = jax.jit(begin, out_shardings=layout[2])
-    compiled = recipe.jit(train_step, layout, donate_argnums=(0, 1, 2))
+    def train_step(own: _Own, fixed: _Fixed, source: Source) -> _Own:
+        key, member = fixed
+        orders = own.orders
+        if orders is not None:
+            orders = orders.at(key[None], recipe.epoch(own.step, orders))
+        rows = None if orders is None else orders.rows[0]
+        moving, found = recipe.step(own.moving, key, member, rows, source, own.step, own.index)
+        metrics = {name: own.metrics[name].at[own.index].set(found[name]) for name in own.metrics}
+        return _Own(moving, orders, metrics, own.step + 1, own.index + 1)
+
+    def join(owns: list[_Own], keys: jax.Array, member: Member) -> Made:
+        params, rest, opt_state = jax.tree.map(lambda *x: jnp.stack(x), *(own.moving for own in owns))
+        orders = jax.tree.map(lambda *x: jnp.concatenate(x), *(own.orders for own in owns))
+        metrics = {name: jnp.stack([own.metrics[name] for own in owns], axis=1) for name in owns[0].metrics}
+        return TrainState(owns[0].step, params, rest, opt_state, keys, member), orders, metrics
+
+    take = jax.jit(split, out_shardings=recipe.sharding())
+    compiled = recipe.jit(train_step, recipe.sharding(), donate_argnums=(0,))
+    whole = jax.jit(join, out_shardings=layout, donate_argnums=(1, 2))
 
     def run(state: TrainState, orders: Orders | None, source: Source, num_steps: int) -> Made:
-        turn = first(state, orders, source)
-        for _ in range(num_steps * state.num_members):
-            state, orders, turn = recipe.settled(compiled(state, orders, turn, source))
-        return state, orders, turn.metrics
+        owns, fixed = take(state, orders, source)
+        # Given away, though no result of `take` has the shape that XLA could reuse.
+        for leaf in jax.tree.leaves((state.step, state.params, state.rest, state.opt_state, orders)):
+            leaf.delete()
+        for i, of_member in enumerate(fixed):
+            for _ in range(num_steps):
+                owns[i] = recipe.settled(compiled(owns[i], of_member, source))
+        return whole(owns, state.keys, state.member)
 
     def lower(state: TrainState, orders: Orders | None, source: Source) -> jax.stages.Lowered:
-        return compiled.lower(state, orders, first(state, orders, source), source)
+        owns, fixed = take(state, orders, source)
+        return compiled.lower(owns[0], fixed[0], source)
 
     return Run(run, lower)
 

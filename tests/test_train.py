@@ -162,6 +162,18 @@ def test_one_by_one_is_the_same_run(ensemble):
     same_bits(again, twice)
 
 
+def test_one_by_one_a_step_costs_the_same_whatever_the_number_of_members():
+    """Nothing of the other members is read or copied in it."""
+
+    def cost(members: int) -> list[float]:
+        which = training(members, program=Program.ONE_BY_ONE)
+        compiled = which.lower(which.init(range(members)), which.put(*examples())).compile()
+        memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+        return [cost["bytes accessed"], memory.argument_size_in_bytes, memory.temp_size_in_bytes]
+
+    assert cost(1) == cost(5) and all(value > 0 for value in cost(1))
+
+
 def test_program_choice():
     slow = (ModelKind.CONVOLUTION, "cpu")
     for kind in ModelKind:
