@@ -169,6 +169,7 @@ def test_one_by_one_a_step_costs_the_same_whatever_the_number_of_members():
         which = training(members, program=Program.ONE_BY_ONE)
         compiled = which.lower(which.init(range(members)), which.put(*examples())).compile()
         memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+        assert memory is not None and cost is not None
         return [cost["bytes accessed"], memory.argument_size_in_bytes, memory.temp_size_in_bytes]
 
     assert cost(1) == cost(5) and all(value > 0 for value in cost(1))
