@@ -49,6 +49,7 @@ from experiments.alignment_studies import (
     set_jobs,
 )
 from experiments.launch import launch
+from experiments.load import load_together
 from experiments.run_folder import RunFolder
 from mae_align.moments import group_of
 from mae_align.store import PointStore, fingerprint
@@ -224,7 +225,7 @@ def _load(config: Config) -> dict[str, ma.ImageDataset]:
     """The data sets by label, training images thinned out where asked for."""
     loaded = {}
     for label in _labels(config):
-        data = ma.load_dataset(label, image_size=config.image_size, seed=config.seed)
+        data = load_together(label, image_size=config.image_size, seed=config.seed)
         n = len(data.train_labels)
         if config.max_train is not None and n > config.max_train:
             rows = np.sort(np.random.default_rng(config.seed).choice(n, config.max_train, replace=False))
@@ -241,7 +242,7 @@ def _load_backgrounds(config: Config, loaded: Mapping[str, ma.ImageDataset]) -> 
         found = photographs()
     else:
         try:
-            data = loaded.get(label) or ma.load_dataset(label, image_size=config.image_size, seed=config.seed)
+            data = loaded.get(label) or load_together(label, image_size=config.image_size, seed=config.seed)
         except ma.InputError as error:
             raise ma.InputError(f"--background.backgrounds: {error} (or {_PHOTOGRAPHS})") from None
         found = Backgrounds(data.train_images, data.test_images)

@@ -54,6 +54,7 @@ from experiments.alignment_vs_probe_report import (
 )
 from experiments.alignment_vs_probe_table import check_rows, read_table
 from experiments.launch import launch
+from experiments.load import load_together
 from experiments.parts import Parts, silent
 from experiments.run_folder import RunFolder
 from experiments.train_common import LabelledSplit
@@ -136,7 +137,7 @@ def main(config: Config) -> None:
         write_report(read_table(config.analyse_only), folder, AnalysisConfig(seed=config.seed))
         return
     _check(config)
-    data = ma.load_dataset(config.data, image_size=config.image_size, seed=config.seed)
+    data = load_together(config.data, image_size=config.image_size, seed=config.seed)
     run = _Run.of(config, data)
     num_images = len(run.probed.train_images)
     if config.network.batch_size > num_images:

@@ -25,6 +25,7 @@ import xarray as xr
 import mae_align as ma
 from experiments.diagnose_report import figure, rows_of, summarise, table_text
 from experiments.launch import launch
+from experiments.load import load_together
 from experiments.run_folder import RunFolder
 from mae_align.corruption import Corruption
 from mae_align.devices import worker_count
@@ -78,7 +79,7 @@ def main(config: Config) -> None:
     Raises:
         InputError: bad settings or data, before any long work.
     """
-    data = ma.load_dataset(config.data, image_size=config.image_size, seed=config.seed)
+    data = load_together(config.data, image_size=config.image_size, seed=config.seed)
     _check(config, data)
     folder = RunFolder.open("diagnose_corruption", config.data, config, config.out, ignore=("out", "workers"))
     moments = ma.Moments.from_arrays(data.train_images, groups=config.groups)

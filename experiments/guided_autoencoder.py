@@ -49,6 +49,7 @@ from experiments.guided_runs import (
     train,
 )
 from experiments.launch import launch
+from experiments.load import load_together
 from experiments.parts import Parts, silent
 from experiments.run_folder import RunFolder
 from mae_align.store import fingerprint
@@ -128,7 +129,7 @@ def main(config: Config) -> None:
         InputError: bad settings or data, before any long work.
     """
     _check(config)
-    data = ma.load_dataset(config.data, image_size=config.image_size, seed=config.seed)
+    data = load_together(config.data, image_size=config.image_size, seed=config.seed)
     split = GuidedSplit.of(
         data,
         probe_fraction=config.probe_fraction,

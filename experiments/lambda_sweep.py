@@ -35,6 +35,7 @@ from tqdm import tqdm
 import mae_align as ma
 from experiments.lambda_report import lambda_figure, report_rows, summarise, table_text, trade_off_figure
 from experiments.launch import launch
+from experiments.load import load_together
 from experiments.run_folder import RunFolder, atomic_path, netcdf3_ready
 from mae_align.closed_form import denoising_loss, supervised_solution
 from mae_align.corruption import CorruptionMoments
@@ -89,7 +90,7 @@ def main(config: Config) -> None:
         InputError: bad settings or data, before any long work.
     """
     _check_settings(config)
-    data = ma.load_dataset(config.data, image_size=config.image_size, seed=config.seed)
+    data = load_together(config.data, image_size=config.image_size, seed=config.seed)
     _check_ks(config, math.prod(data.image_shape), "number of pixel values")
     split = validation_split(data, config.validation_fraction, config.seed)
     q = data.num_classes

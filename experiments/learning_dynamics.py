@@ -49,6 +49,7 @@ from experiments.dynamics_cells import (
 )
 from experiments.launch import launch
 from experiments.learning_dynamics_report import write_report
+from experiments.load import load_together
 from experiments.parts import shared_points, silent
 from experiments.run_folder import RunFolder
 from mae_align.checkpoint import Checkpoints
@@ -140,7 +141,7 @@ def main(config: Config) -> None:
         InputError: bad settings or data, before any long work.
     """
     _check(config)
-    data = _subset(ma.load_dataset(config.data, image_size=config.image_size, seed=config.seed), config)
+    data = _subset(load_together(config.data, image_size=config.image_size, seed=config.seed), config)
     moments = ma.Moments.from_arrays(data.train_images)
     spectrum = Spectrum.of(moments)
     training = config.training

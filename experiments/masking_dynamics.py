@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import mae_align as ma
 from experiments.launch import launch
+from experiments.load import load_together
 from experiments.masking_dynamics_report import Curve, write_report
 from experiments.parts import Parts, shared_points, silent
 from experiments.run_folder import RunFolder
@@ -178,7 +179,7 @@ def main(config: Config) -> None:
         InputError: bad settings or data, before any long work.
     """
     _check(config)
-    data = _used(ma.load_dataset(config.data, image_size=config.image_size, seed=config.seed), config)
+    data = _used(load_together(config.data, image_size=config.image_size, seed=config.seed), config)
     pixels = Pixels.from_images(data.train_images)
     cells = [Cell(*of) for of in itertools.product(config.patch_sizes, config.mask_ratios)]
     # Refuses sizes that do not fit before anything is trained.

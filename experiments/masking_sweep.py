@@ -31,6 +31,7 @@ import xarray as xr
 
 import mae_align as ma
 from experiments.launch import launch
+from experiments.load import load_together
 from experiments.masking_inputs import DataChoices, Inputs, MomentFiles
 from experiments.masking_report import (
     change_figure,
@@ -181,7 +182,7 @@ def _open(config: Config) -> tuple[Inputs, RunFolder]:
         raise ma.InputError(
             "--validation-moments and --test-moments go with --train-moments: give all of them as files"
         )
-    data = ma.load_dataset(config.data, image_size=config.image_size, seed=config.seed)
+    data = load_together(config.data, image_size=config.image_size, seed=config.seed)
     _check(config, data.image_shape)
     choices = DataChoices(config.held_out, config.validation_fraction, config.groups, config.jitter, config.seed)
     choices.check(data)

@@ -31,6 +31,7 @@ import numpy as np
 
 import mae_align as ma
 from experiments.launch import launch
+from experiments.load import load_together
 from experiments.parts import shared_points
 from experiments.run_folder import RunFolder
 from experiments.subspace_classification_report import Linear, Point, write_report
@@ -134,7 +135,7 @@ def main(config: Config) -> None:
         InputError: bad settings or data, before any long work.
     """
     _check(config)
-    data = prepared(ma.load_dataset(config.data, image_size=config.image_size, seed=config.seed), config)
+    data = prepared(load_together(config.data, image_size=config.image_size, seed=config.seed), config)
     training = settled(config.training, data.name, data.image_shape)
     # One after another on all devices, unless these are the cores of this process.
     alone = is_cpu(jax.devices()[0]) and jax.process_count() == 1

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 import mae_align as ma
 from experiments.launch import launch
+from experiments.load import load_together
 from experiments.parts import shared_points, silent
 from experiments.run_folder import RunFolder
 from experiments.theorem2_networks import Case, Decoder, NetworkConfig, References, follow, make_training, record_steps
@@ -94,7 +95,7 @@ def main(config: Config) -> None:
         InputError: bad settings or data, before any long work.
     """
     _check(config)
-    data = ma.load_dataset(config.data, image_size=config.image_size, seed=config.seed)
+    data = load_together(config.data, image_size=config.image_size, seed=config.seed)
     n = len(data.train_labels)
     rows = np.arange(n)
     if config.max_train is not None and config.max_train < n:

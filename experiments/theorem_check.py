@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import mae_align as ma
 from experiments.launch import launch
+from experiments.load import load_together
 from experiments.run_folder import RunFolder
 from experiments.theorem_descent import (
     Network,
@@ -242,7 +243,7 @@ def main(config: Config) -> None:
         SystemExit: status 1 if a check fails.
     """
     _check_settings(config)
-    data = ma.load_dataset(config.data, image_size=config.image_size, seed=config.seed)
+    data = load_together(config.data, image_size=config.image_size, seed=config.seed)
     patch_grid(data.image_shape, config.patch_size)
     moments = ma.Moments.from_arrays(data.train_images, data.train_labels, num_classes=data.num_classes)
     setup = Setup(config, data, moments, factorize(moments))

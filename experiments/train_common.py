@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 import mae_align as ma
+from experiments.load import load_together
 from mae_align.data import stratified_split
 from mae_align.store import fingerprint
 
@@ -119,7 +120,7 @@ class LabelledSplit:
         Raises:
             InputError: data that cannot be read or split, constant images, a batch over the training images.
         """
-        data = ma.load_dataset(config.data, image_size=config.image_size, seed=config.seed)
+        data = load_together(config.data, image_size=config.image_size, seed=config.seed)
         train, validation = stratified_split(data.train_labels, config.validation_fraction, config.seed)
         rng = np.random.default_rng(config.seed)
         train = _some(train, config.max_train, rng)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.load import load_together
 from experiments.parts import Parts
 from experiments.run_folder import RunFolder
 from mae_align.devices import data_mesh, start_distributed
@@ -65,6 +66,7 @@ def work(folder: Path) -> None:
         "parts": refusal(lambda: Parts(folder / "points", "b")),
         "store": refusal(lambda: shared_store(folder / "points", lambda: "b")),
         "stream": stream(0),
+        "data": refusal(lambda: load_together("digits" if me == 0 else "npz:none.npz", image_size=None, seed=0)),
         "none": refusing(),
         "same folder": refusal(lambda: RunFolder.open("toy", "toy", Config(0, run), run)),
         "whole stream": stream(1),
@@ -83,7 +85,7 @@ def test_what_one_process_refuses_all_refuse(tmp_path):
     assert first["second"] == "process 1: " + "ä" * 51
     assert "belongs to another configuration" in first["folder"]
     assert first["parts"] == first["store"] == refusal(lambda: Parts(tmp_path / "points", "b")) != ""
-    assert "no batches" in first["stream"]
+    assert "no batches" in first["stream"] and "none.npz" in first["data"]
     assert first["none"] == first["same folder"] == first["whole stream"] == ""
 
 
