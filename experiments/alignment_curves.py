@@ -30,6 +30,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 import mae_align as ma
@@ -51,6 +52,7 @@ from experiments.alignment_studies import (
 from experiments.launch import launch
 from experiments.load import load_together
 from experiments.run_folder import RunFolder
+from mae_align.distributed import refused_together
 from mae_align.moments import group_of
 from mae_align.store import PointStore, fingerprint
 
@@ -239,7 +241,8 @@ def _load_backgrounds(config: Config, loaded: Mapping[str, ma.ImageDataset]) -> 
         return None
     label = config.background.backgrounds
     if label == _PHOTOGRAPHS:
-        found = photographs()
+        with refused_together(jax.process_count()):
+            found = photographs()
     else:
         try:
             data = loaded.get(label) or load_together(label, image_size=config.image_size, seed=config.seed)

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -60,6 +61,7 @@ from experiments.run_folder import RunFolder
 from experiments.train_common import LabelledSplit
 from experiments.train_loop import OnlineProbe
 from experiments.train_mae import pictures
+from mae_align.distributed import refused_together
 from mae_align.fit import Diverged
 from mae_align.metrics import rankme
 from mae_align.models import Pixels
@@ -133,8 +135,10 @@ def main(config: Config) -> None:
         InputError: bad settings or data, before any long work.
     """
     if config.analyse_only is not None:
+        with refused_together(jax.process_count()):
+            table = read_table(config.analyse_only)
         folder = RunFolder.open("alignment_vs_probe", Path(config.analyse_only).stem, config, config.out)
-        write_report(read_table(config.analyse_only), folder, AnalysisConfig(seed=config.seed))
+        write_report(table, folder, AnalysisConfig(seed=config.seed))
         return
     _check(config)
     data = load_together(config.data, image_size=config.image_size, seed=config.seed)

@@ -219,11 +219,11 @@ def sentences(analysis: Analysis, config: AnalysisConfig) -> Iterator[str]:
         ours, rivals = found[0], found[1:]
         seeds = panel.networks.sum(-1)
         fewest, most = seeds[seeds > 0].min(), seeds.max()
-        count = f"{most}" if fewest == most else f"{fewest} to {most}"
+        count = f"{most} seed{'s' * bool(most > 1)}" if fewest == most else f"{fewest} to {most} seeds"
         sizes, ratios = ", ".join(map(str, panel.patch_sizes)), ", ".join(f"{r:g}" for r in panel.mask_ratios)
         yield (
             f"{group.name}: {len(panel.tasks)} tasks, patch sizes {sizes}, mask ratios {ratios}, "
-            f"{count} seeds, {seeds.sum()} networks."
+            f"{count}, {seeds.sum()} networks."
         )
         if math.isnan(ours.value):
             yield "  No unit has a correlation: the predictions or the observations do not move."

@@ -26,6 +26,7 @@ import dataclasses
 import enum
 import math
 
+import jax
 import numpy as np
 import xarray as xr
 
@@ -43,6 +44,7 @@ from experiments.masking_report import (
 )
 from experiments.run_folder import RunFolder, atomic_path, netcdf3_ready
 from mae_align.devices import worker_count
+from mae_align.distributed import refused_together
 from mae_align.patches import ImageShape
 from mae_align.points import GridSpec
 from mae_align.samples import Samples
@@ -175,7 +177,8 @@ def _open(config: Config) -> tuple[Inputs, RunFolder]:
             raise ma.InputError(
                 "--image-size and --jitter go with --data: the pixels of moment files are what they were"
             )
-        inputs = MomentFiles(config.train_moments, config.validation_moments, config.test_moments).load()
+        with refused_together(jax.process_count()):
+            inputs = MomentFiles(config.train_moments, config.validation_moments, config.test_moments).load()
         _check(config, inputs.train.image_shape)
         return inputs, folder(f"moments:{config.train_moments}")
     if config.validation_moments is not None or config.test_moments is not None:

@@ -184,8 +184,8 @@ def _check_same_run(config_path: Path, wanted: Mapping[str, Any]) -> None:
         )
 
 
-def _taken(path: Path, identity: Mapping[str, Any]) -> bool:
-    """Makes the folder or takes over that of an earlier run of the same identity; whether it was one.
+def _taken(path: Path, text: str) -> bool:
+    """Makes the folder with this config.json or takes over one that has it; whether it was there.
 
     Raises:
         InputError: As `RunFolder.open`.
@@ -194,14 +194,14 @@ def _taken(path: Path, identity: Mapping[str, Any]) -> bool:
     try:
         path.mkdir(parents=True, exist_ok=True)
         if config_path.exists():
-            _check_same_run(config_path, identity)
+            _check_same_run(config_path, json.loads(text))
             return True
         if any(not entry.name.endswith(_TEMPORARY_SUFFIX) for entry in path.iterdir()):
             raise InputError(
                 f"{path} is not the folder of a run (it has files but no config.json): choose another --out"
             )
         with atomic_path(config_path) as unfinished:
-            unfinished.write_text(_to_json(identity), encoding="utf-8")
+            unfinished.write_text(text, encoding="utf-8")
     except FileExistsError:
         raise InputError(f"{path} is a file, not a folder: choose another --out") from None
     except OSError as error:
@@ -265,7 +265,7 @@ class RunFolder:
             path = Path(tempfile.mkdtemp())
             atexit.register(shutil.rmtree, path, ignore_errors=True)
         with refused_together(jax.process_count()):
-            return cls(path, _taken(path, json.loads(text)), shared)
+            return cls(path, _taken(path, text), shared)
 
     @property
     def points(self) -> Path:

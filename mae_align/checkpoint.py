@@ -30,6 +30,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from mae_align.checkpoint_files import claim, none_left, put_aside, put_aside_damaged, write_sizes
+from mae_align.distributed import refused_together
 from mae_align.errors import InputError
 
 Result = TypeVar("Result")
@@ -136,9 +137,10 @@ class Checkpoints:
             raise InputError(f"every={every}, keep_latest={keep_latest}: give at least 1 each")
         # Orbax wants an absolute path.
         folder = Path(folder).expanduser().absolute()
-        refusal = (claim(folder, identity) or put_aside_damaged(folder)) if jax.process_index() == 0 else None
-        if not _all_agree(refusal is None):
-            raise InputError(refusal or f"process 0 cannot use the folder {folder}: see its message")
+        with refused_together(jax.process_count()):
+            refusal = (claim(folder, identity) or put_aside_damaged(folder)) if jax.process_index() == 0 else None
+            if refusal is not None:
+                raise InputError(refusal)
         _quiet_orbax()
         return cls(folder, every, keep_latest, keep_best)
 

@@ -98,7 +98,7 @@ def corruption_sweep(
     problem = factorize(moments, pixel_noise=pixel_noise, rtol=rtol, target=target)
     max_k = problem.rank if max_k is None else problem.check_k(max_k)
     settings = provenance(problem, moments, eval_moments)
-    states = (a for m in (moments, eval_moments) if m is not None for a in m.state)
+    states = [a for m in (moments, eval_moments) if m is not None for a in m.state]
     about = settings | {"k": max_k, "program": "corruptions"}
     store = shared_store(run.store, lambda: fingerprint(states, about))
     held = None if eval_moments is None else hold_out(problem, eval_moments)

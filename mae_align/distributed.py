@@ -84,7 +84,7 @@ def refused_together(count: int) -> Iterator[None]:
     """Input that one process refuses within is refused by all, in the same words, when all have left it.
 
     Without, the others would wait in their next collective for a process that is gone. For short work only: a process
-    that refuses waits for the others.
+    that refuses waits for the others. Other errors are not held back, and end the run as they would without.
 
     Args:
         count: 1, or the number of all processes. Nothing is sent where it is 1.
@@ -99,22 +99,22 @@ def refused_together(count: int) -> Iterator[None]:
         ...
         mae_align.errors.InputError: no such file
     """
-    words = b""
-    try:
-        yield
-    except InputError as error:
-        if count == 1:
-            raise
-        words = str(error).encode()
     if count == 1:
+        yield
         return
     from jax.experimental import multihost_utils
 
-    lengths = np.asarray(multihost_utils.process_allgather(np.int32(len(words))))
-    if not lengths.any():
+    refusal, words = None, b""
+    try:
+        yield
+    except InputError as error:
+        # File names may hold bytes that are no text.
+        refusal, words = error, str(error).encode(errors="backslashreplace")
+    lengths = np.asarray(multihost_utils.process_allgather(np.int32(-1 if refusal is None else len(words))))
+    refusing = np.flatnonzero(lengths >= 0)
+    if not len(refusing):
         return
-    message = np.zeros(lengths.max(), np.uint8)
+    message = np.zeros(max(1, lengths.max()), np.uint8)
     message[: len(words)] = np.frombuffer(words, np.uint8)
-    received = np.asarray(multihost_utils.process_allgather(message))
-    first = int(np.flatnonzero(lengths)[0])
-    raise InputError(received[first, : lengths[first]].tobytes().decode())
+    received = np.asarray(multihost_utils.process_allgather(message))[refusing[0]]
+    raise InputError(received[: lengths[refusing[0]]].tobytes().decode()) from refusal

@@ -247,17 +247,17 @@ class _Own:
 
 
 def _one_by_one(recipe: Recipe, layout: tuple[Any, Any, Any], steps_per_call: int) -> Run:
-    # Members are taken out of their stacks for a call and put back after it. A step on the stacks would be written with
-    # less, but XLA copies whole stacks in it.
+    # Members are taken out of their stacks for a call and put back after it: two copies of the state a call, and room
+    # for a second one. A step on the stacks is less to write, but XLA copies whole stacks in it.
     def split(state: TrainState, orders: Orders | None, source: Source) -> tuple[list[_Own], list[_Fixed]]:
         metrics = recipe.blank_metrics(state, orders, source, steps_per_call)
         zero = jnp.zeros((), jnp.int32)
         stack = (state.params, state.rest, state.opt_state)
         owns, fixed = [], []
         for i in range(state.num_members):
-            own = jax.tree.map(lambda x, i=i: x[i : i + 1], orders)
+            order = jax.tree.map(lambda x, i=i: x[i : i + 1], orders)
             columns = {name: column[:, i] for name, column in metrics.items()}
-            owns.append(_Own(jax.tree.map(lambda x, i=i: x[i], stack), own, columns, state.step, zero))
+            owns.append(_Own(jax.tree.map(lambda x, i=i: x[i], stack), order, columns, state.step, zero))
             fixed.append(jax.tree.map(lambda x, i=i: x[i], (state.keys, state.member)))
         return owns, fixed
 
@@ -292,7 +292,7 @@ def _one_by_one(recipe: Recipe, layout: tuple[Any, Any, Any], steps_per_call: in
         return whole(owns, state.keys, state.member)
 
     def lower(state: TrainState, orders: Orders | None, source: Source) -> jax.stages.Lowered:
-        owns, fixed = take(state, orders, source)
+        owns, fixed = take.eval_shape(state, orders, source)
         return compiled.lower(owns[0], fixed[0], source)
 
     return Run(run, lower)
@@ -367,9 +367,9 @@ def in_eval_mode(graphdef: Any, params: nnx.State, rest: nnx.State) -> Any:
     return model
 
 
-def pick(tree: Any, member: jax.Array, keepdims: bool = False) -> Any:
-    """One member of every array of a tree, or with `keepdims` a stack of it alone."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, member, keepdims=keepdims), tree)
+def pick(tree: Any, member: jax.Array) -> Any:
+    """One member of every array of a tree."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, member, keepdims=False), tree)
 
 
 def _moved(state: TrainState, moving: Moving, step: jax.Array) -> TrainState:

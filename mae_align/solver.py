@@ -123,7 +123,7 @@ def solve_grid(
     problem = _factorize(moments, how)
     max_k = problem.rank if how.max_k is None else problem.check_k(how.max_k)
     settings = provenance(problem, moments, eval_moments)
-    states = (a for m in (moments, eval_moments) if m is not None for a in m.state)
+    states = [a for m in (moments, eval_moments) if m is not None for a in m.state]
     about = settings | {"k": max_k, "program": how.program.name}
     store = shared_store(how.run.store, lambda: fingerprint(states, about))
     held = None if eval_moments is None else _hold_out(problem, eval_moments)

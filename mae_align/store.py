@@ -45,7 +45,8 @@ class PointStore:
         path: folder, made if missing. identity: what the points belong to (see :func:`fingerprint`).
 
     Raises:
-        InputError: the folder holds points of another computation, or its identity file is damaged.
+        InputError: the folder holds points of another computation or cannot be written, or its identity file is
+            damaged.
 
     Example:
         >>> folder = tempfile.mkdtemp()
@@ -56,11 +57,14 @@ class PointStore:
 
     def __init__(self, path: str | Path, identity: str) -> None:
         self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
         mark = self.path / "identity.json"
-        if not mark.exists():
-            self._write(mark, lambda file: file.write(json.dumps({"identity": identity}).encode()))
-            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not mark.exists():
+                self._write(mark, lambda file: file.write(json.dumps({"identity": identity}).encode()))
+                return
+        except OSError as error:
+            raise InputError(f"cannot use the folder {self.path} ({error.strerror}): choose another one") from error
         try:
             found = json.loads(mark.read_text())["identity"]
         except (ValueError, KeyError, TypeError, OSError) as error:

@@ -88,7 +88,7 @@ def stream_moments(
 
     Raises:
         InputError: an empty stream, batches that do not fit together or are no images, a checkpoint of other data or
-            settings.
+            settings. Up to the first batch in every process; a later one ends its own process, and so the others.
 
     Example:
         >>> x, y = np.arange(48, dtype=np.uint8).reshape(4, 3, 4, 1), np.array([0, 1, 0, 1])

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from experiments.load import load_together
 from experiments.parts import Parts
@@ -28,13 +29,17 @@ class Config:
     out: str
 
 
-def refusal(action) -> str:
-    """The words of a refusal; none if nothing was refused."""
+def refused(action) -> InputError | None:
     try:
         action()
     except InputError as error:
-        return str(error)
-    return ""
+        return error
+    return None
+
+
+def refusal(action) -> str:
+    """The words of a refusal; none if nothing was refused."""
+    return str(refused(action) or "")
 
 
 def work(folder: Path) -> None:
@@ -50,6 +55,16 @@ def work(folder: Path) -> None:
 
         return refusal(action)
 
+    def wordless() -> None:
+        with refused_together(2):
+            if me == 0:
+                raise InputError
+
+    def unprintable() -> None:
+        with refused_together(2):
+            if me == 1:
+                raise InputError("file \udcff")
+
     def stream(rows: int) -> str:
         def action() -> None:
             images = [np.zeros((4, 2, 2, 1), np.uint8)] if me or rows else []
@@ -62,6 +77,8 @@ def work(folder: Path) -> None:
         "first": refusing(0),
         "second": refusing(1),
         "both": refusing(0, 1),
+        "unprintable": refusal(unprintable),
+        "wordless": str(refused(wordless)),
         "folder": refusal(lambda: RunFolder.open("other", "toy", Config(0, run), run)),
         "parts": refusal(lambda: Parts(folder / "points", "b")),
         "store": refusal(lambda: shared_store(folder / "points", lambda: "b")),
@@ -86,12 +103,22 @@ def test_what_one_process_refuses_all_refuse(tmp_path):
     assert "belongs to another configuration" in first["folder"]
     assert first["parts"] == first["store"] == refusal(lambda: Parts(tmp_path / "points", "b")) != ""
     assert "no batches" in first["stream"] and "none.npz" in first["data"]
+    assert (first["unprintable"], first["wordless"]) == ("file \\udcff", "")
     assert first["none"] == first["same folder"] == first["whole stream"] == ""
 
 
-def test_other_errors_of_one_process_are_its_own():
-    with pytest.raises(ZeroDivisionError), refused_together(1):
+def test_other_errors_of_one_process_are_its_own(monkeypatch):
+    monkeypatch.delattr(multihost_utils, "process_allgather")
+    with pytest.raises(ZeroDivisionError), refused_together(2):
         raise ZeroDivisionError
+
+
+def test_within_one_process_nothing_is_sent(monkeypatch):
+    monkeypatch.delattr(multihost_utils, "process_allgather")
+    with refused_together(1):
+        pass
+    with pytest.raises(InputError, match=r"^no$"), refused_together(1):
+        raise InputError("no")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from mae_align.devices import start_distributed, train_mesh
+from mae_align.devices import compile_counter, start_distributed, train_mesh
 from mae_align.errors import InputError
+from mae_align.programs import Program
 from mae_align.train import Training
 from tests.train_cases import BATCH, SHAPE, N, examples, training
 from tests.two_processes import run_processes
@@ -83,11 +84,13 @@ def work(folder: Path) -> None:
     assert (jax.process_count(), jax.device_count()) == (2, 4)
     which = training(2, devices=4)
     loss, features = curve(which)
+    vit_loss, vit_features = curve(training(2, devices=4, vit=True))
     images, labels = stream(which)
     assert images.shape == (3, BATCH // 2, *SHAPE)
     _, metrics = which.advance_batches(which.init(SEEDS, **MEMBERS), images, labels)
     streamed = np.asarray(metrics["loss"])
-    np.savez(folder / f"{jax.process_index()}.npz", loss=loss, features=features, streamed=streamed)
+    file = folder / f"{jax.process_index()}.npz"
+    np.savez(file, loss=loss, features=features, vit_loss=vit_loss, vit_features=vit_features, streamed=streamed)
 
 
 @pytest.mark.slow
@@ -96,11 +99,12 @@ def test_two_processes_train_like_one(tmp_path, curves):
     which = training(2)
     _, metrics = which.advance_batches(which.init(SEEDS, **MEMBERS), *stream(which))
     streamed = np.asarray(metrics["loss"])
-    loss, features = curves["one"]
     for me in (0, 1):
         theirs = np.load(tmp_path / f"{me}.npz")
-        np.testing.assert_allclose(theirs["loss"], loss, rtol=1e-5)
-        np.testing.assert_allclose(theirs["features"], features, rtol=1e-3, atol=1e-4)
+        for network, name in (("one", ""), ("vit", "vit_")):
+            loss, features = curves[network]
+            np.testing.assert_allclose(theirs[f"{name}loss"], loss, rtol=1e-5)
+            np.testing.assert_allclose(theirs[f"{name}features"], features, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(theirs["streamed"], streamed, rtol=1e-5)
 
 
@@ -112,16 +116,22 @@ def test_train_mesh():
             train_mesh(bad)
 
 
-def test_a_stream_of_the_batches_of_a_set_is_the_same_run():
-    """Longer than a dispatch, and across the end of a pass."""
-    which, (images, labels) = training(1, steps=4), examples()
+@pytest.mark.parametrize("program", Program)
+def test_a_stream_of_the_batches_of_a_set_is_the_same_run(program):
+    """Longer than a dispatch, and across the end of a pass; a second call compiles nothing."""
+    which, (images, labels) = training(1, steps=4, program=program), examples()
     state = which.init([3], guidance=[0.5])
     per_epoch = N // BATCH
     rows = [
         np.asarray(which.order(state, step // per_epoch, N))[0, step % per_epoch * BATCH :][:BATCH] for step in range(7)
     ]
     _, expected = which.advance(state, which.put(images, labels), 7)
-    _, found = which.advance_batches(which.init([3], guidance=[0.5]), images[np.stack(rows)], labels[np.stack(rows)])
+    batches = images[np.stack(rows)], labels[np.stack(rows)]
+    with jax.transfer_guard("disallow"):
+        after, found = which.advance_batches(which.init([3], guidance=[0.5]), *batches)
+        with compile_counter() as count:
+            which.advance_batches(after, *batches)
+    assert count.names == [] and all(leaf.is_deleted() for leaf in jax.tree.leaves(after))
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-6)
 
