@@ -58,7 +58,8 @@ def test_stopped_on_eight_devices_it_goes_on_on_two(vit, tmp_path):
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state.params)} == {2}
     whole = run(eight, tmp_path / "whole")
     for found, expected in zip(leaves(state), leaves(whole), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+        # Adam moves parameters without a gradient, such as the bias of keys, by its rounding.
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5)
     # The same batches, masks and parameters: what follows is the same too.
     more = [which.advance(s, which.put(*examples()), 5)[1]["loss"] for which, s in ((two, state), (eight, whole))]
     np.testing.assert_allclose(more[0], more[1], rtol=1e-5)
