@@ -150,6 +150,18 @@ def test_a_second_call_compiles_nothing_and_no_call_transfers(program):
     assert not data.images.is_deleted()
 
 
+def test_every_step_draws_masks_of_its_own():
+    """The same batch again and again, and parameters that stand still: the masks alone change the loss."""
+    which, (images, labels) = training(2), examples()
+    state = which.init([5, 6], learning_rates=[0.0, 0.0], guidance=[0.0, 0.0])
+    before = leaves(state.params)
+    state, metrics = which.advance_batches(state, np.stack([images[:BATCH]] * 6), np.stack([labels[:BATCH]] * 6))
+    for x, y in zip(leaves(state.params), before, strict=True):
+        np.testing.assert_array_equal(x, y)
+    loss = np.asarray(metrics["loss"])
+    assert len(np.unique(loss[:, 0])) == len(np.unique(loss[:, 1])) == 6
+
+
 def test_one_by_one_is_the_same_run(ensemble):
     state, metrics = ensemble
     which = training(program=Program.ONE_BY_ONE)
