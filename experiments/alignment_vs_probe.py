@@ -10,7 +10,7 @@ beside ours: the mask ratio alone, the reconstruction loss, RankMe. The baseline
 principal components, on the untrained networks and on the same networks trained with the fine labels instead, for as
 many epochs. Cells whose networks diverge are left out, with a warning.
 
-    python -m experiments.alignment_vs_probe                                        # digits: a smoke test, two minutes
+    python -m experiments.alignment_vs_probe                                        # digits: three minutes
     python -m experiments.alignment_vs_probe --preset fashion_mnist --data idx:DIR
     python -m experiments.alignment_vs_probe --preset cifar10 --data npz:FILE
     python -m experiments.alignment_vs_probe --preset paper --data npz:FILE         # accelerators
@@ -65,7 +65,9 @@ from mae_align.distributed import refused_together
 from mae_align.fit import Diverged
 from mae_align.metrics import rankme
 from mae_align.models import Pixels
+from mae_align.models.vit_mae import visible_patches
 from mae_align.moments import Moments
+from mae_align.patches import ImageShape
 from mae_align.probes import ProbeResult, principal_components, raw_pixels
 from mae_align.store import fingerprint
 from mae_align.tasks import Task, standard_tasks
@@ -153,6 +155,7 @@ def main(config: Config) -> None:
     for cell in cells:
         # Refuses sizes that do not fit before anything is trained.
         make_training(run.pixels, cell, config.network, num_images, len(config.seeds))
+    _check_ratios(config, run.pixels.image_shape)
     folder = RunFolder.open("alignment_vs_probe", config.data, config, config.out)
     parts = Parts(folder.points, run.identity)
     baselines = parts.once("baselines", lambda: _baselines(run))
@@ -218,6 +221,18 @@ def _check(config: Config) -> None:
         raise ma.InputError("--ks must be at least 1, --seed and --seeds at least 0")
     if max(config.seeds) >= 2**32:
         raise ma.InputError(f"--seeds {max(config.seeds)}: give whole numbers below 2^32")
+
+
+def _check_ratios(config: Config, image_shape: ImageShape) -> None:
+    """Refuse ratios that hide the same numbers of so few patches that there are no three masks to correlate over."""
+    for size in config.patch_sizes:
+        patches = (image_shape[0] // size) * (image_shape[1] // size)
+        if len({visible_patches(patches, ratio) for ratio in config.mask_ratios}) < 3:
+            listed = " ".join(f"{ratio:g}" for ratio in config.mask_ratios)
+            raise ma.InputError(
+                f"--mask-ratios {listed}: of the {patches} patches of {size}x{size} pixels they leave fewer than three "
+                "different numbers visible, give ratios further apart or a smaller --patch-sizes"
+            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

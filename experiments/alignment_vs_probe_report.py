@@ -193,10 +193,12 @@ def table_text(analysis: Analysis) -> str:
         lines.append([name, *[""] * 7])
         for one in found:
             ours = one.predictor == OURS
-            difference = (
-                "" if ours else f"{one.difference:+.2f} ({one.difference_low:+.2f}, {one.difference_high:+.2f})"
-            )
-            cells = [f"{one.value:+.2f}", f"({one.low:+.2f}, {one.high:+.2f})"]
+            difference = ""
+            if not ours and not math.isnan(one.difference):
+                difference = f"{one.difference:+.2f} ({one.difference_low:+.2f}, {one.difference_high:+.2f})"
+            # Without a unit that has a correlation there is nothing to give an interval of.
+            none = math.isnan(one.value)
+            cells = ["-", "-"] if none else [f"{one.value:+.2f}", f"({one.low:+.2f}, {one.high:+.2f})"]
             cells += [_p(p) for p in (one.p_tasks, one.p_within_kinds, one.p_ratios)]
             lines.append([f"  {one.predictor}", *cells, difference, str(one.num_units)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -305,12 +307,17 @@ def write_report(
     """
     config = config or AnalysisConfig()
     analysis = analyse(rows, config)
+    figures = []
     folder.save_table("agreement", analysis.table)
     folder.save_table("units", analysis.units)
     for dataset in dict.fromkeys(group.dataset for group in analysis.groups):
         panels = {group.objective: group.panel for group in analysis.groups if group.dataset == dataset}
         name = "".join(c if c.isalnum() or c in "._-" else "-" for c in dataset)
-        folder.save_figure(f"gains-{name}", gain_figure(panels, title=dataset))
-    folder.save_figure("predictors", forest_figure(analysis.primary, label=PRIMARY[0], level=config.level))
-    folder.summary("\n".join([table_text(analysis), "", *sentences(analysis, config), *notes]))
+        figures.append(folder.save_figure(f"gains-{name}", gain_figure(panels, title=dataset)))
+    figures.append(
+        folder.save_figure("predictors", forest_figure(analysis.primary, label=PRIMARY[0], level=config.level))
+    )
+    # Of several processes each has a folder; the one that counts is that of the first.
+    listed = "Figures: " + "  ".join(str(folder.shared / path.name) for path in figures)
+    folder.summary("\n".join([table_text(analysis), "", *sentences(analysis, config), *notes, "", listed]))
     return analysis

@@ -108,8 +108,12 @@ def read_table(path: str | Path) -> list[Row]:
         with open(path, newline="", encoding="utf-8") as file:
             rows: list[Row] = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path} ({error}): give a CSV with the columns of this experiment") from None
-    return check_rows(rows)
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"cannot read {path} ({why}): give a CSV with the columns of this experiment") from None
+    try:
+        return check_rows(rows)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def check_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -126,7 +130,7 @@ def check_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
             and task.
     """
     if not rows:
-        raise InputError("the table has no rows")
+        raise InputError("the table has no rows: give those of rows.csv of a run")
     seen: dict[tuple[Any, ...], int] = {}
     checked = []
     for number, row in enumerate(rows, start=1):

@@ -254,6 +254,10 @@ def test_supervised_networks_learn_the_fine_labels_and_go_on_where_they_stopped(
         (["--patch-sizes", "3"], "does not divide"),
         (["--seeds", "1", "1"], "repeats a value"),
         (["--mask-ratios", "0.25", "0.5", "1.0"], "mask ratio 1"),
+        (
+            ["--mask-ratios", "0.5", "0.52", "0.53"],
+            "of the 16 patches of 2x2 pixels they leave fewer than",
+        ),
         (["--seeds", "0", "4294967296"], "--seeds 4294967296: give whole numbers below 2^32"),
         (["--max-train", "50"], "--network.batch-size 64: there are 50 training images"),
         (["--analyse-only", "nowhere.csv"], "nowhere.csv"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -83,8 +84,11 @@ def test_a_table_is_read_back(tmp_path):
     for a, b in zip(found, table, strict=True):
         assert all(a[name] == value and type(a[name]) is type(value) for name, value in b.items())
     assert math.isnan(found[0]["probe_accuracy_test"])
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(InputError, match=r"cannot read .*nothing.csv \(No such file or directory\): give a CSV"):
         read_table(tmp_path / "nothing.csv")
+    path.write_text("task,seed\n")
+    with pytest.raises(InputError, match=rf"{re.escape(str(path))}: the table has no rows: give"):
+        read_table(path)
 
 
 def test_bad_tables_are_refused():
@@ -149,6 +153,8 @@ def test_the_report_says_what_came_out(tmp_path, capsys):
     assert [one.predictor for one in matched] == names
     text = (folder.path / "summary.txt").read_text()
     assert capsys.readouterr().out == text and table_text(analysis) in text
+    listed = text.splitlines()[-1].removeprefix("Figures: ").split("  ")
+    assert listed == [str(folder.path / f"{name}.png") for name in ("gains-toy", "predictors")]
     first, second = text.split("toy, standard loss: ")
     assert "which task gains from which ratio is predicted" in first and "no detectable knowledge" in second
     assert "ours is better" in first and PRIMARY[0] in text and "One seed's scores" in text
@@ -171,3 +177,4 @@ def test_inert_predictions_are_said_to_be_inert():
     analysis = analyse(check_rows(table), dataclasses.replace(FAST, other_predicted=(), other_observed=()))
     text = "\n".join(sentences(analysis, FAST))
     assert "No unit has a correlation" in text and "16" not in table_text(analysis).splitlines()[2]
+    assert "nan" not in table_text(analysis)
