@@ -15,10 +15,10 @@ import resource
 import time
 
 import numpy as np
-import tyro
 import xarray as xr
 
 import mae_align as ma
+from benchmarks.start import start
 from mae_align.data.resize import resize_images
 from mae_align.devices import compile_counter, worker_count
 from mae_align.errors import InputError
@@ -123,4 +123,4 @@ def _peak() -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    start(main, Config, __doc__)

@@ -12,17 +12,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
+from benchmarks.start import machine, start
 from benchmarks.timing import take_turns
-from mae_align.devices import worker_count
 from mae_align.errors import InputError
 
 
@@ -101,8 +99,7 @@ def main(config: Config) -> dict[tuple[str, str], float]:
     sizes = (*config.rows, config.width, config.heads, config.tokens, config.head, config.repeats)
     if not config.rows or min(sizes) < 1:
         raise InputError(f"sizes {sizes}: give at least 1 of each")
-    device = jax.devices()[0]
-    print(f"JAX {jax.__version__} on {device.device_kind}, {worker_count()} cores, load {os.getloadavg()[0]:.1f}")
+    print(machine())
     kinds = {"float32": jnp.float32, "bf16": jnp.bfloat16}
     every = list(products(config))
     contestants = {(product.name, kind): product.ready(dtype) for product in every for kind, dtype in kinds.items()}
@@ -116,8 +113,4 @@ def main(config: Config) -> dict[tuple[str, str], float]:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    start(main, Config, __doc__)

@@ -32,11 +32,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import tyro
 from threadpoolctl import threadpool_limits
 
 import mae_align as ma
 from benchmarks.direct_method import direct_point, lean_direct_point, moments_point
+from benchmarks.start import start
 from mae_align.data.transforms import jitter
 from mae_align.devices import compile_counter, worker_count
 from mae_align.patches import patch_labels
@@ -79,7 +79,9 @@ def main(config: Config) -> None:
         for method in METHODS:
             target = Path(folder, f"{len(rows)}.npz")
             arguments = ["--method", method, "--result", str(target)]
-            subprocess.run([sys.executable, "-m", "benchmarks.masking_sweep", *sys.argv[1:], *arguments], check=True)
+            done = subprocess.run([sys.executable, "-m", "benchmarks.masking_sweep", *sys.argv[1:], *arguments])
+            if done.returncode:  # it has said why
+                raise SystemExit(done.returncode)
             with np.load(target) as found:
                 rows[method] = json.loads(str(found["row"]))
                 curves[method] = {name: found[name] for name in found.files if name != "row"}
@@ -213,4 +215,4 @@ def _report(config: Config, rows: dict[str, dict], curves: dict[str, dict]) -> N
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    start(main, Config, __doc__)

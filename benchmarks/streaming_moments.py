@@ -26,8 +26,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
+from benchmarks.start import start
 from mae_align.devices import data_mesh
 from mae_align.streaming import stream_moments
 
@@ -147,4 +147,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    start(main, Config, __doc__)

@@ -25,17 +25,16 @@ import enum
 import math
 import os
 import statistics
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 
 from benchmarks.flops import count_flops
+from benchmarks.start import machine, start
 from benchmarks.timing import MatmulRate, median_ratio, take_turns
 from mae_align.devices import compile_counter, train_mesh, worker_count
 from mae_align.errors import InputError
@@ -350,8 +349,7 @@ def main(config: Config) -> None:
     """Run the benchmark."""
     if config.torch:
         _torch_models()  # before minutes of work
-    device = jax.devices()[0]
-    print(f"JAX {jax.__version__} on {device.device_kind}, {worker_count()} cores, load {os.getloadavg()[0]:.1f}")
+    print(machine())
     images = np.random.default_rng(0).integers(0, 256, (config.images, *_SHAPE), dtype=np.uint8)
     measure_networks(config, images)
     if config.members:
@@ -362,8 +360,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    start(main, Config, __doc__)

@@ -7,6 +7,7 @@ import enum
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,13 @@ from mae_align.checkpoint import Checkpoints
 from mae_align.corruption import FixedCountPatchMasking
 from mae_align.data import ImageDataset
 from mae_align.devices import train_mesh
+from mae_align.errors import InputError
 from mae_align.fit import Evaluate, fit
 from mae_align.models import AllPixels, Classifier, MaskedAutoencoder, MaskedPatches, Pixels, VitSize
+from mae_align.models.vit_mae import visible_patches
 from mae_align.moments import Moments
 from mae_align.optimizer import OptimizerConfig, adamw
+from mae_align.patches import ImageShape, patch_grid
 from mae_align.predictions import Row, closed_form_rows, denoising_encoder
 from mae_align.probes import ProbeResult, ridge_probe, ridge_probe_many
 from mae_align.run_log import MetricLog
@@ -32,6 +36,8 @@ from mae_align.train import Training, TrainState, classify, reconstruct
 _FEATURE_BATCH = 500
 # Groups of held-out images: their spread is not used here, and the curves want at least two.
 _GROUPS = 2
+_MEASURES = ("accuracy", "r2")
+_PARTS = ("train", "val", "test")
 
 
 class Loss(enum.Enum):
@@ -123,6 +129,27 @@ def make_supervised(
 
     optimizer = adamw(_schedule(config, num_images))
     return Training(make, classify, optimizer, batch_size=config.batch_size, num_members=seeds, mesh=_mesh(config))
+
+
+def check_ratios(image_shape: ImageShape, patch_size: int, mask_ratios: Sequence[float]) -> None:
+    """Refuse mask ratios that are too few masks for a correlation over them, because some hide as many patches.
+
+    Args:
+        image_shape: (h, w, c). patch_size: divides the sides. mask_ratios: in [0, 1).
+
+    Raises:
+        InputError: see above.
+
+    Example:
+        >>> check_ratios((8, 8, 1), 4, [0.25, 0.5, 0.75])
+    """
+    patches = math.prod(patch_grid(image_shape, patch_size))
+    if len({visible_patches(patches, ratio) for ratio in mask_ratios}) < 3:
+        listed = " ".join(f"{ratio:g}" for ratio in mask_ratios)
+        raise InputError(
+            f"--mask-ratios {listed}: of the {patches} patches of {patch_size}x{patch_size} pixels they leave fewer "
+            "than three different numbers visible, give ratios further apart or a smaller --patch-sizes"
+        )
 
 
 def _network(pixels: Pixels, cell: Cell, config: NetworkConfig, rngs: nnx.Rngs) -> MaskedAutoencoder:
@@ -235,6 +262,17 @@ def probe_tasks(
                 features=name,
             )
     return results
+
+
+def probe_columns(result: ProbeResult) -> dict[str, Any]:
+    """The scores of a probe and its protocol, as columns of a table; None is a blank cell."""
+    scores = {f"probe_{what}_{part}": getattr(result, f"{what}_{part}") for what in _MEASURES for part in _PARTS}
+    protocol = result.protocol.as_dict()
+    names = {"probe": "probe_name"} | {key: f"probe_{key}" for key in protocol if key != "probe"}
+    # A blank cell, not "nan": JSON has none.
+    return {key: None if isinstance(v, float) and np.isnan(v) else v for key, v in scores.items()} | {
+        names[key]: value for key, value in protocol.items()
+    }
 
 
 def closed_form(

@@ -30,7 +30,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 import mae_align as ma
@@ -241,7 +240,7 @@ def _load_backgrounds(config: Config, loaded: Mapping[str, ma.ImageDataset]) -> 
         return None
     label = config.background.backgrounds
     if label == _PHOTOGRAPHS:
-        with refused_together(jax.process_count()):
+        with refused_together():
             found = photographs()
     else:
         try:

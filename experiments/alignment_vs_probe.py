@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -39,10 +38,12 @@ from experiments.alignment_cells import (
     Cell,
     Loss,
     NetworkConfig,
+    check_ratios,
     closed_form,
     make_supervised,
     make_training,
     masked_loss,
+    probe_columns,
     probe_tasks,
     train,
 )
@@ -65,10 +66,8 @@ from mae_align.distributed import refused_together
 from mae_align.fit import Diverged
 from mae_align.metrics import rankme
 from mae_align.models import Pixels
-from mae_align.models.vit_mae import visible_patches
 from mae_align.moments import Moments
-from mae_align.patches import ImageShape
-from mae_align.probes import ProbeResult, principal_components, raw_pixels
+from mae_align.probes import principal_components, raw_pixels
 from mae_align.store import fingerprint
 from mae_align.tasks import Task, standard_tasks
 from mae_align.train import Training, TrainState
@@ -77,8 +76,6 @@ _FEATURE_BATCH = 500
 # Images in the pictures of reconstructions, and most images in each half of the online probe.
 _PICTURES = 4
 _WATCHED = 1000
-_MEASURES = ("accuracy", "r2")
-_PARTS = ("train", "val", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +134,7 @@ def main(config: Config) -> None:
         InputError: bad settings or data, before any long work.
     """
     if config.analyse_only is not None:
-        with refused_together(jax.process_count()):
+        with refused_together():
             table = read_table(config.analyse_only)
         folder = RunFolder.open("alignment_vs_probe", Path(config.analyse_only).stem, config, config.out)
         write_report(table, folder, AnalysisConfig(seed=config.seed))
@@ -155,7 +152,8 @@ def main(config: Config) -> None:
     for cell in cells:
         # Refuses sizes that do not fit before anything is trained.
         make_training(run.pixels, cell, config.network, num_images, len(config.seeds))
-    _check_ratios(config, run.pixels.image_shape)
+    for patch in config.patch_sizes:
+        check_ratios(run.pixels.image_shape, patch, config.mask_ratios)
     folder = RunFolder.open("alignment_vs_probe", config.data, config, config.out)
     parts = Parts(folder.points, run.identity)
     baselines = parts.once("baselines", lambda: _baselines(run))
@@ -193,7 +191,8 @@ def main(config: Config) -> None:
             f"{diverged} of {len(cells)} cells diverged, and no loss is left with networks at three mask ratios: give "
             "a smaller --network.learning-rate"
         )
-    notes = [*baseline_sentences(kept, baselines), *lost]
+    drawn = f"Reconstructions of every cell: {folder.shared / 'reconstructions-*.png'}"
+    notes = [*baseline_sentences(kept, baselines), *lost, "", drawn]
     write_report(check_rows(kept), folder, AnalysisConfig(seed=config.seed), notes)
 
 
@@ -221,18 +220,6 @@ def _check(config: Config) -> None:
         raise ma.InputError("--ks must be at least 1, --seed and --seeds at least 0")
     if max(config.seeds) >= 2**32:
         raise ma.InputError(f"--seeds {max(config.seeds)}: give whole numbers below 2^32")
-
-
-def _check_ratios(config: Config, image_shape: ImageShape) -> None:
-    """Refuse ratios that hide the same numbers of so few patches that there are no three masks to correlate over."""
-    for size in config.patch_sizes:
-        patches = (image_shape[0] // size) * (image_shape[1] // size)
-        if len({visible_patches(patches, ratio) for ratio in config.mask_ratios}) < 3:
-            listed = " ".join(f"{ratio:g}" for ratio in config.mask_ratios)
-            raise ma.InputError(
-                f"--mask-ratios {listed}: of the {patches} patches of {size}x{size} pixels they leave fewer than three "
-                "different numbers visible, give ratios further apart or a smaller --patch-sizes"
-            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -287,16 +274,6 @@ def _some(n: int, most: int | None, rng: np.random.Generator) -> np.ndarray:
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
-def _probe_columns(result: ProbeResult) -> dict[str, Any]:
-    scores = {f"probe_{what}_{part}": getattr(result, f"{what}_{part}") for what in _MEASURES for part in _PARTS}
-    protocol = result.protocol.as_dict()
-    names = {"probe": "probe_name"} | {key: f"probe_{key}" for key in protocol if key != "probe"}
-    # A blank cell, not "nan": JSON has none.
-    return {key: None if isinstance(v, float) and np.isnan(v) else v for key, v in scores.items()} | {
-        names[key]: value for key, value in protocol.items()
-    }
-
-
 def _baselines(run: _Run) -> list[dict[str, Any]]:
     """The same probes on raw pixels and on as many principal components as there are, by task."""
     data = run.probed
@@ -311,7 +288,7 @@ def _baselines(run: _Run) -> list[dict[str, Any]]:
     rows = []
     for name, parts in features.items():
         for task, result in probe_tasks(parts[0], parts[1], run.probe_tasks, name).items():
-            rows.append({"dataset": data.name, "task": task, "features": name, **_probe_columns(result)})
+            rows.append({"dataset": data.name, "task": task, "features": name, **probe_columns(result)})
     return rows
 
 
@@ -346,7 +323,7 @@ def _network_baseline(
     for seed, fitted, tested in zip(config.seeds, *features, strict=True):
         about = {"dataset": data.name, "features": name, "patch_size": patch, "seed": seed}
         for task, result in probe_tasks(fitted, tested, run.probe_tasks, name).items():
-            yield about | {"task": task} | _probe_columns(result)
+            yield about | {"task": task} | probe_columns(result)
 
 
 def _predictions(config: Config, run: _Run, parts: Parts) -> dict[tuple[int, float, str], dict[str, Any]]:
@@ -395,7 +372,7 @@ def _observed(config: Config, run: _Run, cell: Cell, folder: RunFolder) -> Itera
         results = probe_tasks(fitted, tested, run.probe_tasks, "mean patch token")
         for task in run.probe_tasks:
             name = {"dataset": data.name, "task": task.name, "task_kind": task.kind.value}
-            yield name | about | _probe_columns(results[task.name])
+            yield name | about | probe_columns(results[task.name])
 
 
 def _online_probe(config: Config, run: _Run, training: Training) -> OnlineProbe:

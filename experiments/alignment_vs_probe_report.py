@@ -319,5 +319,5 @@ def write_report(
     )
     # Of several processes each has a folder; the one that counts is that of the first.
     listed = "Figures: " + "  ".join(str(folder.shared / path.name) for path in figures)
-    folder.summary("\n".join([table_text(analysis), "", *sentences(analysis, config), *notes, "", listed]))
+    folder.summary("\n".join([table_text(analysis), "", *sentences(analysis, config), *notes, listed]))
     return analysis

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import jax
-
 import mae_align as ma
 from mae_align.distributed import refused_together
 
@@ -24,5 +22,5 @@ def load_together(label: str, *, image_size: int | None, seed: int) -> ma.ImageD
         >>> load_together("digits", image_size=None, seed=0).name
         'digits'
     """
-    with refused_together(jax.process_count()):
+    with refused_together():
         return ma.load_dataset(label, image_size=image_size, seed=seed)

@@ -26,7 +26,6 @@ import dataclasses
 import enum
 import math
 
-import jax
 import numpy as np
 import xarray as xr
 
@@ -177,7 +176,7 @@ def _open(config: Config) -> tuple[Inputs, RunFolder]:
             raise ma.InputError(
                 "--image-size and --jitter go with --data: the pixels of moment files are what they were"
             )
-        with refused_together(jax.process_count()):
+        with refused_together():
             inputs = MomentFiles(config.train_moments, config.validation_moments, config.test_moments).load()
         _check(config, inputs.train.image_shape)
         return inputs, folder(f"moments:{config.train_moments}")

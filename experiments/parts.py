@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
+from mae_align.distributed import of_first
 from mae_align.sharded import shared_store
 from mae_align.store import PointStore
 
@@ -41,7 +41,8 @@ class Parts:
         """
         found = self._store.load(key)
         if found is None:
-            found = {"json": np.array(_of_first(json.dumps(compute(), default=_plain)))}
+            text = of_first(json.dumps(compute(), default=_plain).encode()).decode()
+            found = {"json": np.array(text)}
             self._store.save(key, found)
         return json.loads(str(found["json"]))
 
@@ -63,17 +64,6 @@ def shared_points(folder: Path, identity: str) -> PointStore:
 def silent() -> bool | None:
     """Whether this process shows no progress: of several the first does, on a terminal."""
     return True if jax.process_index() > 0 else None
-
-
-def _of_first(text: str) -> str:
-    """The text that the first process has, in every process."""
-    if jax.process_count() == 1:
-        return text
-    encoded = np.frombuffer(text.encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(encoded))))
-    padded = np.zeros(size, np.uint8)
-    padded[: len(encoded)] = encoded[:size]
-    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().decode()
 
 
 def _plain(value: object) -> Any:

@@ -264,7 +264,7 @@ class RunFolder:
         if jax.process_index() > 0:
             path = Path(tempfile.mkdtemp())
             atexit.register(shutil.rmtree, path, ignore_errors=True)
-        with refused_together(jax.process_count()):
+        with refused_together():
             return cls(path, _taken(path, text), shared)
 
     @property

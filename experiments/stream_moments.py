@@ -134,7 +134,7 @@ def main(config: Config) -> None:
         raise ma.InputError(f"--checkpoint-every {config.checkpoint_every}: give seconds, at least 0")
     start_distributed(config.coordinator, config.num_processes, config.process_id)
     mesh, process = data_mesh(), jax.process_index()
-    with refused_together(jax.process_count()):
+    with refused_together():
         if out.exists():
             raise ma.InputError(f"{out} exists already: delete it or choose another --out")
         share = make_share(config, process, jax.process_count())

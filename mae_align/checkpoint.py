@@ -137,7 +137,7 @@ class Checkpoints:
             raise InputError(f"every={every}, keep_latest={keep_latest}: give at least 1 each")
         # Orbax wants an absolute path.
         folder = Path(folder).expanduser().absolute()
-        with refused_together(jax.process_count()):
+        with refused_together():
             refusal = (claim(folder, identity) or put_aside_damaged(folder)) if jax.process_index() == 0 else None
             if refusal is not None:
                 raise InputError(refusal)

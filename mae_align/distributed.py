@@ -79,27 +79,47 @@ def gathered(arrays: Sequence[np.ndarray], mesh: Mesh) -> list[list[np.ndarray]]
     ]
 
 
+def of_first(data: bytes) -> bytes:
+    """The bytes that the first process has, in every process.
+
+    Args:
+        data: what the first process is to send; of the others it does not matter.
+
+    Example:
+        >>> of_first(b"mine")
+        b'mine'
+    """
+    if jax.process_count() == 1:
+        return data
+    from jax.experimental import multihost_utils
+
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    sent = np.zeros(size, np.uint8)
+    sent[: len(data)] = np.frombuffer(data, np.uint8)[:size]
+    return np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8).tobytes()
+
+
 @contextlib.contextmanager
-def refused_together(count: int) -> Iterator[None]:
+def refused_together(count: int | None = None) -> Iterator[None]:
     """Input that one process refuses within is refused by all, in the same words, when all have left it.
 
     Without, the others would wait in their next collective for a process that is gone. For short work only: a process
     that refuses waits for the others. Other errors are not held back, and end the run as they would without.
 
     Args:
-        count: 1, or the number of all processes. Nothing is sent where it is 1.
+        count: of the processes that call it: 1, or all of them. None: all. Nothing is sent where it is 1.
 
     Raises:
         InputError: of the first process that refused.
 
     Example:
-        >>> with refused_together(1):
+        >>> with refused_together():
         ...     raise InputError("no such file")
         Traceback (most recent call last):
         ...
         mae_align.errors.InputError: no such file
     """
-    if count == 1:
+    if (jax.process_count() if count is None else count) == 1:
         yield
         return
     from jax.experimental import multihost_utils

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from mae_align.devices import has_float64, is_cpu, solve_dtype
-from mae_align.distributed import refused_together
+from mae_align.distributed import of_first, refused_together
 from mae_align.errors import InputError
 from mae_align.grid import PointProgram
 from mae_align.store import PointStore
@@ -170,12 +170,10 @@ class SharedStore(PointStore):
         file = io.BytesIO()
         if found is not None:
             np.savez(file, allow_pickle=False, **found)
-        size = int(multihost_utils.broadcast_one_to_all(np.int32(file.tell())))
-        if size == 0:
+        received = of_first(file.getvalue())
+        if not received:
             return None
-        sent = np.zeros(size, np.uint8) if found is None else np.frombuffer(file.getvalue(), np.uint8)
-        received = np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8)
-        with np.load(io.BytesIO(received.tobytes()), allow_pickle=False) as data:
+        with np.load(io.BytesIO(received), allow_pickle=False) as data:
             return {name: data[name] for name in data.files}
 
     def save(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
@@ -202,7 +200,7 @@ def shared_store(folder: str | Path | None, identity: Callable[[], str]) -> Poin
         True
     """
     store = None
-    with refused_together(jax.process_count()):
+    with refused_together():
         if folder is not None and jax.process_index() == 0:
             store = PointStore(folder, identity())
     return store if jax.process_count() == 1 else SharedStore(store)

@@ -43,7 +43,7 @@ def refusal(action) -> str:
 
 
 def work(folder: Path) -> None:
-    """Each case is refused in one process alone, but for the last two."""
+    """Every case but "both" is refused in one process alone, and the last three in none."""
     assert start_distributed()
     me = jax.process_index()
 
