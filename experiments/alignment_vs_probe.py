@@ -257,14 +257,15 @@ class _Run:
         for half in (np.sort(test[::2]), np.sort(test[1::2])):
             part = (data.test_images[half], data.test_labels[half])
             halves.append(ma.ImageDataset(images, labels, *part, data.class_names, data.name))
-        moments = Moments.from_arrays(images)
+        # Refuses constant images, before tasks warn of what they lack.
+        pixels, moments = Pixels.from_images(images), Moments.from_arrays(images)
         with warnings.catch_warnings():
             warnings.simplefilter("once")
             tasks = [standard_tasks(half, moments, config.seed) for half in halves]
         # A task that one half lacks (a class without test images) is left out of both.
         common = {task.name for task in tasks[0]} & {task.name for task in tasks[1]}
         kept = [tuple(task for task in half if task.name in common) for half in tasks]
-        return cls(halves[0], halves[1], kept[0], kept[1], moments, Pixels.from_images(images))
+        return cls(halves[0], halves[1], kept[0], kept[1], moments, pixels)
 
 
 def _some(n: int, most: int | None, rng: np.random.Generator) -> np.ndarray:

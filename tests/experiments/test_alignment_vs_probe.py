@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import re
+import warnings
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
@@ -271,6 +272,15 @@ def test_bad_settings_are_refused_in_one_line(arguments, says, tmp_path, capsys)
     assert says in error
     assert error.count("\n") == 1
     assert not list(tmp_path.glob("run/networks")) and not list(tmp_path.glob("run/points"))
+
+
+def test_constant_images_are_refused_in_one_line(tmp_path, capsys):
+    images, labels = np.full((60, 8, 8, 1), 7, np.uint8), np.arange(60) % 3
+    np.savez(tmp_path / "flat.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    with pytest.raises(SystemExit), warnings.catch_warnings(record=True) as caught:
+        launch(main, Config, PRESETS, ["--data", f"npz:{tmp_path / 'flat.npz'}", "--out", str(tmp_path / "run")])
+    assert not caught and not (tmp_path / "run").exists()
+    assert capsys.readouterr().err == "error: the training images are constant: there is nothing to reconstruct\n"
 
 
 def test_the_last_two_checkpoints_of_a_cell_are_kept(tmp_path, monkeypatch):
