@@ -280,7 +280,10 @@ def test_constant_images_are_refused_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit), warnings.catch_warnings(record=True) as caught:
         launch(main, Config, PRESETS, ["--data", f"npz:{tmp_path / 'flat.npz'}", "--out", str(tmp_path / "run")])
     assert not caught and not (tmp_path / "run").exists()
-    assert capsys.readouterr().err == "error: the training images are constant: there is nothing to reconstruct\n"
+    assert (
+        capsys.readouterr().err
+        == "error: all images are the same: there is no variance to reconstruct, give other images\n"
+    )
 
 
 def test_the_last_two_checkpoints_of_a_cell_are_kept(tmp_path, monkeypatch):
