@@ -137,6 +137,16 @@ def test_every_kind_of_corruption_is_swept_and_solved(fit, unseen, direct):
     np.testing.assert_allclose(found.r2.sel(corruption="components"), pca, atol=1e-9)  # inert
 
 
+def test_points_of_other_numbers_are_refused(fit, tmp_path):
+    """As many images of the same shape: only what they hold tells them apart."""
+    run, masks = ma.RunOptions(workers=1, store=tmp_path), [ma.PatchMasking(2, 0.5)]
+    ma.corruption_sweep(fit, masks, run=run)
+    labels = oracles.train().labels
+    other = Moments.from_arrays(oracles.train().images, np.roll(labels, 1), num_classes=oracles.CLASSES)
+    with pytest.raises(ma.InputError, match="points of another computation"):
+        ma.corruption_sweep(other, masks, run=run)
+
+
 def test_a_killed_sweep_goes_on_where_it_stopped(fit, tmp_path, monkeypatch):
     kinds, images = every_kind(), oracles.train().images
     run = ma.RunOptions(workers=1, store=tmp_path)

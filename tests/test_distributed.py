@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
+from experiments import masking_sweep
 from experiments.load import load_together
 from experiments.parts import Parts
 from experiments.run_folder import RunFolder
 from mae_align.devices import data_mesh, start_distributed
 from mae_align.distributed import refused_together
 from mae_align.errors import InputError
+from mae_align.moments import Moments
 from mae_align.sharded import shared_store
 from mae_align.streaming import stream_moments
 from tests.two_processes import run_processes
@@ -73,6 +75,9 @@ def work(folder: Path) -> None:
         return refusal(action)
 
     run = str(folder / "run")
+    # There for the first process alone, as on a machine of its own.
+    moments = str(folder / ("moments.npz" if me == 0 else "none.npz"))
+    given = masking_sweep.Config(train_moments=moments, out=str(folder / "swept"))
     found = {
         "first": refusing(0),
         "second": refusing(1),
@@ -84,6 +89,7 @@ def work(folder: Path) -> None:
         "store": refusal(lambda: shared_store(folder / "points", lambda: "b")),
         "stream": stream(0),
         "data": refusal(lambda: load_together("digits" if me == 0 else "npz:none.npz", image_size=None, seed=0)),
+        "moments": refusal(lambda: masking_sweep.main(given)),
         "none": refusing(),
         "same folder": refusal(lambda: RunFolder.open("toy", "toy", Config(0, run), run)),
         "whole stream": stream(1),
@@ -95,6 +101,8 @@ def test_what_one_process_refuses_all_refuse(tmp_path):
     run = str(tmp_path / "run")
     RunFolder.open("toy", "toy", Config(0, run), run)
     Parts(tmp_path / "points", "a")
+    images = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 1), dtype=np.uint8)
+    Moments.from_arrays(images, np.arange(20) % 2).save(tmp_path / "moments.npz")
     run_processes(__file__, tmp_path, devices=1)
     first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in (0, 1))
     assert first == second
@@ -103,6 +111,7 @@ def test_what_one_process_refuses_all_refuse(tmp_path):
     assert "belongs to another configuration" in first["folder"]
     assert first["parts"] == first["store"] == refusal(lambda: Parts(tmp_path / "points", "b")) != ""
     assert "no batches" in first["stream"] and "none.npz" in first["data"]
+    assert "none.npz" in first["moments"] and not (tmp_path / "swept").exists()
     assert (first["unprintable"], first["wordless"]) == ("file \\udcff", "")
     assert first["none"] == first["same folder"] == first["whole stream"] == ""
 

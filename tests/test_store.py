@@ -157,6 +157,13 @@ def test_a_damaged_identity_is_refused_with_the_cure(tmp_path, content):
         PointStore(tmp_path, "a")
 
 
+def test_a_folder_that_cannot_be_used_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match=r"cannot use the folder .*file.* \(.+\): choose another one"):
+            PointStore(path, "a")
+
+
 def test_an_identity_that_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "identity.json").mkdir()
     with pytest.raises(InputError, match=r"identity\.json is damaged"):

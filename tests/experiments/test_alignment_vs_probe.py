@@ -62,7 +62,10 @@ def test_one_row_for_each_task_network_and_mask(run):
         assert 1.0 <= row["rankme"] <= 8.0
         # Of the 120 test images, the probes see one half (a task of some classes: fewer).
         assert row["probe_n_test"] <= 60
+    # What there is not is a blank cell: a number as target has no accuracy.
+    assert "nan" not in (run / "rows.csv").read_text() + (run / "baselines.csv").read_text()
     summary = (run / "summary.txt").read_text()
+    assert "reconstructions-*.png" in summary and "predictors.png" in summary.splitlines()[-1]
     assert "fine labels: networks by loss: matched " in summary and summary.count(f", {SUPERVISED} ") == 2
     with (run / "baselines.csv").open(newline="") as file:
         baselines = [(row["features"], row["seed"], row["task"]) for row in csv.DictReader(file)]
