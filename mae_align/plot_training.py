@@ -19,9 +19,9 @@ _MARKERS = ("o", "^", "s", "D", "v", "P")
 def gain_figure(by_objective: Mapping[str, Panel], *, title: str = "") -> Figure:
     """Predicted gain across, observed gain up, a point per task, patch size and mask ratio over the lowest.
 
-    Colour is the patch size, the marker the training objective; faint lines join the mask ratios of a task. Axes have
-    the same scale where the two gains have: on the dashed line they are equal. Where observed gains are much larger
-    than predicted ones or the other way round, each axis has its own.
+    Colour is the patch size, the marker the training objective; faint lines join the mask ratios of a task in their
+    order, from the lowest at the origin. Each axis has its own scale. On the dashed line the gains are equal; it is
+    left out where one is over four times the other, since it would run along an axis.
 
     Args:
         by_objective: panels by name of the training objective. title: above the axes.
@@ -52,7 +52,8 @@ def gain_figure(by_objective: Mapping[str, Panel], *, title: str = "") -> Figure
             largest = np.fmax(largest, [np.nanmax(np.abs(x), initial=0), np.nanmax(np.abs(y), initial=0)])
     axis.axhline(0.0, color="0.6", lw=0.6, zorder=0)
     axis.axvline(0.0, color="0.6", lw=0.6, zorder=0)
-    if min(largest) > max(largest) / 4:
+    equal = min(largest) > max(largest) / 4
+    if equal:
         axis.axline((0.0, 0.0), slope=1.0, color="0.4", lw=0.8, ls="--", zorder=0)
     axis.set_xlabel("predicted gain: closed form, r2 [points]")
     axis.set_ylabel("observed gain: probe, r2 [points]")
@@ -60,6 +61,9 @@ def gain_figure(by_objective: Mapping[str, Panel], *, title: str = "") -> Figure
     if len(by_objective) > 1:
         markers = _cycled(_MARKERS, len(by_objective))
         handles += [_key("0.35", m, f"{name} loss") for m, name in zip(markers, by_objective, strict=True)]
+    handles.append(Line2D([], [], color="0.35", alpha=0.5, lw=0.8, label="a task, from the\nlowest mask ratio on"))
+    if equal:
+        handles.append(Line2D([], [], color="0.4", lw=0.8, ls="--", label="observed = predicted"))
     axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, fontsize=7, frameon=False)
     if title:
         axis.set_title(title, fontsize=8)

@@ -34,12 +34,18 @@ def test_gains_are_drawn_in_points_by_patch_size_and_objective():
     legend = axis.get_legend()
     assert legend is not None
     texts = [t.get_text() for t in legend.get_texts()]
-    assert texts == ["2x2 patches", "8x8 patches", "matched loss", "standard loss"]
+    lines = ["a task, from the\nlowest mask ratio on", "observed = predicted"]
+    assert texts == ["2x2 patches", "8x8 patches", "matched loss", "standard loss", *lines]
     assert "r2 [points]" in axis.get_xlabel() and "r2 [points]" in axis.get_ylabel()
     # A faint line per task, patch size and objective, from the origin; and the two axes and the diagonal.
     lines = [line for line in axis.get_lines() if line.get_alpha() is not None]
     assert len(lines) == 20 and all(np.asarray(line.get_xydata())[0].tolist() == [0, 0] for line in lines)
-    assert len(axis.get_lines()) == 23 and len(gain_figure({"matched": panel(50.0)}).axes[0].get_lines()) == 12
+    assert len(axis.get_lines()) == 23
+    # Gains of another size: no diagonal, in the legend neither.
+    other = gain_figure({"matched": panel(50.0)}).axes[0]
+    legend = other.get_legend()
+    assert len(other.get_lines()) == 12 and legend is not None
+    assert [t.get_text() for t in legend.get_texts()][2:] == ["a task, from the\nlowest mask ratio on"]
 
 
 def test_missing_networks_leave_gaps():
