@@ -20,7 +20,7 @@ def feature_basis(problem: PrimalProblem, encoder: np.ndarray) -> np.ndarray:
         [r, k] with orthonormal columns, float64. Cost d r k.
 
     Raises:
-        InputError: columns that are linearly dependent on these images.
+        InputError: columns that are linearly dependent on these images, to the precision of the eigenvectors.
 
     Example:
         >>> from mae_align.factorize import factorize
@@ -29,8 +29,15 @@ def feature_basis(problem: PrimalProblem, encoder: np.ndarray) -> np.ndarray:
         >>> feature_basis(factorize(Moments.from_arrays(x, np.arange(50) % 2)), np.eye(4)[:, :2]).shape
         (4, 2)
     """
-    q, b = np.linalg.qr(problem.root.T @ np.asarray(encoder, np.float64))
-    if (np.abs(np.diag(b)) <= problem.rtol * np.linalg.norm(b, axis=0)).any():
+    v = np.asarray(encoder, np.float64)
+    q, b = np.linalg.qr(problem.root.T @ v)
+    independent = len(b) == b.shape[1] and (np.abs(np.diag(b)) > problem.rtol * np.linalg.norm(b, axis=0)).all()
+    if independent:
+        # R^T (V B^-1) = Q. The eigenvectors of R are known to rtol s_max / s, so R^T v to rtol s_max / sqrt(s) |v|.
+        unit = np.linalg.solve(b.T, v.T)
+        rounding = problem.cutoff / np.sqrt(problem.s[-1])
+        independent = (rounding * np.linalg.norm(unit, axis=1) < 1.0).all()
+    if not independent:
         raise InputError("the encoder's columns are linearly dependent on these images: drop the redundant ones")
     return q
 
