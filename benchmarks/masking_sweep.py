@@ -23,6 +23,7 @@ import dataclasses
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -80,6 +81,8 @@ def main(config: Config) -> None:
             target = Path(folder, f"{len(rows)}.npz")
             arguments = ["--method", method, "--result", str(target)]
             done = subprocess.run([sys.executable, "-m", "benchmarks.masking_sweep", *sys.argv[1:], *arguments])
+            if done.returncode < 0:
+                raise SystemExit(f"{method}: ended by {signal.Signals(-done.returncode).name}: enough memory?")
             if done.returncode:  # it has said why
                 raise SystemExit(done.returncode)
             with np.load(target) as found:

@@ -191,9 +191,9 @@ def main(config: Config) -> None:
             f"{diverged} of {len(cells)} cells diverged, and no loss is left with networks at three mask ratios: give "
             "a smaller --network.learning-rate"
         )
-    drawn = f"Reconstructions of every cell: {folder.shared / 'reconstructions-*.png'}"
-    notes = [*baseline_sentences(kept, baselines), *lost, "", drawn]
-    write_report(check_rows(kept), folder, AnalysisConfig(seed=config.seed), notes)
+    drawn = [f"Reconstructions of every trained cell: {folder.shared / 'reconstructions-*.png'}"]
+    notes = [*baseline_sentences(kept, baselines), *lost]
+    write_report(check_rows(kept), folder, AnalysisConfig(seed=config.seed), notes, drawn)
 
 
 def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

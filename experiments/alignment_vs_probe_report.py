@@ -291,13 +291,17 @@ def baseline_sentences(rows: Sequence[Row], baselines: Sequence[Row]) -> Iterato
 
 
 def write_report(
-    rows: Sequence[Row], folder: RunFolder, config: AnalysisConfig | None = None, notes: Sequence[str] = ()
+    rows: Sequence[Row],
+    folder: RunFolder,
+    config: AnalysisConfig | None = None,
+    notes: Sequence[str] = (),
+    drawn: Sequence[str] = (),
 ) -> Analysis:
     """Analyse rows and write tables, figures and a summary.
 
     Args:
         rows: of :func:`read_table` or :func:`check_rows`. folder: where to. config: None for the defaults.
-        notes: further lines of the summary.
+        notes: further lines of the summary. drawn: lines that name other figures.
 
     Returns:
         The analysis. Files: agreement.csv, units.csv, gains-DATASET.png and .pdf, predictors.png and .pdf, summary.txt.
@@ -319,5 +323,5 @@ def write_report(
     )
     # Of several processes each has a folder; the one that counts is that of the first.
     listed = "Figures: " + "  ".join(str(folder.shared / path.name) for path in figures)
-    folder.summary("\n".join([table_text(analysis), "", *sentences(analysis, config), *notes, listed]))
+    folder.summary("\n".join([table_text(analysis), "", *sentences(analysis, config), *notes, "", *drawn, listed]))
     return analysis

@@ -400,9 +400,6 @@ def encoder_curves(
         check_held_out(eval_moments, moments)
     problem = factorize(moments, pixel_noise=pixel_noise)
     encoder = np.asarray(encoder, np.float64)
-    if encoder.ndim != 2 or len(encoder) != len(problem.u) or not np.isfinite(encoder).all():
-        raise InputError(f"encoder of shape {list(encoder.shape)}: give finite numbers [{len(problem.u)}, k]")
-    problem.check_k(encoder.shape[1])
     q = feature_basis(problem, encoder)
     t = q.T @ problem.t0
     inside = curves_from_targets(t, problem.t0, problem.syy, problem.yty)

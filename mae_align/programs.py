@@ -3,8 +3,9 @@
 `Program.VMAPPED_SCAN` is one program for all members and many steps. `Program.ONE_BY_ONE` is one program for one step
 of one member, called from the host again and again. On a CPU, convolutions fall off two cliffs: under `vmap` over
 weights they run at about an eighth of their rate, and their gradients inside a loop of XLA 18 to 45 times slower than
-outside. Matrix products lose nothing by either, and accelerators have neither cliff; `benchmarks/train_step.py`
-measures both.
+outside. Networks of matrix products have neither cliff there: eight in one program take about the time of one after the
+other, or less (docs/results_networks.md). Accelerators are taken to have none. `benchmarks/train_step.py` measures both
+programs.
 
 The number of steps of a call is a number on the device, not a constant of the program: one compiled program serves any
 of them, and a run has the same bits however it is cut into calls.
@@ -40,7 +41,7 @@ class Program(enum.Enum):
 
 
 def choose_program(kind: ModelKind, platform: str) -> Program:
-    """The faster program for a kind of model on a backend.
+    """The program for a kind of model on a backend: the faster one for ensembles.
 
     Args:
         kind: what a step of the model is made of. platform: of the devices, as `jax.Device.platform`.

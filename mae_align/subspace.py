@@ -14,13 +14,14 @@ def feature_basis(problem: PrimalProblem, encoder: np.ndarray) -> np.ndarray:
     Q of R^T V = Q B; two encoders with the same span of Q give every linear probe the same features.
 
     Args:
-        problem: factorised from moments (it needs the pixels' eigenvectors). encoder: [d, k] V.
+        problem: factorised from moments (it needs the pixels' eigenvectors). encoder: [d, k] V, k <= r.
 
     Returns:
         [r, k] with orthonormal columns, float64. Cost d r k.
 
     Raises:
-        InputError: columns that are linearly dependent on these images, to the precision of the eigenvectors.
+        InputError: another shape, NaN or infinite values, or columns that are linearly dependent on these images to
+            the precision of the eigenvectors (of a float32 problem, some that are dependent pass for independent).
 
     Example:
         >>> from mae_align.factorize import factorize
@@ -30,8 +31,11 @@ def feature_basis(problem: PrimalProblem, encoder: np.ndarray) -> np.ndarray:
         (4, 2)
     """
     v = np.asarray(encoder, np.float64)
+    if v.ndim != 2 or len(v) != len(problem.u) or not np.isfinite(v).all():
+        raise InputError(f"encoder of shape {list(v.shape)}: give finite numbers [{len(problem.u)}, k]")
+    problem.check_k(v.shape[1])
     q, b = np.linalg.qr(problem.root.T @ v)
-    independent = len(b) == b.shape[1] and (np.abs(np.diag(b)) > problem.rtol * np.linalg.norm(b, axis=0)).all()
+    independent = (np.abs(np.diag(b)) > problem.rtol * np.linalg.norm(b, axis=0)).all()
     if independent:
         # R^T (V B^-1) = Q. The eigenvectors of R are known to rtol s_max / s, so R^T v to rtol s_max / sqrt(s) |v|.
         unit = np.linalg.solve(b.T, v.T)

@@ -75,10 +75,11 @@ def test_features_that_repeat_each_other_are_refused(problem):
         x = oracles.train().x.copy()
         x[:, first] = x[:, first + 1]
         twin = factorize(Moments.from_arrays(x.reshape(-1, *SHAPE), oracles.train().labels), pixel_noise=0.0)
-        with pytest.raises(ma.InputError, match="linearly dependent on these images"):
-            feature_basis(twin, np.eye(60)[:, [first, first + 1]])
-        with pytest.raises(ma.InputError, match="linearly dependent on these images"):
-            feature_basis(twin, np.eye(60) * np.geomspace(1e-9, 1e9, 60))
+        for scales in ([1.0, 1.0], [1e-9, 1e9]):
+            with pytest.raises(ma.InputError, match="linearly dependent on these images"):
+                feature_basis(twin, np.eye(60)[:, [first, first + 1]] * scales)
+        with pytest.raises(ma.InputError, match="k=60 is not a number of features up to the rank 59"):
+            feature_basis(twin, np.eye(60))
         assert feature_basis(twin, np.delete(np.eye(60), first, axis=1)).shape == (59, 59)
     assert feature_basis(problem, np.eye(60)[:, [20, 21]]).shape == (60, 2)
 
@@ -130,9 +131,21 @@ def test_sample_spaces_that_do_not_fit_are_refused(call):
 
 @pytest.mark.parametrize("decay", [1e-3, 1e-6, 1e-11])
 def test_every_direction_above_the_cutoff_is_a_feature_of_its_own(decay):
+    """However steep the spectrum; and a pixel that is there twice is still found."""
     rng = np.random.default_rng(9)
     x = rng.normal(size=(400, 20)) * np.sqrt(np.geomspace(1.0, decay, 20)) @ np.linalg.qr(rng.normal(size=(20, 20)))[0]
     steep = factorize(Moments.from_arrays(x.reshape(-1, 4, 5, 1), np.arange(400) % 3), pixel_noise=0.0)
     assert steep.rank == 20
     for encoder in (steep.u, np.eye(20), steep.u / np.sqrt(steep.s)):
         assert feature_basis(steep, encoder).shape == (20, 20)
+    twice = np.hstack([x, x[:, :1]]).reshape(-1, 7, 3, 1)
+    twin = factorize(Moments.from_arrays(twice, np.arange(400) % 3), pixel_noise=0.0)
+    assert twin.rank == 20
+    with pytest.raises(ma.InputError, match="linearly dependent on these images"):
+        feature_basis(twin, np.eye(21)[:, [0, 5, 20]])
+
+
+@pytest.mark.parametrize("encoder", [np.eye(59), np.ones(60), np.full((60, 2), np.nan), np.eye(60)[:, :0]])
+def test_what_is_no_encoder_of_these_images_is_refused(problem, encoder):
+    with pytest.raises(ma.InputError, match=r"give finite numbers \[60, k\]|k=0 is not a number of features"):
+        feature_basis(problem, encoder)

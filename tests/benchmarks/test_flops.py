@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import flops, timing
+from benchmarks import flops, start, timing
 from benchmarks.flops import count_flops
 from mae_align.errors import InputError
 from mae_align.models import MaskedAutoencoder, MLPAutoencoder, Pixels
@@ -123,7 +123,7 @@ def test_turns() -> None:
 
 
 def test_doctests() -> None:
-    for module in (flops, timing):
+    for module in (flops, start, timing):
         outcome = doctest.testmod(module)
         assert outcome.attempted > 0
         assert outcome.failed == 0

@@ -94,6 +94,8 @@ def test_the_analysis_alone_of_a_table(run, tmp_path):
     out = tmp_path / "again"
     main(Config(analyse_only=str(run / "rows.csv"), out=str(out)))
     assert (out / "agreement.csv").read_bytes() == (run / "agreement.csv").read_bytes()
+    assert "\n\nFigures: " in (out / "summary.txt").read_text()
+    assert "\n\nReconstructions of every trained cell: " in (run / "summary.txt").read_text()
 
 
 def test_closed_form_of_a_task_on_some_images_uses_the_encoder_of_all():
