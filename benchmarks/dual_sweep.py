@@ -123,4 +123,4 @@ def _peak() -> float:
 
 
 if __name__ == "__main__":
-    start(main, Config, __doc__)
+    start(main, Config)

@@ -19,9 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.start import machine, start
+from benchmarks.start import check_counts, machine, start
 from benchmarks.timing import take_turns
-from mae_align.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +95,7 @@ def main(config: Config) -> dict[tuple[str, str], float]:
     Raises:
         InputError: sizes or rounds below 1.
     """
-    sizes = (*config.rows, config.width, config.heads, config.tokens, config.head, config.repeats)
-    if not config.rows or min(sizes) < 1:
-        raise InputError(f"sizes {sizes}: give at least 1 of each")
+    check_counts(config)
     print(machine())
     kinds = {"float32": jnp.float32, "bf16": jnp.bfloat16}
     every = list(products(config))
@@ -113,4 +110,4 @@ def main(config: Config) -> dict[tuple[str, str], float]:
 
 
 if __name__ == "__main__":
-    start(main, Config, __doc__)
+    start(main, Config)

@@ -218,4 +218,4 @@ def _report(config: Config, rows: dict[str, dict], curves: dict[str, dict]) -> N
 
 
 if __name__ == "__main__":
-    start(main, Config, __doc__)
+    start(main, Config, "seed")

@@ -29,6 +29,7 @@ import numpy as np
 
 from benchmarks.start import start
 from mae_align.devices import data_mesh
+from mae_align.errors import InputError
 from mae_align.streaming import stream_moments
 
 _POOL = 4  # different batches
@@ -120,6 +121,8 @@ def main(config: Config) -> None:
         pass_seconds(config, config.memory_of)
         print(_high_water_mib())
         return
+    if config.images < config.batch:
+        raise InputError(f"--images {config.images}: give at least one batch, --batch {config.batch}")
     n, d = config.images // config.batch * config.batch, config.pixels
     config = dataclasses.replace(config, images=n)
     load = os.getloadavg()[0]
@@ -147,4 +150,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    start(main, Config, __doc__)
+    start(main, Config)

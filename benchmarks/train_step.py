@@ -360,4 +360,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    start(main, Config, __doc__)
+    start(main, Config, "members")

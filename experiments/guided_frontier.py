@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 import mae_align as ma
 from experiments.guided_runs import GuidedSplit, Probe, Row, probe_cells
+from experiments.parts import silent
 from mae_align.closed_form import supervised_solution
 from mae_align.factorize import factorize
 
@@ -39,7 +40,7 @@ def linear_rows(
         problem.check_k(latent)
     unit, task = float(np.trace(problem.syy)) / problem.trace, float(np.trace(problem.syy))
     rows = []
-    for relative in tqdm(sorted({*lambdas, math.inf}), desc="linear frontier", unit="lambda", disable=None):
+    for relative in tqdm(sorted({*lambdas, math.inf}), desc="linear frontier", unit="lambda", disable=silent()):
         solved = supervised_solution(problem, relative * unit, max(latents))
         images = (split.probe_images, split.val_images, split.test_images)
         codes = [_encode(solved, part) for part in images]

@@ -61,9 +61,9 @@ def shared_points(folder: Path, identity: str) -> PointStore:
     return store
 
 
-def silent() -> bool | None:
-    """Whether this process shows no progress: of several the first does, on a terminal."""
-    return True if jax.process_index() > 0 else None
+def silent() -> bool:
+    """Whether this process shows no progress: of several only the first does."""
+    return jax.process_index() > 0
 
 
 def _plain(value: object) -> Any:

@@ -2,7 +2,7 @@
 
     python -m experiments.stream_moments --out digits.npz                                  # bundled digits: seconds
     python -m experiments.stream_moments --data tfds:cifar10 --split fit --out fit.npz
-    python -m experiments.stream_moments --data tfds:cifar10 --split test --groups 20 --out test.npz
+    python -m experiments.stream_moments --data tfds:cifar10 --split test --out test.npz
 
 Images are read as they are needed, not into memory as a whole, and their rows are split over all devices. Progress is
 shown with images per second and the time left. Killed at any time, the same command goes on after the last batch saved
@@ -62,8 +62,8 @@ class Config:
     """Which images: train, test, or the two parts of train, fit and validation."""
     out: str = "moments.npz"
     """The file to write. It must not exist."""
-    groups: int = 1
-    """Groups of images whose spread gives standard errors (20 for test images)."""
+    groups: int | None = None
+    """Groups of images whose spread gives standard errors; none: 20 of test images, 1 of others."""
     image_size: int | None = None
     """Resize images to squares of this side, in pixels; none keeps them."""
     center: bool = True
@@ -143,7 +143,7 @@ def main(config: Config) -> None:
         share.batches,
         num_classes=share.num_classes,
         center=config.center,
-        groups=config.groups,
+        groups=(20 if config.split is Split.test else 1) if config.groups is None else config.groups,
         preprocessing="stored pixels" if config.image_size is None else f"resized to {config.image_size} pixels",
         mesh=mesh,
         total=share.count,

@@ -37,5 +37,5 @@ def test_it_runs(capsys):
     assert len(rates) == 30 and min(rates.values()) > 0
     printed = capsys.readouterr().out
     assert "dense 6 x 2 x 8, forward" in printed and "attention, weights x values, gradient by the second" in printed
-    with pytest.raises(InputError, match="give at least 1"):
+    with pytest.raises(InputError, match="--rows has no value"):
         layer_products.main(dataclasses.replace(TINY, rows=()))

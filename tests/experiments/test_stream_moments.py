@@ -45,6 +45,12 @@ def test_the_files_are_the_moments_of_the_parts(files):
     np.testing.assert_array_equal(parts[0].merge(parts[1]).sxx, train.sxx)
 
 
+def test_test_images_have_groups_by_themselves(tmp_path):
+    for split, groups in (("test", 20), ("validation", 1)):
+        stream("--split", split, "--out", tmp_path / f"{split}.npz")
+        assert len(ma.Moments.load(tmp_path / f"{split}.npz").counts) == groups
+
+
 def test_a_sweep_from_files_is_the_sweep_from_the_data(files, tmp_path, capsys):
     sweep(*SMALL, "--out", tmp_path / "data")
     expected = capsys.readouterr().out
