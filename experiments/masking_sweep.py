@@ -77,7 +77,7 @@ class Config:
     test_moments: str | None = None
     """Moment file of the test images, in at least 2 groups; none: in-sample curves alone."""
     patch_sizes: tuple[int, ...] = (1, 2, 4)
-    """Sides of square patches, in pixels."""
+    """Sides of square patches, in pixels. Where one does not divide the image, patches at the border are smaller."""
     mask_ratios: tuple[float, ...] = tuple(round(0.11 * i, 2) for i in range(10))
     """Shares of patches to mask, from 0 to 1. No mask (0) is always computed: it is the reference."""
     masking: MaskFamily = MaskFamily.independent

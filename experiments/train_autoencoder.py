@@ -83,7 +83,7 @@ class Config(TrainConfig):
     corruption: Noise = Noise.patches
     """What is done to the input: nothing, independently hidden patches, or Gaussian noise."""
     patch_size: int = 2
-    """Side of the square patches, in pixels."""
+    """Side of the square patches, in pixels. Where it does not divide the image, patches at the border are smaller."""
     mask_ratio: float = 0.5
     """Probability with which each patch is hidden: from 0 to below 1."""
     sigma: float = 2.0

@@ -102,7 +102,7 @@ def training_figure(
         if name == "loss" and np.nanmin(values) > 0:
             panel.set_yscale("log")
         if name == "probe_accuracy":
-            dashes = itertools.cycle([(4, 2), (1, 1), (4, 1, 1, 1), (6, 1, 1, 1, 1, 1)])
+            dashes = itertools.cycle([(4, 2), (1, 1), (4, 1, 1, 1), (1, 0)])
             for (baseline, accuracy), dash in zip(levels.items(), dashes, strict=False):
                 panel.axhline(100.0 * accuracy, color="0.35", linestyle=(0, dash), linewidth=1.0, label=baseline)
     handles, labels = [], []

@@ -230,8 +230,9 @@ def pictures(model: MaskedAutoencoder, images: np.ndarray, like: np.ndarray, see
         ]
         caption = (
             "The loss normalises each patch: the network predicts patterns of mean 0 and variance 1 in hidden patches; "
-            "grey is the mean of a patch. Visible patches are pasted from the input. In the last column the mean and "
-            "the contrast of every hidden patch are those of the input: the network does not predict them."
+            "grey is the mean of a patch. Visible patches are those of the target beside the prediction, those of the "
+            "input in the last column. There the mean and the contrast of every hidden patch are those of the input, "
+            "too: the network does not predict them."
         )
     else:
         columns += [
