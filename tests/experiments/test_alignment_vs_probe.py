@@ -190,7 +190,7 @@ def test_cells_that_diverge_are_left_out_and_the_others_reported(study):
     with pytest.warns(UserWarning, match=r"Left out: .*, the loss of member . is nan at"):
         main(study.config)
     assert set(study.where) == {study.folder.shared} and len(study.where) == 12 + 2
-    rows, _, _, notes = study.reports[0]
+    rows, _, _, notes, drawn = study.reports[0]
     # Two ratios of the standard loss are not enough; the table has them all the same.
     assert {row["objective"] for row in rows} == {"matched"} and len(rows) == 2 * 3 * 2
     assert len(read_table(study.folder.path / "rows.csv")) == len(rows) + 2 * 2 * 2
@@ -199,6 +199,7 @@ def test_cells_that_diverge_are_left_out_and_the_others_reported(study):
         "matched +0.500; baselines: raw pixels +0.750, untrained network +0.250, supervised network +0.875." in notes[0]
     )
     assert len([note for note in notes if note.startswith("Left out: supervised-patch4, the loss of member 0 is")]) == 1
+    assert [line.split(": ")[0] for line in drawn] == ["Reconstructions of every trained cell"]
     baselines = (study.folder.path / "baselines.csv").read_text()
     assert baselines.count(UNTRAINED) == 2 and baselines.count(SUPERVISED) == 1
 
