@@ -18,7 +18,7 @@ import numpy as np
 import xarray as xr
 
 import mae_align as ma
-from benchmarks.start import start
+from benchmarks.start import check_counts, start
 from mae_align.data.resize import resize_images
 from mae_align.devices import compile_counter, worker_count
 from mae_align.errors import InputError
@@ -52,6 +52,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Load, sweep, print."""
+    check_counts(config)
     data = ma.load_dataset(config.data)
     if len(data.train_images) < config.images:
         raise InputError(f"--images {config.images}: the data set has {len(data.train_images)} training images")

@@ -37,7 +37,7 @@ from threadpoolctl import threadpool_limits
 
 import mae_align as ma
 from benchmarks.direct_method import direct_point, lean_direct_point, moments_point
-from benchmarks.start import start
+from benchmarks.start import check_counts, start
 from mae_align.data.transforms import jitter
 from mae_align.devices import compile_counter, worker_count
 from mae_align.patches import patch_labels
@@ -72,6 +72,7 @@ METHODS = ("ours", "moments", "direct", "direct, lean")
 
 def main(config: Config) -> None:
     """Measure every method in its own process, or (internally) one of them in this one."""
+    check_counts(config, "seed")
     if config.method is not None:
         _measure(config)
         return
@@ -218,4 +219,4 @@ def _report(config: Config, rows: dict[str, dict], curves: dict[str, dict]) -> N
 
 
 if __name__ == "__main__":
-    start(main, Config, "seed")
+    start(main, Config)

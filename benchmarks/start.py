@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import jax
 import tyro
 
+from experiments.launch import described, refuse_empty
 from mae_align.devices import worker_count
 from mae_align.errors import InputError
 
@@ -20,17 +21,14 @@ if TYPE_CHECKING:
 ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 
 
-def start(main: Callable[[ConfigT], object], config_class: type[ConfigT], *zero: str) -> None:
+def start(main: Callable[[ConfigT], object], config_class: type[ConfigT]) -> None:
     """Read the settings from the command line and run; what is refused is one line on standard error, and status 2.
 
-    Whole numbers are at least 1, but at least 0 in the fields named ``zero``.
+    A benchmark has no presets and does not go on where it stopped, so it is not launched as an experiment is.
     """
-    module = sys.modules[main.__module__]
+    command, description = described(main)
     try:
-        prog = f"python -m {module.__spec__.name if module.__spec__ else module.__name__}"
-        config = tyro.cli(config_class, prog=prog, description=module.__doc__)
-        check_counts(config, *zero)
-        main(config)
+        main(tyro.cli(config_class, prog=command, description=description))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -44,15 +42,12 @@ def check_counts(config: DataclassInstance, *zero: str) -> None:
 
     >>> check_counts(dataclasses.make_dataclass("Config", ["images"])(images=3))
     """
+    refuse_empty(config)
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        option = "--" + field.name.replace("_", "-")
-        least = 0 if field.name in zero else 1
-        if value == ():
-            raise InputError(f"{option} has no value: give at least one, or leave the option out")
+        value, least = getattr(config, field.name), 0 if field.name in zero else 1
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int) and not isinstance(number, bool) and number < least:
-                raise InputError(f"{option} {number}: give at least {least}")
+                raise InputError(f"--{field.name.replace('_', '-')} {number}: give at least {least}")
 
 
 def machine() -> str:

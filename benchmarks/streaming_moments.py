@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.start import start
+from benchmarks.start import check_counts, start
 from mae_align.devices import data_mesh
 from mae_align.errors import InputError
 from mae_align.streaming import stream_moments
@@ -117,6 +117,7 @@ def _high_water_mib() -> float:
 
 def main(config: Config) -> None:
     """Run the benchmark."""
+    check_counts(config)
     if config.memory_of is not None:
         pass_seconds(config, config.memory_of)
         print(_high_water_mib())

@@ -34,7 +34,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.flops import count_flops
-from benchmarks.start import machine, start
+from benchmarks.start import check_counts, machine, start
 from benchmarks.timing import MatmulRate, median_ratio, take_turns
 from mae_align.devices import compile_counter, train_mesh, worker_count
 from mae_align.errors import InputError
@@ -347,6 +347,7 @@ def _torch_run(torch_models: Any, case: Case, images: np.ndarray, half: bool) ->
 
 def main(config: Config) -> None:
     """Run the benchmark."""
+    check_counts(config, "members")
     if config.torch:
         _torch_models()  # before minutes of work
     print(machine())
@@ -360,4 +361,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    start(main, Config, "members")
+    start(main, Config)

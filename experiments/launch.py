@@ -53,7 +53,7 @@ def launch(
     """
     try:
         config = _parse(main, config_class, presets, sys.argv[1:] if argv is None else list(argv))
-        _refuse_empty(config)
+        refuse_empty(config)
         # Options win over the environment, where an experiment has them.
         start_distributed(*(getattr(config, name, None) for name in ("coordinator", "num_processes", "process_id")))
         main(config)
@@ -93,16 +93,23 @@ def _parse(
         "Arguments",
         [("preset", choice), ("config", Annotated[config_class, tyro.conf.arg(name="")])],
     )
-    module = sys.modules[main.__module__]
-    spec = getattr(module, "__spec__", None)
+    command, description = described(main)
     parsed: Any = tyro.cli(
         arguments,
-        prog=f"python -m {spec.name if spec else module.__name__}",
-        description=module.__doc__,
+        prog=command,
+        description=description,
         args=argv,
         default=arguments(_DEFAULT_PRESET, presets[name]),
     )
     return parsed.config
+
+
+def described(main: Callable[..., object]) -> tuple[str, str | None]:
+    """What `--help` says of a program: the command that runs the function's module, and the module's docstring."""
+    module = sys.modules[main.__module__]
+    # Run with -m, the module is called __main__; its spec has the name.
+    spec = getattr(module, "__spec__", None)
+    return f"python -m {spec.name if spec else module.__name__}", module.__doc__
 
 
 def _named_preset(argv: Sequence[str]) -> str:
@@ -116,7 +123,7 @@ def _named_preset(argv: Sequence[str]) -> str:
     return name
 
 
-def _refuse_empty(config: DataclassInstance, prefix: str = "--") -> None:
+def refuse_empty(config: DataclassInstance, prefix: str = "--") -> None:
     """Refuses options that take several values and were given none."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -124,4 +131,4 @@ def _refuse_empty(config: DataclassInstance, prefix: str = "--") -> None:
         if isinstance(value, tuple | list) and not value:
             raise InputError(f"{option} has no value: give at least one, or leave the option out")
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            _refuse_empty(value, f"{option}.")
+            refuse_empty(value, f"{option}.")

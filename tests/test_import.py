@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 
@@ -33,6 +34,17 @@ def test_importing_the_package_loads_nothing_heavy_and_changes_no_setting():
     assert found["loaded"] == []
     assert (found["x64"], found["float"]) == (False, "float32")
     assert found["star"] == sorted(ma.__all__)
+
+
+def test_the_package_is_found_beside_a_folder_of_its_name(tmp_path):
+    """Where scripts lie beside the clone: its folder, without an __init__.py, must not pass for the package."""
+    (tmp_path / "mae_align").mkdir()
+    code = "import mae_align, experiments.launch; print(mae_align.__file__)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert out.returncode == 0 and out.stdout.strip().endswith("__init__.py"), out.stderr
 
 
 def test_every_public_name_exists_and_says_what_it_is():

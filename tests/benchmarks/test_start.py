@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import subprocess
 import sys
 
 import pytest
@@ -42,12 +43,22 @@ def test_a_command_line_is_read_checked_and_run(
 ) -> None:
     seen: list[Config] = []
     monkeypatch.setattr(sys, "argv", ["start", "--rounds", "2", "--sizes", "7"])
-    start(lambda config: seen.append(config), Config, "seed")
+
+    def main(config: Config) -> None:
+        check_counts(config, "seed")
+        seen.append(config)
+
+    start(main, Config)
     assert seen == [Config(rounds=2, sizes=(7,))]
     monkeypatch.setattr(sys, "argv", ["start", "--rounds", "0"])
     with pytest.raises(SystemExit, match="2"):
-        start(lambda config: seen.append(config), Config, "seed")
+        start(main, Config)
     assert len(seen) == 1 and capsys.readouterr().err == "error: --rounds 0: give at least 1\n"
+    monkeypatch.setattr(sys, "argv", ["start", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        start(main, Config)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: python -m {__name__} ") and "Tests of the benchmarks" in printed
 
 
 @pytest.mark.parametrize(
@@ -69,9 +80,19 @@ def test_every_benchmark_refuses_before_it_measures(
 ) -> None:
     module = importlib.import_module(f"benchmarks.{name}")
     monkeypatch.setattr(sys, "argv", [name, *argv])
-    zero = {"train_step": ["members"], "masking_sweep": ["seed"]}.get(name, [])
     with pytest.raises(SystemExit, match="2"):
-        start(module.main, module.Config, *zero)
+        start(module.main, module.Config)
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith(f"error: {argv[0]}") and printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("code", "ends"), [(-9, "ours: ended by SIGKILL: enough memory?"), (2, 2)])
+def test_a_sweep_ends_with_the_process_that_it_started(
+    code: int, ends: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("benchmarks.masking_sweep")
+    monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(command, code))
+    with pytest.raises(SystemExit) as raised:
+        module.main(module.Config(seed=0))
+    assert raised.value.code == ends
