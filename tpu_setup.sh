@@ -234,7 +234,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from mae_align.devices import solve_context, solve_device
+from mae_align.runtime.devices import solve_context, solve_device
 
 print(f"python={platform.python_version()}")
 print(f"jax={jax.__version__}")

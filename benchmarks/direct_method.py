@@ -25,7 +25,7 @@ from typing import Literal
 import numpy as np
 import scipy.linalg
 
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 JITTER = 1e-3
 """Standard deviation of the published jitter over the standard deviation of all pixels."""

@@ -20,8 +20,8 @@ import xarray as xr
 import mae_align as ma
 from benchmarks.start import check_counts, start
 from mae_align.data.resize import resize_images
-from mae_align.devices import compile_counter, worker_count
-from mae_align.errors import InputError
+from mae_align.runtime.devices import compile_counter, worker_count
+from mae_align.runtime.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

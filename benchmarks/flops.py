@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> int:

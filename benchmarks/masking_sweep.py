@@ -38,9 +38,9 @@ from threadpoolctl import threadpool_limits
 import mae_align as ma
 from benchmarks.direct_method import direct_point, lean_direct_point, moments_point
 from benchmarks.start import check_counts, start
+from mae_align.data.patches import patch_labels
 from mae_align.data.transforms import jitter
-from mae_align.devices import compile_counter, worker_count
-from mae_align.patches import patch_labels
+from mae_align.runtime.devices import compile_counter, worker_count
 
 
 @dataclasses.dataclass(frozen=True)

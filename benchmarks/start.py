@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, TypeVar
 import jax
 import tyro
 
-from experiments.launch import described, refuse_empty
-from mae_align.devices import worker_count
-from mae_align.errors import InputError
+from experiments.harness.cli import described, refuse_empty
+from mae_align.runtime.devices import worker_count
+from mae_align.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -28,9 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.start import check_counts, start
-from mae_align.devices import data_mesh
-from mae_align.errors import InputError
-from mae_align.streaming import stream_moments
+from mae_align.moments.streaming import stream_moments
+from mae_align.runtime.errors import InputError
+from mae_align.runtime.processes import data_mesh
 
 _POOL = 4  # different batches
 

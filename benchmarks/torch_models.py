@@ -169,7 +169,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 class TorchRun:
-    """Training steps on images that lie in memory, each batch gathered by a random order as in `mae_align.train`."""
+    """Training steps on images that lie in memory, each batch gathered in random order as in `Training`."""
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ Whatever is compared takes turns in one run: medians over the rounds, ratios wit
 - of each network, images/s and the share of that rate. The operations of a step are those of the matrix products and
   convolutions in its traced gradient, counted from their shapes (`benchmarks.flops`): elementwise work and optimizer
   take time and count nothing. A bf16 network is held against the bf16 rate;
-- of a smaller network of each kind, 8 members in each of the two programs of `mae_align.programs` against 8 runs one
+- of a smaller network of each kind, 8 members in each of the two programs of `mae_align.train.step` against 8 runs one
   after the other. That is the evidence for the choice there;
 - with `--torch`, the same MLP and masked autoencoder in PyTorch (`benchmarks.torch_models`), where it is installed,
   with one thread per core as JAX has it.
@@ -36,8 +36,6 @@ from flax import nnx
 from benchmarks.flops import count_flops
 from benchmarks.start import check_counts, machine, start
 from benchmarks.timing import MatmulRate, median_ratio, take_turns
-from mae_align.devices import compile_counter, train_mesh, worker_count
-from mae_align.errors import InputError
 from mae_align.models import (
     VIT_NANO,
     VIT_TINY,
@@ -50,9 +48,12 @@ from mae_align.models import (
     VitSize,
 )
 from mae_align.models.vit_mae import sincos_positions
-from mae_align.optimizer import OptimizerConfig, adamw
-from mae_align.programs import Program, choose_program
-from mae_align.train import Training, reconstruct
+from mae_align.runtime.devices import compile_counter, worker_count
+from mae_align.runtime.errors import InputError
+from mae_align.runtime.processes import train_mesh
+from mae_align.train.ensemble import Training, reconstruct
+from mae_align.train.optimizer import OptimizerConfig, adamw
+from mae_align.train.step import Program, choose_program
 
 _SHAPE = (32, 32, 3)
 _PATCH, _RATIO = 4, 0.75

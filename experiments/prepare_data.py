@@ -18,8 +18,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from experiments.launch import launch
-from experiments.run_folder import file_name_part
+from experiments.harness.cli import launch
+from experiments.harness.run import file_name_part
 from mae_align.data import open_splits
 from mae_align.data.prepare import write_prepared
 

@@ -31,12 +31,11 @@ import jax
 import numpy as np
 
 import mae_align as ma
-from experiments.launch import launch
+from experiments.harness.cli import launch
 from mae_align.data import open_source, stratified_split
 from mae_align.data.pipeline import ImageBatch, batches, process_range
 from mae_align.data.source import SubsetSource
-from mae_align.devices import data_mesh, start_distributed
-from mae_align.distributed import gathered, refused_together
+from mae_align.runtime.processes import data_mesh, gathered, refused_together, start_distributed
 
 
 class Split(enum.Enum):

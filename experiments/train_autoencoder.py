@@ -32,11 +32,11 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 import mae_align as ma
-from experiments.launch import launch
-from experiments.train_common import LabelledSplit, TrainConfig, check_numbers, members
-from experiments.train_figures import Column, picture_figure
-from experiments.train_loop import Problem
-from experiments.train_main import run
+from experiments.harness.cli import launch
+from experiments.harness.config import LabelledSplit, TrainConfig, check_numbers, members
+from experiments.harness.train import Problem
+from experiments.harness.train_figures import Column, picture_figure
+from experiments.harness.train_main import run
 from mae_align.corruption import Corruption
 from mae_align.models import (
     ConvAutoencoder,
@@ -47,7 +47,7 @@ from mae_align.models import (
     in_head,
 )
 from mae_align.models.base import BottleneckAutoencoder
-from mae_align.train import guide, reconstruct
+from mae_align.train.ensemble import guide, reconstruct
 
 
 class Network(enum.Enum):

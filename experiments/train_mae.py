@@ -31,15 +31,15 @@ import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
 
-from experiments.launch import launch
-from experiments.train_common import LabelledSplit, TrainConfig, check_numbers, members
-from experiments.train_figures import Column, picture_figure
-from experiments.train_loop import Problem
-from experiments.train_main import run
+from experiments.harness.cli import launch
+from experiments.harness.config import LabelledSplit, TrainConfig, check_numbers, members
+from experiments.harness.train import Problem
+from experiments.harness.train_figures import Column, picture_figure
+from experiments.harness.train_main import run
 from mae_align.corruption import FixedCountPatchMasking
+from mae_align.data.patches import patch_hw
 from mae_align.models import AllPixels, MaskedAutoencoder, MaskedPatches, Pixels
-from mae_align.patches import patch_hw
-from mae_align.train import reconstruct
+from mae_align.train.ensemble import reconstruct
 
 
 class Objective(enum.Enum):

@@ -1,9 +1,12 @@
 """mae_align: which corruption, if any, makes reconstruction learn what your task needs."""
 
-from mae_align._version import __version__
-from mae_align.alignment import encoder_curves, paired_se
-from mae_align.closed_form import LinearAutoencoder, denoising_autoencoder, supervised_autoencoder
-from mae_align.compare import compare_corruptions, compare_many
+from mae_align.closed_form.autoencoder import LinearAutoencoder, denoising_autoencoder, supervised_autoencoder
+from mae_align.closed_form.compare import compare_corruptions, compare_many
+from mae_align.closed_form.corruption_sweep import corruption_sweep
+from mae_align.closed_form.curves import encoder_curves
+from mae_align.closed_form.held_out import paired_se
+from mae_align.closed_form.sweep import RunOptions, gaussian_sweep, lambda_sweep, masking_sweep, sweep
+from mae_align.closed_form.targets import Components, HighPass, MatrixTarget, PatchMeanRemoved, TargetOperator
 from mae_align.corruption import (
     AveragePool,
     BlockMasking,
@@ -20,14 +23,13 @@ from mae_align.corruption import (
     SampledCorruption,
     VarianceShareMasking,
 )
-from mae_align.corruption_sweep import corruption_sweep
 from mae_align.data import ImageDataset, load_dataset
-from mae_align.errors import InputError
-from mae_align.moments import Moments
-from mae_align.samples import Samples, summarize
-from mae_align.streaming import stream_moments
-from mae_align.sweep import RunOptions, gaussian_sweep, lambda_sweep, masking_sweep, sweep
-from mae_align.targets import Components, HighPass, MatrixTarget, PatchMeanRemoved, TargetOperator
+from mae_align.moments.moments import Moments
+from mae_align.moments.samples import Samples, summarize
+from mae_align.moments.streaming import stream_moments
+from mae_align.runtime.errors import InputError
+
+__version__ = "0.1.0"
 
 __all__ = [
     "AveragePool",

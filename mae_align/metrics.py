@@ -13,14 +13,14 @@ from typing import NamedTuple
 import numpy as np
 import xarray as xr
 
-from mae_align.checks import check_images
+from mae_align.closed_form.predictions import KS, Row, closed_form_row
+from mae_align.closed_form.targets import count_of_share, varying_components
 from mae_align.corruption import Corruption
-from mae_align.errors import InputError
-from mae_align.frequency import error_by_band
-from mae_align.moments import Moments
-from mae_align.predictions import KS, Row, closed_form_row
+from mae_align.data.frequency import error_by_band
+from mae_align.moments.moments import Moments
 from mae_align.probes import ProbeResult, as_images, ridge_from_moments
-from mae_align.targets import count_of_share, varying_components
+from mae_align.runtime.checks import check_images
+from mae_align.runtime.errors import InputError
 
 # Images held in float64 at a time.
 _ROWS = 4096
@@ -154,8 +154,9 @@ def reconstruction_errors(
     Args:
         images: [m, h, w, c] clean. reconstructed: likewise, stored pixel units.
         moments: of the training images: their mean and principal components.
-        share: of the variance, in the top subspace. num_bands: see :mod:`mae_align.frequency`.
-        components: of :func:`mae_align.targets.varying_components` of the moments, where several networks share them;
+        share: of the variance, in the top subspace. num_bands: see :mod:`mae_align.data.frequency`.
+        components: of :func:`mae_align.closed_form.targets.varying_components` of the moments, where several networks
+            share them;
             None: computed.
 
     Returns:
@@ -248,13 +249,14 @@ def report_row(
         targets, eval_targets: [n] and [m] as probes take them. eval_images: [m, h, w, c].
         probes: by name, which becomes the prefix of their cells.
         ks: numbers of features of the closed form. share, num_bands: see :func:`reconstruction_errors`.
-        closed_form: the cells of :func:`mae_align.predictions.closed_form_row` where several networks share them;
+        closed_form: the cells of :func:`mae_align.closed_form.predictions.closed_form_row` where several networks
+            share them;
             None: computed, which is most of the cost. components: likewise, see :func:`reconstruction_errors`.
 
     Returns:
         ``identity``, latent, rankme (of held-out features), feature_r2, feature_eval_r2, the cells of
-        :func:`mae_align.predictions.closed_form_row`, reconstruction_mse, reconstruction_error, .._top, .._bottom,
-        .._band0 and so on, reconstruction_top_count, and the cells of every probe.
+        :func:`mae_align.closed_form.predictions.closed_form_row`, reconstruction_mse, reconstruction_error, .._top,
+        .._bottom, .._band0 and so on, reconstruction_top_count, and the cells of every probe.
 
     Raises:
         InputError: as the functions named; a name that occurs twice.

@@ -11,17 +11,18 @@ import math
 
 import jax
 import numpy as np
-import oracles
 import pytest
 import scipy.linalg
-from oracles import SHAPE
 from sklearn.linear_model import LinearRegression
 
 import mae_align as ma
+from mae_align.closed_form.compare import principal_angles
+from mae_align.closed_form.factorize import factorize
+from mae_align.closed_form.features import feature_basis
 from mae_align.corruption import CleanImages, ComponentMasking
-from mae_align.factorize import factorize
-from mae_align.moments import Moments
-from mae_align.subspace import feature_basis, principal_angles
+from mae_align.moments.moments import Moments
+from tests import oracles
+from tests.oracles import SHAPE
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LinearRegression
 
-from mae_align import InputError, Moments, PatchMasking, targets
+from mae_align import InputError, Moments, PatchMasking
+from mae_align.closed_form import targets
+from mae_align.closed_form.predictions import closed_form_row
 from mae_align.metrics import (
     Outputs,
     feature_r2,
@@ -18,7 +20,6 @@ from mae_align.metrics import (
     report_row,
     report_table,
 )
-from mae_align.predictions import closed_form_row
 from mae_align.probes import ridge_probe
 
 

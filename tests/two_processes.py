@@ -1,7 +1,7 @@
 """Starts a script several times as the processes of one distributed run on this machine, for tests.
 
-The script calls `mae_align.devices.start_distributed()` before any JAX computation and leaves its results in files
-(what is printed may be mixed with lines of the communication library).
+The script calls `mae_align.runtime.processes.start_distributed()` before any JAX computation and leaves its results
+in files (what is printed may be mixed with lines of the communication library).
 """
 
 from __future__ import annotations

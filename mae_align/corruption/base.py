@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mae_align.errors import InputError
-from mae_align.patches import ImageShape
+from mae_align.data.patches import ImageShape
+from mae_align.runtime.errors import InputError
 
 Images = np.ndarray | Callable[[], Iterable[np.ndarray]]
 Fill = float | np.ndarray | tuple | None

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mae_align.corruption.base import CleanImages, CorruptionMoments, ExactCorruption, push_mask
-from mae_align.errors import InputError
-from mae_align.moments import Moments
-from mae_align.patches import ImageShape
+from mae_align.data.patches import ImageShape
+from mae_align.moments.moments import Moments
+from mae_align.runtime.errors import InputError
 
 
 def principal_components(moments: Moments) -> tuple[np.ndarray, np.ndarray]:

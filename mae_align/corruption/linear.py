@@ -16,8 +16,8 @@ import numpy as np
 
 from mae_align.corruption.base import CleanImages, Corruption, CorruptionMoments, ExactCorruption
 from mae_align.corruption.sampled import SampledCorruption
-from mae_align.errors import InputError
-from mae_align.patches import ImageShape, PatchSize, patch_grid, patch_hw
+from mae_align.data.patches import ImageShape, PatchSize, patch_grid, patch_hw
+from mae_align.runtime.errors import InputError
 
 
 class LinearMap(ExactCorruption):

@@ -26,8 +26,8 @@ from mae_align.corruption.base import (
     frozen_fill,
     push_mask,
 )
-from mae_align.errors import InputError
-from mae_align.patches import ImageShape, PatchSize, patch_grid, patch_hw, patch_labels
+from mae_align.data.patches import ImageShape, PatchSize, patch_grid, patch_hw, patch_labels
+from mae_align.runtime.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

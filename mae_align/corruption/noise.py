@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mae_align.corruption.base import CleanImages, CorruptionMoments, ExactCorruption, need_signal
-from mae_align.errors import InputError
-from mae_align.patches import ImageShape
+from mae_align.data.patches import ImageShape
+from mae_align.runtime.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -26,8 +26,8 @@ from mae_align.corruption.base import (
     frozen_fill,
     need_signal,
 )
-from mae_align.errors import InputError
-from mae_align.patches import ImageShape, PatchSize, check_ratio, patch_grid, patch_hw, patch_labels
+from mae_align.data.patches import ImageShape, PatchSize, check_ratio, patch_grid, patch_hw, patch_labels
+from mae_align.runtime.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,8 @@ class PatchMask(ExactCorruption):
     Attributes:
         patch_size: int or (h, w) in pixels. fill: value of a dropped pixel, a number or an array [h, w, c] in the units
             of the stored pixels; None for the mean image. With a fill of its own a mask leaves the family that
-            :func:`mae_align.sweep.masking_sweep` solves: :func:`mae_align.corruption_sweep.corruption_sweep` takes it.
+            :func:`mae_align.closed_form.sweep.masking_sweep` solves:
+            :func:`mae_align.closed_form.corruption_sweep.corruption_sweep` takes it.
     """
 
     patch_size: PatchSize

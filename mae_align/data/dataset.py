@@ -7,8 +7,8 @@ import warnings
 
 import numpy as np
 
-from mae_align.checks import check_images
-from mae_align.errors import InputError
+from mae_align.runtime.checks import check_images
+from mae_align.runtime.errors import InputError
 
 ImageShape = tuple[int, int, int]
 

@@ -17,7 +17,7 @@ from mae_align.data.pictures import is_deep, with_channels
 from mae_align.data.resize import resize_picture
 from mae_align.data.source import ImageSource, Splits, in_memory
 from mae_align.data.split import stratified_split
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -109,7 +109,7 @@ def load_folder(root: Path, image_size: int | None, seed: int, test_fraction: fl
         >>> load_folder(Path("nowhere"), None, seed=0, test_fraction=0.2)
         Traceback (most recent call last):
         ...
-        mae_align.errors.InputError: no folder nowhere: give a folder with one sub-folder per class, folder:DIR
+        mae_align.runtime.errors.InputError: no folder nowhere: give a folder with one sub-folder per class, folder:DIR
     """
     return in_memory(open_folder(root, image_size, seed, test_fraction))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from mae_align.data.dataset import ImageDataset, number_classes
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 _UNSIGNED_BYTE = 8
 
@@ -89,7 +89,7 @@ def load_idx(folder: Path) -> ImageDataset:
         >>> load_idx(Path("/nowhere"))
         Traceback (most recent call last):
         ...
-        mae_align.errors.InputError: no folder /nowhere: give the folder of the IDX files, idx:DIR
+        mae_align.runtime.errors.InputError: no folder /nowhere: give the folder of the IDX files, idx:DIR
     """
     if not folder.is_dir():
         raise InputError(f"no folder {folder}: give the folder of the IDX files, idx:DIR")

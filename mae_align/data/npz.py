@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mae_align.data.dataset import ImageDataset, check_labels, number_classes
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 

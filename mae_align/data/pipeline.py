@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mae_align.data.source import ImageSource
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 if TYPE_CHECKING:
     import grain
@@ -21,7 +21,7 @@ class ImageBatch(NamedTuple):
         images: [b, h, w, c], the dtype of the source.
         labels: [b] int64.
         indices: [b] int64 positions in the source, the same whatever process reads them and in whatever order: what
-            :func:`mae_align.moments.group_of` hashes.
+            :func:`mae_align.moments.moments.group_of` hashes.
     """
 
     images: np.ndarray

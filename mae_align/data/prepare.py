@@ -24,7 +24,7 @@ import numpy as np
 from mae_align.data.pictures import MODES
 from mae_align.data.source import BATCH, ImageSource, Splits
 from mae_align.data.tfds_source import INCOMPLETE, METADATA, import_tfds
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 PLAN = "preparation.json"  # what the folder is made from; kept, so that the same command finds its work done
 

@@ -17,7 +17,7 @@ from mae_align.data.npz import load_npz
 from mae_align.data.resize import check_image_size, resize_dataset
 from mae_align.data.source import ImageSource, Splits, dataset_splits, in_memory
 from mae_align.data.tfds_source import METADATA, open_prepared, open_tfds
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mae_align.data.dataset import ImageDataset
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image

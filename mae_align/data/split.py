@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from mae_align.data.dataset import ImageDataset
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 
 def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from mae_align.data.dataset import ImageShape
 from mae_align.data.pictures import is_deep, with_channels
 from mae_align.data.resize import resize_images
 from mae_align.data.source import ImageSource, Splits, split_off_test
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 METADATA = "dataset_info.json"  # TFDS opens a folder that has it
 INCOMPLETE = ".incomplete"  # suffix of the folder in which a set is being prepared
@@ -84,7 +84,7 @@ def open_prepared(root: Path, image_size: int | None, seed: int, test_fraction: 
         >>> open_prepared(Path("nowhere"), None, seed=0, test_fraction=0.2)
         Traceback (most recent call last):
         ...
-        mae_align.errors.InputError: no prepared data set in nowhere (no dataset_info.json): prepare it with ...
+        mae_align.runtime.errors.InputError: no prepared data set in nowhere (no dataset_info.json): prepare it with ...
     """
     if not (root / METADATA).is_file():
         unfinished = root.with_name(root.name + INCOMPLETE)

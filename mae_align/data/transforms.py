@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mae_align.data.dataset import ImageDataset
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 _WHITE = 255.0
 _ROWS = 2048  # images per step, to keep temporaries small

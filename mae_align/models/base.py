@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mae_align.corruption import Corruption
-from mae_align.errors import InputError
+from mae_align.data.patches import ImageShape
 from mae_align.models.pixels import Array, Constant, Pixels
-from mae_align.patches import ImageShape
+from mae_align.runtime.errors import InputError
 
 Metrics = dict[str, jax.Array]
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mae_align.errors import InputError
+from mae_align.data.patches import ImageShape
 from mae_align.models.base import Autoencoder, Metrics, ModelKind
 from mae_align.models.layers import Dense
 from mae_align.models.pixels import Array
-from mae_align.patches import ImageShape
+from mae_align.runtime.errors import InputError
 
 
 class ClassHead(Dense):

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mae_align.data.patches import ImageShape
 from mae_align.models.base import Autoencoder, Metrics, ModelKind
 from mae_align.models.classifier import ClassHead, classification
 from mae_align.models.pixels import Array
-from mae_align.patches import ImageShape
 
 
 @jax.custom_vjp

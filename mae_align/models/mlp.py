@@ -12,10 +12,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mae_align.corruption import Corruption
-from mae_align.errors import InputError
 from mae_align.models.base import BottleneckAutoencoder, ModelKind
 from mae_align.models.layers import Activation, Dense
 from mae_align.models.pixels import Pixels
+from mae_align.runtime.errors import InputError
 
 
 class MLPAutoencoder(BottleneckAutoencoder):

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mae_align.checks import check_images
-from mae_align.errors import InputError
-from mae_align.moments import Moments
-from mae_align.patches import ImageShape
+from mae_align.data.patches import ImageShape
+from mae_align.moments.moments import Moments
+from mae_align.runtime.checks import check_images
+from mae_align.runtime.errors import InputError
 
 # Images, labels and constants may be NumPy's.
 Array = jax.Array | np.ndarray

@@ -75,7 +75,7 @@ class ResNetAutoencoder(BottleneckAutoencoder):
 
     Call ``train()`` before training steps and ``eval()`` before features are taken: batch normalisation differs. After
     training with a corruption its running statistics are of corrupted images; for features of clean ones give it theirs
-    (:func:`mae_align.recalibrate.recalibrated`).
+    (:func:`mae_align.train.batch_norm.recalibrated`).
 
     Args:
         pixels: normalisation, and the image shape. blocks: basic blocks per stage. width: channels of the first stage.

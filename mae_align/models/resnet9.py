@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mae_align.errors import InputError
 from mae_align.models.base import ModelKind
 from mae_align.models.pixels import Pixels
 from mae_align.models.resnet import ConvNorm
 from mae_align.models.supervised import SupervisedNetwork
+from mae_align.runtime.errors import InputError
 
 _WIDTHS = (64, 128, 256, 512, 1028)
 # Stages that end with a residual block; the stem is stage 0.

@@ -13,13 +13,13 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mae_align.checks import check_images
-from mae_align.errors import InputError
 from mae_align.models.base import ImageModel, Metrics, ModelKind
 from mae_align.models.classifier import ClassHead, classification
 from mae_align.models.conv import check_positive
 from mae_align.models.layers import Dense
 from mae_align.models.pixels import Pixels
+from mae_align.runtime.checks import check_images
+from mae_align.runtime.errors import InputError
 
 _he_normal = nnx.initializers.he_normal()
 
@@ -227,7 +227,8 @@ def predicted_classes(model: nnx.Module, images: np.ndarray, batch_size: int = 5
     """The class of the largest logit, in the mode that the model is in.
 
     Args:
-        model: with ``logits(images)``, as of :meth:`mae_align.train.Training.model`. images: [n, h, w, c] in stored
+        model: with ``logits(images)``, as of :meth:`mae_align.train.ensemble.Training.model`. images: [n, h, w, c] in
+            stored
             pixel units. batch_size: images at a time; the last batch is filled up, so that one program serves.
 
     Returns:

@@ -12,11 +12,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mae_align.corruption import FixedCountPatchMasking
-from mae_align.errors import InputError
+from mae_align.data.patches import PatchSize, patch_hw
 from mae_align.models.base import Autoencoder, Metrics, ModelKind
 from mae_align.models.layers import Activation, Block, Dense, LayerNorm, check_heads
 from mae_align.models.pixels import Array, Constant, Pixels
-from mae_align.patches import PatchSize, patch_hw
+from mae_align.runtime.errors import InputError
 
 # Added to the variance of a patch before its root, as in the published code.
 _PATCH_EPSILON = 1e-6
@@ -129,8 +129,8 @@ class MaskedPrediction(NamedTuple):
 class MaskedAutoencoder(Autoencoder):
     """Vision transformer that sees n of N patches and predicts the others.
 
-    Patches are numbered as in :mod:`mae_align.patches`. The encoder sees a class token and the visible patches, with
-    fixed sin-cos positions; a light decoder sees these and a learned mask token at each hidden place. With x the
+    Patches are numbered as in :mod:`mae_align.data.patches`. The encoder sees a class token and the visible patches,
+    with fixed sin-cos positions; a light decoder sees these and a learned mask token at each hidden place. With x the
     normalised image: :class:`MaskedPatches` mean of (f - x)^2 over the hidden patches; :class:`AllPixels` over all.
 
     Features are the mean over patches of the encoder's output after its last norm, of the whole image without a mask.
@@ -224,7 +224,7 @@ class MaskedAutoencoder(Autoencoder):
         return self.patch_size[0] * self.patch_size[1] * self.image_shape[2]
 
     def patchify(self, images: jax.Array) -> jax.Array:
-        """Patches in the order of :mod:`mae_align.patches`, values of one in (row, column, channel) order.
+        """Patches in the order of :mod:`mae_align.data.patches`, values of one in (row, column, channel) order.
 
         Args:
             images: [b, h, w, c].
@@ -391,7 +391,7 @@ def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
         grid: patches down and across. width: of a token.
 
     Returns:
-        [down * across, width] float32, in the order of :mod:`mae_align.patches`.
+        [down * across, width] float32, in the order of :mod:`mae_align.data.patches`.
 
     Raises:
         InputError: a width that is no multiple of 4.

@@ -8,10 +8,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from mae_align.checks import check_images
 from mae_align.corruption import components
-from mae_align.errors import InputError
-from mae_align.moments import Moments
+from mae_align.moments.moments import Moments
+from mae_align.runtime.checks import check_images
+from mae_align.runtime.errors import InputError
 
 # Images [n, h, w, c] to features [n, k].
 Encoder = Callable[[np.ndarray], np.ndarray]

@@ -17,14 +17,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from mae_align.checks import check_images
-from mae_align.errors import InputError
 from mae_align.models import Autoencoder, Classifier
-from mae_align.optimizer import OptimizerConfig, adamw
 from mae_align.probes.inputs import Rows, validation_split
 from mae_align.probes.labelled import Labelled, class_count, class_labels
 from mae_align.probes.result import ProbeResult, Protocol
-from mae_align.train import Training, classify
+from mae_align.runtime.checks import check_images
+from mae_align.runtime.errors import InputError
+from mae_align.train.ensemble import Training, classify
+from mae_align.train.optimizer import OptimizerConfig, adamw
 
 # Share of the steps in which the learning rate grows.
 _WARMUP = 0.05
@@ -58,7 +58,7 @@ def fine_tune(
         InputError: as :func:`train_classifier`.
 
     Example:
-        >>> from mae_align.devices import train_mesh
+        >>> from mae_align.runtime.processes import train_mesh
         >>> from mae_align.models import MLPAutoencoder, Pixels
         >>> x = np.random.default_rng(0).integers(0, 256, (60, 2, 2, 1), dtype=np.uint8)
         >>> y = (x[:, 0, 0, 0] > 127).astype(int)
@@ -132,7 +132,7 @@ def train_classifier(
         probe, features: names for the protocol.
         num_classes, val, val_fraction: as in :func:`mae_align.probes.ridge_probe`, ``val`` with images.
         learning_rate, weight_decay: of AdamW, after a warm-up of 5% of the steps and with cosine decay.
-        batch_size: at most the images that are fitted on. mesh: of :func:`mae_align.devices.train_mesh`.
+        batch_size: at most the images that are fitted on. mesh: of :func:`mae_align.runtime.processes.train_mesh`.
         seed: of the split, the head and the orders, and of what ``make_model`` draws.
 
     Returns:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mae_align.checks import are_class_labels, check_images, check_labels, check_targets
 from mae_align.data.split import stratified_split
-from mae_align.errors import InputError
+from mae_align.runtime.checks import are_class_labels, check_images, check_labels, check_targets
+from mae_align.runtime.errors import InputError
 
 # Multipliers [k] of the centred features, from their means [k], variances [k] and the precision they are stored in.
 Normalization = Callable[[np.ndarray, np.ndarray, float], np.ndarray]

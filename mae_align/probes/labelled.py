@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mae_align.checks import are_class_labels, check_labels
-from mae_align.errors import InputError
 from mae_align.probes.inputs import Normalization, Rows, check_features, layout, precision, validation_split
+from mae_align.runtime.checks import are_class_labels, check_labels
+from mae_align.runtime.errors import InputError
 
 # Rows that are held in float64 at a time.
 _ROWS = 4096

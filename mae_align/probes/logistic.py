@@ -19,11 +19,11 @@ import numpy as np
 import optax
 from numpy.typing import DTypeLike
 
-from mae_align.devices import solve_context, solve_dtype
-from mae_align.errors import InputError
 from mae_align.probes.inputs import Normalization, Rows, name_of, per_feature
 from mae_align.probes.labelled import Labelled, class_parts
 from mae_align.probes.result import ProbeResult, Protocol
+from mae_align.runtime.devices import solve_context, solve_dtype
+from mae_align.runtime.errors import InputError
 
 LOGISTIC_STRENGTHS: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mae_align.errors import InputError
 from mae_align.probes.inputs import Normalization, Rows, name_of, per_feature
 from mae_align.probes.labelled import class_parts
 from mae_align.probes.result import ProbeResult, Protocol
+from mae_align.runtime.errors import InputError
 
 
 class _Weights(NamedTuple):

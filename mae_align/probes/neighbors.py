@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mae_align.errors import InputError
 from mae_align.probes.inputs import Normalization, Rows, name_of, per_feature
 from mae_align.probes.labelled import class_parts
 from mae_align.probes.result import ProbeResult, Protocol
+from mae_align.runtime.errors import InputError
 
 # Weights of votes from cosines, both of any one shape; hashable.
 Votes = Callable[[jax.Array], jax.Array]

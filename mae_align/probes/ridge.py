@@ -22,10 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mae_align.checks import are_class_labels, check_task
-from mae_align.devices import solve_context
-from mae_align.errors import InputError
-from mae_align.moments import Moments
+from mae_align.moments.moments import Moments
 from mae_align.probes.inputs import (
     Normalization,
     Rows,
@@ -41,6 +38,9 @@ from mae_align.probes.inputs import (
     validation_split,
 )
 from mae_align.probes.result import ProbeResult, Protocol
+from mae_align.runtime.checks import are_class_labels, check_task
+from mae_align.runtime.devices import solve_context
+from mae_align.runtime.errors import InputError
 
 # Relative to the mean variance of a feature.
 STRENGTHS: tuple[float, ...] = tuple(float(f"{10.0**e:.3g}") for e in np.arange(-6, 3.01, 0.5))

@@ -17,7 +17,7 @@ from benchmarks.direct_method import (
     moments_point,
     patch_labels,
 )
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 CASES = [
     pytest.param((4, 4, 1), 2, id="grey"),

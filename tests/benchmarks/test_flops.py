@@ -14,8 +14,8 @@ from flax import nnx
 
 from benchmarks import flops, start, timing
 from benchmarks.flops import count_flops
-from mae_align.errors import InputError
 from mae_align.models import MaskedAutoencoder, MLPAutoencoder, Pixels
+from mae_align.runtime.errors import InputError
 
 PIXELS = Pixels.from_images(np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8))
 

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import layer_products
 from benchmarks.flops import count_flops
 from benchmarks.layer_products import Config
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 TINY = Config(rows=(6, 5), width=2, heads=3, tokens=4, head=5, repeats=1)
 

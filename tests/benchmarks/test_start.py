@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from benchmarks.start import check_counts, start
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

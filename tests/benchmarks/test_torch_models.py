@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from mae_align.models import MaskedAutoencoder, MaskedPatches, MLPAutoencoder, Pixels, gelu_exact
-from mae_align.optimizer import OptimizerConfig, adamw
+from mae_align.train.optimizer import OptimizerConfig, adamw
 
 torch = pytest.importorskip("torch")
 torch_models = pytest.importorskip("benchmarks.torch_models")

@@ -17,10 +17,10 @@ from flax import nnx
 from benchmarks import train_step
 from benchmarks.flops import count_flops
 from benchmarks.train_step import Config, JaxRun, Network
-from mae_align.devices import compile_counter
-from mae_align.errors import InputError
 from mae_align.models import Pixels
-from mae_align.programs import Program
+from mae_align.runtime.devices import compile_counter
+from mae_align.runtime.errors import InputError
+from mae_align.train.step import Program
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3), dtype=np.uint8)
 PIXELS = Pixels.from_images(IMAGES)

@@ -10,7 +10,7 @@ import pytest
 
 from mae_align.data import ImageDataset
 from mae_align.data.dataset import check_labels, number_classes
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 
 def make(**changes: Any) -> ImageDataset:

@@ -5,7 +5,7 @@ import pytest
 from sklearn.datasets import load_digits as reference
 
 from mae_align.data.digits import load_digits
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 
 def rows(images: np.ndarray, labels: np.ndarray) -> list[tuple[int, ...]]:

@@ -10,7 +10,7 @@ from PIL import Image
 from mae_align.data import source
 from mae_align.data.dataset import ImageDataset
 from mae_align.data.folder import load_folder
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 
 def load(root: Path, image_size: int | None = None, seed: int = 0, test_fraction: float = 0.25) -> ImageDataset:

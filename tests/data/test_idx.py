@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mae_align.data.idx import load_idx, read_idx
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 TRAIN_LABELS = [3, 0, 1, 3, 1, 0]
 TEST_LABELS = [1, 3, 0]

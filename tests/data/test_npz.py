@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mae_align.data.npz import load_npz
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 
 def arrays(**changes: Any) -> dict[str, np.ndarray]:

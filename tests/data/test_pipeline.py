@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mae_align.data import ArraySource
 from mae_align.data.pipeline import ImageBatch, batches, batches_per_epoch, process_range
 from mae_align.data.source import SubsetSource
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 
 def numbered(n: int) -> ArraySource:

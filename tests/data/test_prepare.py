@@ -18,7 +18,7 @@ import mae_align as ma
 from mae_align.data import ArraySource, load_dataset, open_splits
 from mae_align.data.prepare import write_prepared
 from mae_align.data.source import Splits
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 tfds: Any = tensorflow_datasets  # its types are those of TensorFlow
 REPOSITORY = Path(ma.__file__).parents[1]

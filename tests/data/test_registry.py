@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from mae_align.data import load_dataset
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 
 @pytest.fixture

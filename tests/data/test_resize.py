@@ -6,7 +6,7 @@ from PIL import Image
 
 from mae_align.data import ImageDataset
 from mae_align.data.resize import resize_dataset, resize_images
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 
 def bicubic_matrix(n: int, m: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from PIL import Image
 from mae_align.data import load_dataset, open_source, open_splits, source
 from mae_align.data.dataset import ImageDataset
 from mae_align.data.source import ArraySource, SubsetSource, dataset_splits, in_memory, split_off_test
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 NAMES = ("cat", "dog")
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mae_align.data import ImageDataset, stratified_split, validation_split
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 label_sets = st.lists(st.integers(2, 30), min_size=1, max_size=6).flatmap(
     lambda counts: st.permutations([7 * i - 3 for i, n in enumerate(counts) for _ in range(n)])

@@ -18,7 +18,7 @@ from tfds_sets import NO_TENSORFLOW, encoded, pixels, write_pets, write_set
 import mae_align as ma
 from mae_align.data import load_dataset, open_source
 from mae_align.data.resize import resize_images
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 tfds: Any = tensorflow_datasets  # its types are those of TensorFlow
 LABEL = tfds.features.ClassLabel(names=["cat", "dog"])

@@ -16,7 +16,7 @@ from mae_align.data import (
     select_classes,
     transforms,
 )
-from mae_align.errors import InputError
+from mae_align.runtime.errors import InputError
 
 
 @pytest.fixture(autouse=True)

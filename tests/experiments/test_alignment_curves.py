@@ -15,11 +15,11 @@ import pytest
 import xarray as xr
 from PIL import Image
 
-from experiments.alignment_curves import PRESETS, Background, Classes, Config, Resolution, Study, main
-from experiments.alignment_figures import set_figure
-from experiments.alignment_report import change_text, class_sentences, table_text
-from experiments.alignment_studies import Curve
-from experiments.launch import launch
+from experiments.alignment_curves.__main__ import PRESETS, Background, Classes, Config, Resolution, Study, main
+from experiments.alignment_curves.figures import set_figure
+from experiments.alignment_curves.report import change_text, class_sentences, table_text
+from experiments.alignment_curves.studies import Curve
+from experiments.harness.cli import launch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ["--groups", "10", "--classes.counts", "2", "10", "--classes.orders", "3", "--background.contrasts", "0", "1"]
@@ -42,7 +42,7 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
 @pytest.fixture
 def no_figures(monkeypatch) -> None:
     """Drawing takes most of the time of a small run."""
-    monkeypatch.setattr("experiments.run_folder.RunFolder.save_figure", lambda self, name, figure: self.path)
+    monkeypatch.setattr("experiments.harness.run.RunFolder.save_figure", lambda self, name, figure: self.path)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -137,7 +137,7 @@ def test_second_run_goes_on_in_the_same_folder_without_computing(finished, monke
     def refuse(*_):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("experiments.alignment_studies.pca_curve", refuse)
+    monkeypatch.setattr("experiments.alignment_curves.studies.pca_curve", refuse)
     assert run(*SMALL, "--out", str(folder)) == printed
 
 

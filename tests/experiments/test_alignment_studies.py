@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import mae_align as ma
-from experiments.alignment_studies import (
+from experiments.alignment_curves.studies import (
     Backgrounds,
     Curve,
     Protocol,
@@ -20,7 +20,7 @@ from experiments.alignment_studies import (
     run_jobs,
     set_jobs,
 )
-from mae_align.store import PointStore
+from mae_align.runtime.files import PointStore
 
 PROTOCOL = Protocol(center=True, groups=4, pixel_noise=None)
 
@@ -250,7 +250,7 @@ def test_finished_curves_are_not_computed_again(digits, tmp_path, monkeypatch):
     jobs = list(set_jobs({"digits": digits, "again": digits}, PROTOCOL).values())
     first = run_jobs(jobs[:1], PointStore(tmp_path, "a"), 1, 2**33)
     calls = []
-    monkeypatch.setattr("experiments.alignment_studies.pca_curve", lambda *a: calls.append(a) or pca_curve(*a))
+    monkeypatch.setattr("experiments.alignment_curves.studies.pca_curve", lambda *a: calls.append(a) or pca_curve(*a))
     both = run_jobs(jobs, PointStore(tmp_path, "a"), None, 2**33)
     assert len(calls) == 1
     for mine, theirs in zip(first["set-0"], both["set-0"], strict=True):
@@ -261,14 +261,14 @@ def test_finished_curves_are_not_computed_again(digits, tmp_path, monkeypatch):
 
 def test_memory_bounds_the_workers(digits, tmp_path, monkeypatch):
     wanted = []
-    real = __import__("mae_align.runner", fromlist=["run_groups"]).run_groups
+    real = __import__("mae_align.runtime.pool", fromlist=["run_groups"]).run_groups
 
     def spy(groups, *, workers, store, progress):
         wanted.append(workers)
         return real(groups, workers=workers, store=store, progress=progress)
 
-    monkeypatch.setattr("experiments.alignment_studies.run_groups", spy)
-    monkeypatch.setattr("experiments.alignment_studies.worker_count", lambda *_: 8)
+    monkeypatch.setattr("experiments.alignment_curves.studies.run_groups", spy)
+    monkeypatch.setattr("experiments.alignment_curves.studies.worker_count", lambda *_: 8)
     jobs = list(set_jobs({"digits": digits}, PROTOCOL).values())
     for i, memory in enumerate((2**40, 6 * jobs[0].memory, 1)):
         run_jobs(jobs, PointStore(tmp_path / str(i), "a"), None, memory)

@@ -11,7 +11,7 @@ import xarray as xr
 from sklearn.datasets import load_digits
 
 import mae_align as ma
-from experiments.diagnose_corruption import PRESETS, Config, main
+from experiments.diagnose_corruption.__main__ import PRESETS, Config, main
 
 SMALL = Config(patch_sizes=(1, 4), mask_ratios=(0.0, 0.5), noise_levels=(1.0,), ks=(2, 8))
 
@@ -71,8 +71,8 @@ def test_labels_are_not_looked_at(tmp_path, capsys):
 
 
 def test_a_second_run_solves_nothing(run, monkeypatch, capsys):
-    monkeypatch.setattr("mae_align.compare.figures", None)
-    monkeypatch.setattr("mae_align.solver.patch_basis", None)
+    monkeypatch.setattr("mae_align.closed_form.compare.figures", None)
+    monkeypatch.setattr("mae_align.closed_form.sweep.patch_basis", None)
     main(dataclasses.replace(SMALL, measure=True, out=str(run)))
     assert "Can matter" in capsys.readouterr().out
 

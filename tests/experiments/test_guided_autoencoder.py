@@ -11,10 +11,10 @@ import pytest
 from scipy import stats
 
 import mae_align as ma
-from experiments import guided_autoencoder
-from experiments.guided_autoencoder import PRESETS, Config, main, plan
-from experiments.guided_report import compare_weights, judge, linear_gain, summarise
-from experiments.guided_runs import GuidedSplit, Labels, NetworkConfig, Probe, Runs, make_training
+from experiments.guided_autoencoder import __main__ as guided_autoencoder
+from experiments.guided_autoencoder.__main__ import PRESETS, Config, main, plan
+from experiments.guided_autoencoder.report import compare_weights, judge, linear_gain, summarise
+from experiments.guided_autoencoder.runs import GuidedSplit, Labels, NetworkConfig, Probe, Runs, make_training
 
 pytestmark = pytest.mark.slow
 

@@ -11,9 +11,9 @@ import pytest
 import xarray as xr
 
 import mae_align as ma
-from experiments.lambda_report import excess_percent, frontier_weights, report_rows, summarise, table_text
-from experiments.lambda_sweep import PRESETS, Config, main, relative_grid
-from experiments.launch import launch
+from experiments.harness.cli import launch
+from experiments.lambda_sweep.__main__ import PRESETS, Config, main, relative_grid
+from experiments.lambda_sweep.report import excess_percent, frontier_weights, report_rows, summarise, table_text
 
 TINY = Config(ks=(3, 12), lambdas=(0.1, 1.0, 10.0), groups=5)
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import mae_align as ma
-from experiments import masking_dynamics
-from experiments.masking_dynamics import PRESETS, Cell, Config, NetworkConfig, main, make_training, milestones
-from experiments.masking_dynamics_report import Curve, agreement_over_time, dynamics_figure, sentences
+from experiments.masking_dynamics import __main__ as masking_dynamics
+from experiments.masking_dynamics.__main__ import PRESETS, Cell, Config, NetworkConfig, main, make_training, milestones
+from experiments.masking_dynamics.report import Curve, agreement_over_time, dynamics_figure, sentences
+from mae_align.closed_form.predictions import closed_form_row
 from mae_align.models import Pixels
-from mae_align.predictions import closed_form_row
-from mae_align.train import Training
+from mae_align.train.ensemble import Training
 
 pytestmark = pytest.mark.slow
 

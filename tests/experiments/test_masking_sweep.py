@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from experiments.launch import launch
-from experiments.masking_sweep import PRESETS, Config, main
+from experiments.harness.cli import launch
+from experiments.masking_sweep.__main__ import PRESETS, Config, main
 from mae_align import InputError
-from mae_align.devices import compile_counter
+from mae_align.runtime.devices import compile_counter
 
 SMALL = ["--patch-sizes", "2", "4", "--mask-ratios", "0.5", "1.0", "--ks", "3", "20", "--groups", "5"]
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import mae_align as ma
 from experiments import prepare_data
-from experiments.launch import launch
+from experiments.harness.cli import launch
 from tests.data.tfds_sets import NO_TENSORFLOW
 
 REPOSITORY = Path(ma.__file__).parents[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.launch import launch
+from experiments.harness.cli import launch
 from tests.two_processes import run_processes
 
 pytestmark = pytest.mark.slow

@@ -7,8 +7,9 @@ import pytest
 import xarray as xr
 
 import mae_align as ma
-from experiments import masking_sweep, stream_moments
-from experiments.launch import launch
+from experiments import stream_moments
+from experiments.harness.cli import launch
+from experiments.masking_sweep import __main__ as masking_sweep
 
 SMALL = ["--patch-sizes", "4", "--mask-ratios", "0.5", "--ks", "20", "--groups", "5"]
 

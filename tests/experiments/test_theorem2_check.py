@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import mae_align as ma
-from experiments import theorem2_networks
-from experiments.theorem2_check import PRESETS, Config, main
-from experiments.theorem2_networks import Case, Decoder, NetworkConfig, References, follow, record_steps
-from experiments.theorem2_report import course_rows, end_rows, leading
-from mae_align.fit import fit
-from mae_align.store import PointStore, fingerprint
+from experiments.theorem2_check import networks as theorem2_networks
+from experiments.theorem2_check.__main__ import PRESETS, Config, main
+from experiments.theorem2_check.networks import Case, Decoder, NetworkConfig, References, follow, record_steps
+from experiments.theorem2_check.report import course_rows, end_rows, leading
+from mae_align.runtime.files import PointStore, fingerprint
+from mae_align.train.loop import fit
 
 pytestmark = pytest.mark.slow
 

@@ -11,14 +11,14 @@ import pytest
 import xarray as xr
 
 import mae_align as ma
-from experiments import theorem_check
-from experiments.launch import launch
-from experiments.theorem_check import PRESETS, Config, Setup, cases, main
-from experiments.theorem_descent import Objective, Pixels, Plan, denoising_share, minimise_exact, supervised_share
-from experiments.theorem_report import Case, Part, verdict
+from experiments.harness.cli import launch
+from experiments.theorem_check import __main__ as theorem_check
+from experiments.theorem_check.__main__ import PRESETS, Config, Setup, cases, main
+from experiments.theorem_check.descent import Objective, Pixels, Plan, denoising_share, minimise_exact, supervised_share
+from experiments.theorem_check.report import Case, Part, verdict
+from mae_align.closed_form.factorize import factorize
 from mae_align.corruption import CorruptionMoments
-from mae_align.devices import solve_context
-from mae_align.factorize import factorize
+from mae_align.runtime.devices import solve_context
 
 TINY = Config(ks=(2,), lambdas=(0.0, 1.0), seeds=2, steps=1500, sampled_seeds=1, sampled_steps=600, batch_size=256)
 

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 import mae_align as ma
-from experiments import train_loop, train_main
-from experiments.launch import launch
+from experiments.harness import train as train_loop
+from experiments.harness import train_main
+from experiments.harness.cli import launch
+from experiments.harness.config import End, LabelledSplit, Probe
+from experiments.harness.measures import Measured
 from experiments.train_autoencoder import PRESETS, Config, Network, Noise, main
-from experiments.train_common import End, LabelledSplit, Probe
-from experiments.train_measures import Measured
 from mae_align.models import in_head
 
 TINY = Config(

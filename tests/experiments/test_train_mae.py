@@ -22,10 +22,11 @@ import xarray as xr
 from flax import nnx
 
 import mae_align as ma
-from experiments import train_mae, train_probes
-from experiments.launch import launch
-from experiments.train_common import End, LabelledSplit, Probe
-from experiments.train_figures import Column, training_figure
+from experiments import train_mae
+from experiments.harness import probes as train_probes
+from experiments.harness.cli import launch
+from experiments.harness.config import End, LabelledSplit, Probe
+from experiments.harness.train_figures import Column, training_figure
 from experiments.train_mae import PRESETS, Config, main
 from mae_align.models import AllPixels, MaskedAutoencoder, MaskedPatches, Pixels, VitSize
 from mae_align.probes import ridge_probe

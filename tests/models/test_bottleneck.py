@@ -11,11 +11,11 @@ from model_zoo import IMAGES, PIXELS, SHAPE, build, draw, make
 
 import mae_align as ma
 from mae_align.corruption import Corruption, FixedCountPatchMasking, GaussianNoise
-from mae_align.errors import InputError
 from mae_align.models import Autoencoder, ConvAutoencoder, MLPAutoencoder, Pixels, ResNetAutoencoder
 from mae_align.models.conv import list_sides, upsample
 from mae_align.models.resnet import BasicBlock, ConvNorm
-from mae_align.moments import Moments
+from mae_align.moments.moments import Moments
+from mae_align.runtime.errors import InputError
 
 KEY = jax.random.key(3)
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mae_align.errors import InputError
 from mae_align.models import MLPAutoencoder, Pixels
+from mae_align.runtime.errors import InputError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 4, 3, 2), dtype=np.uint8)
 PIXELS = Pixels.from_images(IMAGES)

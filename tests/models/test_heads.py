@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 from model_zoo import IMAGES, LABELS, make
 
-from mae_align.errors import InputError
 from mae_align.models import Classifier, GuidedAutoencoder, classification, in_head
-from mae_align.optimizer import OptimizerConfig, adamw
+from mae_align.runtime.errors import InputError
+from mae_align.train.optimizer import OptimizerConfig, adamw
 
 KEY = jax.random.key(3)
 

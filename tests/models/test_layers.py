@@ -8,9 +8,9 @@ import scipy.special
 from flax import nnx
 from model_zoo import build
 
-from mae_align.errors import InputError
 from mae_align.models import gelu_exact
 from mae_align.models.layers import Attention, Block, Dense, LayerNorm, column_sums
+from mae_align.runtime.errors import InputError
 
 RNG = np.random.default_rng(0)
 

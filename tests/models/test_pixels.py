@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from model_zoo import draw
 
-from mae_align.errors import InputError
 from mae_align.models import Pixels
-from mae_align.moments import Moments
+from mae_align.moments.moments import Moments
+from mae_align.runtime.errors import InputError
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])

@@ -8,12 +8,12 @@ from flax import nnx
 from jax import lax
 
 import mae_align as ma
-from mae_align.devices import train_mesh
 from mae_align.models import ConvClassifier, MLPClassifier, ModelKind, Pixels, ResNet9, predicted_classes
 from mae_align.models.supervised import space_to_depth
-from mae_align.optimizer import OptimizerConfig, adamw
-from mae_align.programs import Program
-from mae_align.train import Training, classify
+from mae_align.runtime.processes import train_mesh
+from mae_align.train.ensemble import Training, classify
+from mae_align.train.optimizer import OptimizerConfig, adamw
+from mae_align.train.step import Program
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)

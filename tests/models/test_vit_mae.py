@@ -12,7 +12,7 @@ import scipy.special
 from flax import nnx
 from model_zoo import IMAGES, PIXELS, SHAPE, VIT, build, draw, vit
 
-from mae_align.errors import InputError
+from mae_align.data.patches import patch_labels
 from mae_align.models import (
     VIT_BASE,
     VIT_LARGE,
@@ -26,7 +26,7 @@ from mae_align.models import (
     gelu_exact,
 )
 from mae_align.models.vit_mae import sincos_positions, visible_patches
-from mae_align.patches import patch_labels
+from mae_align.runtime.errors import InputError
 
 KEY = jax.random.key(3)
 OBJECTIVES = [MaskedPatches(norm_pix=True), MaskedPatches(norm_pix=False), AllPixels()]

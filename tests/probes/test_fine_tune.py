@@ -9,9 +9,9 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 from mae_align import InputError
-from mae_align.devices import train_mesh
 from mae_align.models import Autoencoder, Classifier, MLPAutoencoder, Pixels
 from mae_align.probes import ProbeResult, Rows, fine_tune, from_scratch, train_classifier
+from mae_align.runtime.processes import train_mesh
 
 PIXELS, LABELS = (np.asarray(part) for part in load_digits(return_X_y=True))
 IMAGES = PIXELS.astype(np.uint8).reshape(-1, 8, 8, 1)

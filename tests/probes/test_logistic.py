@@ -7,9 +7,9 @@ from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 
 from mae_align import InputError
-from mae_align.devices import compile_counter
 from mae_align.probes import Rows, logistic_probe
 from mae_align.probes.logistic import logistic_path
+from mae_align.runtime.devices import compile_counter
 
 TRAIN, VAL, TEST = blobs(0, 90), blobs(1, 60), blobs(2, 72)
 GRID = [1.0, 1e-2, 1e-4]

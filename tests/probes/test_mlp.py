@@ -8,8 +8,8 @@ import pytest
 from probe_cases import blobs, rings
 
 from mae_align import InputError
-from mae_align.devices import compile_counter
 from mae_align.probes import Rows, mlp_probe, ridge_probe
+from mae_align.runtime.devices import compile_counter
 
 SMALL: dict[str, Any] = {"hidden": 32, "batch_size": 50, "learning_rate": 0.01, "max_epochs": 40, "patience": 8}
 TRAIN, VAL, TEST = rings(0, 320), rings(1, 100), rings(2, 200)

@@ -6,8 +6,8 @@ from probe_cases import blobs, rings, standardized
 from sklearn.neighbors import KNeighborsClassifier
 
 from mae_align import InputError
-from mae_align.devices import compile_counter
 from mae_align.probes import ExponentialVotes, Rows, knn_probe, plain_votes, ridge_probe
+from mae_align.runtime.devices import compile_counter
 
 # More samples than one batch of queries holds, and no multiple of it.
 TRAIN, VAL, TEST = blobs(0, 301, 2.0), blobs(1, 120, 2.0), blobs(2, 280, 2.0)

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
 from mae_align import InputError, Moments, stream_moments
-from mae_align.devices import compile_counter
 from mae_align.probes import (
     Rows,
     as_images,
@@ -19,6 +18,7 @@ from mae_align.probes import (
     ridge_probe_many,
     validation_split,
 )
+from mae_align.runtime.devices import compile_counter
 
 CLASSES = 4
 

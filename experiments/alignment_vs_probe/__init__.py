@@ -1,0 +1,1 @@
+"""Does the closed form predict what a trained masked autoencoder learns?"""

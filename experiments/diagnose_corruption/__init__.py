@@ -1,0 +1,1 @@
+"""Can a corruption matter for any task? Answered from the images alone, without labels."""

@@ -1,0 +1,1 @@
+"""Is reconstruction ill-posed for perception: the same reconstruction error, very different accuracy?"""

@@ -1,0 +1,1 @@
+"""What the experiments share: command line, settings, data, run folders, training, probes, tables and figures."""

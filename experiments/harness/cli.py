@@ -1,0 +1,132 @@
+"""The one command line of all experiments.
+
+An experiment is a frozen dataclass of settings, a few presets of it and a function. Its module ends
+
+    if __name__ == "__main__":
+        launch(main, Config, PRESETS)
+
+and `python -m experiments.NAME --preset paper --seed 3` runs `main` with the preset "paper", one
+field changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from mae_align.runtime.errors import InputError
+from mae_align.runtime.processes import start_distributed
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
+_DEFAULT_PRESET = "laptop"
+
+
+def launch(
+    main: Callable[[ConfigT], object],
+    config_class: type[ConfigT],
+    presets: Mapping[str, ConfigT],
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Reads the command line, runs an experiment, and turns bad input into one line.
+
+    `--preset` names the preset whose values are the defaults of all other options; "laptop" unless
+    given. `--help` shows the docstring of the experiment's module and every field.
+
+    Args:
+        main: The experiment.
+        config_class: The dataclass of its settings; no field may be called `preset`.
+        presets: Settings by name, "laptop" among them.
+        argv: Arguments after the program's name. None: those of this process.
+
+    Raises:
+        SystemExit: Status 2 for bad options and for an `InputError` (one line on standard error),
+            130 for an interrupt, 143 for a training that SIGTERM stopped, 0 after `--help`.
+    """
+    try:
+        config = _parse(main, config_class, presets, sys.argv[1:] if argv is None else list(argv))
+        refuse_empty(config)
+        # Options win over the environment, where an experiment has them.
+        start_distributed(*(getattr(config, name, None) for name in ("coordinator", "num_processes", "process_id")))
+        main(config)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        # A progress bar leaves the cursor in its line.
+        print("\ninterrupted: the same command goes on where it stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        # Loaded already where it can have been raised; other experiments do without.
+        from mae_align.train.loop import Preempted
+
+        if not isinstance(error, Preempted):
+            raise
+        print(f"\n{error}", file=sys.stderr)
+        raise SystemExit(error.status) from None
+
+
+def _parse(
+    main: Callable[..., object],
+    config_class: type[ConfigT],
+    presets: Mapping[str, ConfigT],
+    argv: Sequence[str],
+) -> ConfigT:
+    # First pass: the preset, because it decides the defaults that the second pass shows and uses.
+    name = _named_preset(argv)
+    if name not in presets:
+        raise InputError(f"--preset {name!r}: there is no such preset, use {' or '.join(presets)}")
+    choice = Annotated[
+        Literal[tuple(presets)],  # pyright: ignore[reportInvalidTypeForm]
+        tyro.conf.arg(help="Where the defaults of all other options come from; --help shows them."),
+    ]
+    # Second pass: everything. The nameless level makes the fields of the settings plain options.
+    arguments = dataclasses.make_dataclass(
+        "Arguments",
+        [("preset", choice), ("config", Annotated[config_class, tyro.conf.arg(name="")])],
+    )
+    command, description = described(main)
+    parsed: Any = tyro.cli(
+        arguments,
+        prog=command,
+        description=description,
+        args=argv,
+        default=arguments(_DEFAULT_PRESET, presets[name]),
+    )
+    return parsed.config
+
+
+def described(main: Callable[..., object]) -> tuple[str, str | None]:
+    """What `--help` says of a program: the command that runs the function's module, and the module's docstring."""
+    module = sys.modules[main.__module__]
+    # Run with -m, the module is called __main__; its spec has the name.
+    spec = getattr(module, "__spec__", None)
+    return f"python -m {(spec.name if spec else module.__name__).removesuffix('.__main__')}", module.__doc__
+
+
+def _named_preset(argv: Sequence[str]) -> str:
+    """The last preset named; the second pass reports an option without its value."""
+    name = _DEFAULT_PRESET
+    for option, value in itertools.pairwise([*argv, "--"]):
+        if option == "--preset" and not value.startswith("--"):
+            name = value
+        elif option.startswith("--preset="):
+            name = option.removeprefix("--preset=")
+    return name
+
+
+def refuse_empty(config: DataclassInstance, prefix: str = "--") -> None:
+    """Refuses options that take several values and were given none."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        option = prefix + field.name.replace("_", "-")
+        if isinstance(value, tuple | list) and not value:
+            raise InputError(f"{option} has no value: give at least one, or leave the option out")
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            refuse_empty(value, f"{option}.")

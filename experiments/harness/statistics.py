@@ -1,0 +1,299 @@
+"""Correlations and paired differences over several runs, with tests and intervals that state what they assume.
+
+Everything is seeded, vectorised over resamples, in float64 NumPy.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import rankdata, t
+
+from mae_align.runtime.errors import InputError
+
+# Numbers held at a time by permutations and resamples.
+_NUMBERS = 4_000_000
+
+
+class Correlation(NamedTuple):
+    """Correlation of two quantities over n runs.
+
+    Attributes:
+        count: n. pearson, spearman: in [-1, 1]; NaN where one of the two is constant.
+        pearson_p, spearman_p: two-sided p-values of the permutation test.
+        pearson_low, pearson_high, spearman_low, spearman_high: ends of the bootstrap interval.
+        resamples: bootstrap samples that the interval rests on; those in which one of the two is constant have no
+            correlation and are left out.
+    """
+
+    # Hides tuple.count, which nobody misses here.
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
+    pearson: float
+    pearson_p: float
+    pearson_low: float
+    pearson_high: float
+    spearman: float
+    spearman_p: float
+    spearman_low: float
+    spearman_high: float
+    resamples: int
+
+
+class PairedDifference(NamedTuple):
+    """Mean of n paired differences and its interval.
+
+    Attributes:
+        pairs: n. mean: of the differences. low, high: ends of the t interval, NaN for a single pair.
+        spread: standard deviation of the differences, n - 1 in the denominator; NaN for a single pair.
+    """
+
+    pairs: int
+    mean: float
+    low: float
+    high: float
+    spread: float
+
+
+def paired_difference(a: np.ndarray, b: np.ndarray, *, level: float = 0.95) -> PairedDifference:
+    """Mean of a - b with the t interval mean +- t_{n-1} s / sqrt n of paired runs.
+
+    Assumes that the differences are independent and about normal; what the two runs of a pair share (seed, initial
+    weights, order of the images) drops out of them.
+
+    Args:
+        a, b: [n] finite numbers, one pair per seed. level: of the interval, inside (0, 1).
+
+    Returns:
+        The mean and its interval, float64.
+
+    Raises:
+        InputError: no pairs, shapes that differ, NaN or infinite values, a level outside (0, 1).
+
+    Example:
+        >>> found = paired_difference(np.array([3.0, 4.0, 5.0]), np.array([1.0, 3.0, 2.0]))
+        >>> found.mean, round(found.low, 3), round(found.high, 3)
+        (2.0, -0.484, 4.484)
+    """
+    a, b = (np.asarray(values, np.float64) for values in (a, b))
+    if a.ndim != 1 or a.shape != b.shape or not len(a) or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise InputError(f"a {list(a.shape)} and b {list(b.shape)}: give finite numbers [n] in pairs, at least one")
+    if not 0.0 < level < 1.0:
+        raise InputError(f"level={level}: give a number inside (0, 1)")
+    difference = a - b
+    mean, n = float(difference.mean()), len(difference)
+    if n == 1:
+        return PairedDifference(1, mean, math.nan, math.nan, math.nan)
+    spread = float(difference.std(ddof=1))
+    half = float(t.ppf((1 + level) / 2, n - 1)) * spread / math.sqrt(n)
+    return PairedDifference(n, mean, mean - half, mean + half, spread)
+
+
+def correlation(
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    permutations: int = 10_000,
+    resamples: int = 10_000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Correlation:
+    """Pearson's and Spearman's correlation of two quantities over independent runs.
+
+    The test permutes y against x: all n! ways where these are at most ``permutations``, otherwise so many random ones,
+    and p = (1 + hits) / (1 + tried), a hit being a correlation at least as far from 0. The interval resamples pairs
+    (percentiles). Both take the runs for independent: seeds of one setting or tasks on one
+    network are not, see :mod:`experiments.alignment_vs_probe.agreement`.
+
+    Args:
+        x, y: [n] finite numbers, one pair per run, n >= 3.
+        permutations, resamples: numbers of draws. level: of the interval, inside (0, 1). seed: of both.
+
+    Returns:
+        Both correlations; NaN throughout where x or y is constant. Cost: (permutations + resamples) n log n.
+
+    Raises:
+        InputError: fewer than three pairs, NaN or infinite values, bad settings.
+
+    Example:
+        >>> found = correlation(np.arange(5.0), np.array([1.0, 2.0, 3.0, 5.0, 4.0]))
+        >>> round(found.spearman, 6), round(found.spearman_p, 3)
+        (0.9, 0.083)
+    """
+    x, y = (np.asarray(a, np.float64) for a in (x, y))
+    if x.ndim != 1 or x.shape != y.shape or len(x) < 3:
+        raise InputError(f"x {list(x.shape)} and y {list(y.shape)}: give at least three pairs, [n] each")
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise InputError("x or y holds NaN or infinite values: leave those runs out and say so")
+    check_draws(permutations, resamples, level, seed)
+    ranks = rankdata(x), rankdata(y)
+    rng = np.random.default_rng([seed, 0])
+    values, p = [], []
+    shuffles = np.concatenate(list(shuffled(len(x), permutations, rng)))
+    for a, b in ((x, y), ranks):
+        value = float(pearson(a, b))
+        values.append(value)
+        p.append(p_value(np.abs(pearson(a, b[shuffles])), abs(value)))
+    rng = np.random.default_rng([seed, 1])
+    drawn = []
+    for size in batches(resamples, len(x)):
+        index = rng.integers(0, len(x), (size, len(x)))
+        ranked = (rankdata(a[index], axis=1) for a in (x, y))
+        drawn.append(np.stack([pearson(x[index], y[index]), pearson(*ranked)]))
+    both = np.concatenate(drawn, axis=1)
+    ends = [interval(draws, level) for draws in both]
+    kept = int(np.isfinite(both[0]).sum())
+    return Correlation(len(x), values[0], p[0], *ends[0], values[1], p[1], *ends[1], kept)
+
+
+def check_draws(permutations: int, resamples: int, level: float, seed: int) -> None:
+    """Refuse settings of tests and intervals that make no sense.
+
+    Raises:
+        InputError: fewer than one draw, a level outside (0, 1), a negative seed.
+
+    Example:
+        >>> check_draws(10_000, 10_000, 0.95, 0)
+    """
+    if permutations < 1 or resamples < 1 or seed < 0 or not 0.0 < level < 1.0:
+        raise InputError(
+            f"permutations={permutations}, resamples={resamples}, level={level}, seed={seed}: give at least one draw "
+            "of each, a level inside (0, 1) and a seed from 0"
+        )
+
+
+def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Pearson's correlation along the last axis: sum (a - mean a)(b - mean b) over the root of the sums of squares.
+
+    Args:
+        a, b: [..., n], broadcast.
+
+    Returns:
+        [...], NaN where one of the two is constant up to rounding.
+
+    Example:
+        >>> pearson(np.array([1.0, 2.0, 3.0]), np.array([[3.0, 2.0, 1.0], [5.0, 5.0, 5.0]])).tolist()
+        [-1.0, nan]
+    """
+    a0, b0 = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
+    aa, bb = (a0**2).sum(-1), (b0**2).sum(-1)
+    # Rounding of a constant is no variation.
+    varies = (aa > 1e-24 * (a**2).sum(-1)) & (bb > 1e-24 * (b**2).sum(-1))
+    below = np.where(varies, np.sqrt(aa * bb), 1.0)
+    return np.where(varies, np.clip((a0 * b0).sum(-1) / below, -1.0, 1.0), np.nan)
+
+
+def shuffled(n: int, most: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Permutations of 0..n - 1, in batches: all but the identity where there are at most ``most`` of them, else random.
+
+    Args:
+        n: how many things. most: number of permutations. rng: of the random ones.
+
+    Yields:
+        [b, n] int64.
+
+    Example:
+        >>> [p.tolist() for p in shuffled(2, 10, np.random.default_rng(0))]
+        [[[1, 0]]]
+    """
+    if n < 13 and math.factorial(n) <= most:
+        everything = np.array(list(itertools.permutations(range(n))), np.int64)[1:]
+        yield everything.reshape(-1, n)
+        return
+    for size in batches(most, n):
+        yield rng.random((size, n)).argsort(1)
+
+
+def shuffled_within(
+    parts: Sequence[np.ndarray], total: int, most: int, numbers: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Permutations of 0..total - 1 that move positions within each part only, in batches.
+
+    All but the identity where there are at most ``most`` of them, else random.
+
+    Args:
+        parts: positions of each part, disjoint; others stay. total: how many positions. most: number of permutations.
+        numbers: that are held for each permutation of a batch. rng: of the random ones.
+
+    Yields:
+        [b, total] int64.
+
+    Example:
+        >>> parts = [np.array([0, 2]), np.array([1])]
+        >>> [p.tolist() for p in shuffled_within(parts, 3, 10, 3, np.random.default_rng(0))]
+        [[[2, 1, 0]]]
+    """
+    ways = math.prod(math.factorial(len(part)) for part in parts)
+    if ways <= most:
+        each = [[part[list(p)] for p in itertools.permutations(range(len(part)))] for part in parts]
+        orders = np.tile(np.arange(total), (ways, 1))
+        for i, choice in enumerate(itertools.product(*each)):
+            for part, moved in zip(parts, choice, strict=True):
+                orders[i, part] = moved
+        # The first is the identity.
+        for start in range(1, ways, max(1, _NUMBERS // numbers)):
+            yield orders[start : min(ways, start + max(1, _NUMBERS // numbers))]
+        return
+    for size in batches(most, numbers):
+        orders = np.tile(np.arange(total), (size, 1))
+        for part in parts:
+            orders[:, part] = part[rng.random((size, len(part))).argsort(1)]
+        yield orders
+
+
+def batches(total: int, numbers: int) -> Iterator[int]:
+    """Sizes of batches that add up to a number of draws of so many numbers each.
+
+    Example:
+        >>> list(batches(10, 1_000_000))
+        [4, 4, 2]
+    """
+    most = max(1, _NUMBERS // max(numbers, 1))
+    for start in range(0, total, most):
+        yield min(most, total - start)
+
+
+def p_value(drawn: np.ndarray, value: float) -> float:
+    """(1 + hits) / (1 + tried), a hit being a draw at least as large as the value; draws without a value are no hits.
+
+    Counting the data as one of the draws keeps the test valid for any number of them (Phipson & Smyth, 2010).
+
+    Args:
+        drawn: [n] statistic of each permutation. value: of the data.
+
+    Returns:
+        In (0, 1]; NaN where nothing was drawn or the data have no value.
+
+    Example:
+        >>> p_value(np.array([0.1, 0.5, 0.9]), 0.5)
+        0.75
+    """
+    if not len(drawn) or not np.isfinite(value):
+        return math.nan
+    # The same sum in another order is the same value.
+    hits = (drawn >= value - 1e-12 * max(1.0, abs(value))).sum()
+    return float((1 + hits) / (1 + len(drawn)))
+
+
+def interval(drawn: np.ndarray, level: float) -> tuple[float, float]:
+    """Percentile interval of bootstrap draws.
+
+    Args:
+        drawn: [n] statistic of each resample; NaN ones are left out. level: inside (0, 1).
+
+    Returns:
+        Lower and upper end; NaN without draws.
+
+    Example:
+        >>> low, high = interval(np.linspace(-1.0, 1.0, 1001), 0.9)
+        >>> round(low, 3), round(high, 3)
+        (-0.9, 0.9)
+    """
+    drawn = drawn[np.isfinite(drawn)]
+    if not len(drawn):
+        return math.nan, math.nan
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -1,0 +1,1 @@
+"""How much of the task does a little reconstruction error buy?"""

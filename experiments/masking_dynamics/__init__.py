@@ -1,0 +1,1 @@
+"""What do masks change while a masked autoencoder learns, and what did the closed form say?"""

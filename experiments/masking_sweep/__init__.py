@@ -1,0 +1,1 @@
+"""Which mask ratio and patch size make reconstruction learn what a task needs?"""

@@ -1,0 +1,1 @@
+"""Do nonlinear encoders learn the principal subspace? Theorem 2 against trained networks."""
