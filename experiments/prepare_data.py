@@ -19,7 +19,7 @@ import dataclasses
 from pathlib import Path
 
 from experiments.harness.cli import launch
-from experiments.harness.run import file_name_part
+from experiments.harness.folder import file_name_part
 from mae_align.data import open_splits
 from mae_align.data.prepare import write_prepared
 

@@ -33,8 +33,8 @@ from matplotlib.figure import Figure
 
 import mae_align as ma
 from experiments.harness.cli import launch
-from experiments.harness.config import LabelledSplit, TrainConfig, check_numbers, members
-from experiments.harness.train import Problem
+from experiments.harness.train_common import LabelledSplit, TrainConfig, check_numbers, members
+from experiments.harness.train_loop import Problem
 from experiments.harness.train_figures import Column, picture_figure
 from experiments.harness.train_main import run
 from mae_align.corruption import Corruption

@@ -32,8 +32,8 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 from experiments.harness.cli import launch
-from experiments.harness.config import LabelledSplit, TrainConfig, check_numbers, members
-from experiments.harness.train import Problem
+from experiments.harness.train_common import LabelledSplit, TrainConfig, check_numbers, members
+from experiments.harness.train_loop import Problem
 from experiments.harness.train_figures import Column, picture_figure
 from experiments.harness.train_main import run
 from mae_align.corruption import FixedCountPatchMasking

@@ -50,7 +50,7 @@ from experiments.alignment_curves.studies import (
 )
 from experiments.harness.cli import launch
 from experiments.harness.data import load_together
-from experiments.harness.run import RunFolder
+from experiments.harness.folder import RunFolder
 from mae_align.moments.moments import group_of
 from mae_align.runtime.files import PointStore, fingerprint
 from mae_align.runtime.processes import refused_together

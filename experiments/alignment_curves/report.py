@@ -12,7 +12,7 @@ import xarray as xr
 import mae_align as ma
 from experiments.alignment_curves import figures
 from experiments.alignment_curves.studies import Curve
-from experiments.harness.run import RunFolder
+from experiments.harness.folder import RunFolder
 
 Row = dict[str, Any]
 _CURVE_COLUMNS = {

@@ -57,10 +57,10 @@ from experiments.alignment_vs_probe.report import (
 from experiments.alignment_vs_probe.table import check_rows, read_table
 from experiments.alignment_vs_probe.tasks import Task, standard_tasks
 from experiments.harness.cli import launch
-from experiments.harness.config import LabelledSplit
+from experiments.harness.train_common import LabelledSplit
 from experiments.harness.data import load_together
-from experiments.harness.run import Parts, RunFolder, silent
-from experiments.harness.train import OnlineProbe
+from experiments.harness.folder import Parts, RunFolder, silent
+from experiments.harness.train_loop import OnlineProbe
 from experiments.train_mae import pictures
 from mae_align.metrics import rankme
 from mae_align.models import Pixels

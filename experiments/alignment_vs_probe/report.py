@@ -34,7 +34,7 @@ from experiments.alignment_vs_probe.table import (
     read_table,
 )
 from experiments.alignment_vs_probe.tasks import TaskKind
-from experiments.harness.run import RunFolder
+from experiments.harness.folder import RunFolder
 from mae_align.runtime.errors import InputError
 
 __all__ = [

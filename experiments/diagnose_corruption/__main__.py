@@ -26,7 +26,7 @@ import mae_align as ma
 from experiments.diagnose_corruption.report import figure, rows_of, summarise, table_text
 from experiments.harness.cli import launch
 from experiments.harness.data import load_together
-from experiments.harness.run import RunFolder
+from experiments.harness.folder import RunFolder
 from mae_align.closed_form.grid import GridSpec
 from mae_align.corruption import Corruption
 from mae_align.runtime.devices import worker_count

@@ -50,7 +50,7 @@ from experiments.guided_autoencoder.runs import (
 )
 from experiments.harness.cli import launch
 from experiments.harness.data import load_together
-from experiments.harness.run import Parts, RunFolder, silent
+from experiments.harness.folder import Parts, RunFolder, silent
 from mae_align.runtime.files import fingerprint
 
 

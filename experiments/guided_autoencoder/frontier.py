@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 import mae_align as ma
 from experiments.guided_autoencoder.runs import GuidedSplit, Probe, Row, probe_cells
-from experiments.harness.run import silent
+from experiments.harness.folder import silent
 from mae_align.closed_form.autoencoder import supervised_solution
 from mae_align.closed_form.factorize import factorize
 

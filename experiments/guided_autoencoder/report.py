@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from experiments.guided_autoencoder.runs import GuidedSplit, Labels, Row
 from experiments.harness.figures import COLUMN_WIDTH, PALETTE, legend_below, panels
-from experiments.harness.run import RunFolder
+from experiments.harness.folder import RunFolder
 from experiments.harness.statistics import PairedDifference, paired_difference
 from mae_align.metrics import report_table
 

@@ -13,12 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from experiments.harness.config import written_options
+from experiments.harness.data import Split
+from experiments.harness.run import Data, Run, execute
 from mae_align.runtime.errors import InputError
 from mae_align.runtime.processes import start_distributed
 
@@ -70,6 +75,83 @@ def launch(
             raise
         print(f"\n{error}", file=sys.stderr)
         raise SystemExit(error.status) from None
+
+
+def launch_experiment(
+    main: Callable[[ConfigT, Run[Any]], None],
+    config_class: type[ConfigT],
+    presets: Mapping[str, ConfigT],
+    columns: Mapping[str, str],
+    load: Callable[[Any], Data] = Split.load,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Reads the command line and runs an experiment in its run folder; see `launch` and `experiments.harness.run`.
+
+    `--config FILE` takes the settings of a run folder's config.json; options beside it win over the file.
+
+    Args:
+        main: The experiment.
+        config_class: The dataclass of its settings.
+        presets: Settings by name, "laptop" among them.
+        columns: A line for every column of its tables.
+        load: Reads its data.
+        argv: Arguments after the program's name. None: those of this process.
+
+    Raises:
+        SystemExit: As `launch`.
+    """
+    name = described(main)[0].rpartition(".")[2]
+
+    def run(config: ConfigT) -> None:
+        execute(name, main, config, load, columns)
+
+    run.__module__ = main.__module__
+    given = sys.argv[1:] if argv is None else list(argv)
+    try:
+        given = with_written(given, name)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    launch(run, config_class, presets, given)
+
+
+def with_written(argv: Sequence[str], experiment: str) -> list[str]:
+    """Arguments with `--config FILE` replaced by what the file says, first, so that all others win over it.
+
+    Args:
+        argv: Arguments of an experiment.
+        experiment: Its name; the file must be of a run of it.
+
+    Raises:
+        InputError: A file that is not there, not a run's config.json, or of another experiment.
+
+    Example:
+        >>> with_written(["--seed", "3"], "masking_sweep")
+        ['--seed', '3']
+    """
+    rest, files = [], []
+    waiting = iter(argv)
+    for argument in waiting:
+        if argument == "--config":
+            files.append(next(waiting, ""))
+        elif argument.startswith("--config="):
+            files.append(argument.removeprefix("--config="))
+        else:
+            rest.append(argument)
+    if not files:
+        return rest
+    if len(files) > 1:
+        raise InputError("--config is given twice: give one file")
+    try:
+        written = json.loads(Path(files[0]).read_text(encoding="utf-8"))
+        settings, of = written["config"], written["experiment"]
+    except OSError as error:
+        raise InputError(f"--config {files[0]!r}: cannot be read ({error.strerror}): give a config.json") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"--config {files[0]!r} is not the config.json of a run folder") from None
+    if of != experiment:
+        raise InputError(f"--config {files[0]!r} is of the experiment {of}: run python -m experiments.{of} with it")
+    return [*written_options(settings), *rest]
 
 
 def _parse(

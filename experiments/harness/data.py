@@ -1,4 +1,4 @@
-"""The data set of an experiment, loaded by every process."""
+"""The one split of a data set: images to train on, to choose on and to report on, with their fingerprint."""
 
 from __future__ import annotations
 
@@ -8,11 +8,135 @@ from pathlib import Path
 import numpy as np
 
 import mae_align as ma
+from experiments.harness.config import RunConfig
 from mae_align.data import stratified_split, validation_split
 from mae_align.data.transforms import jitter
 from mae_align.moments.moments import group_of
 from mae_align.moments.samples import merged
+from mae_align.runtime.files import fingerprint
 from mae_align.runtime.processes import refused_together
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """A data set cut up by one rule, the same for every experiment with the same data, sizes, share and seed.
+
+    The validation images are a share of every class of the training images; the training images are drawn from the
+    others; test images are drawn from the test set. Rows stay in the order of the data set.
+
+    Attributes:
+        name: of the data set.
+        class_names: q names.
+        train_images: [n, h, w, c] stored pixels, to fit on.
+        train_labels: [n] class numbers.
+        validation_images: [v, h, w, c], to choose on.
+        validation_labels: [v].
+        test_images: [t, h, w, c], to report on.
+        test_labels: [t].
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    validation_images: np.ndarray
+    validation_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+    @classmethod
+    def load(cls, config: RunConfig) -> Split:
+        """Read a data set in every process and cut it up.
+
+        Args:
+            config: which data, their size, how many of them, and the seed of the draw.
+
+        Returns:
+            The split.
+
+        Raises:
+            InputError: data that cannot be read or split, or constant training images.
+
+        Example:
+            >>> split = Split.load(RunConfig(max_train=100, max_test=50))
+            >>> len(split.train_labels), len(split.validation_labels), len(split.test_labels)
+            (100, 287, 50)
+        """
+        data = load_together(config.data, image_size=config.image_size, seed=config.seed)
+        fitted, chosen = stratified_split(data.train_labels, config.validation_fraction, config.seed)
+        rng = np.random.default_rng(config.seed)
+        fitted = drawn(fitted, config.max_train, rng)
+        tested = drawn(np.arange(len(data.test_labels)), config.max_test, rng)
+        images = data.train_images[fitted]
+        if (images == images[:1]).all():
+            raise ma.InputError("the training images are constant: there is nothing to reconstruct")
+        return cls(
+            data.name,
+            tuple(data.class_names),
+            images,
+            data.train_labels[fitted],
+            data.train_images[chosen],
+            data.train_labels[chosen],
+            data.test_images[tested],
+            data.test_labels[tested],
+        )
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes q."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(h, w, c)."""
+        h, w, c = self.train_images.shape[1:]
+        return h, w, c
+
+    @property
+    def description(self) -> str:
+        """The data and how many images of them, in words."""
+        n, v, t = len(self.train_labels), len(self.validation_labels), len(self.test_labels)
+        size = "x".join(map(str, self.image_shape))
+        return f"{self.name}: {n} training, {v} validation and {t} test images of {size}"
+
+    @property
+    def chance(self) -> float:
+        """Test accuracy of always naming the most frequent training class."""
+        most = np.bincount(self.train_labels, minlength=self.num_classes).argmax()
+        return float((self.test_labels == most).mean())
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of the images and labels trained, validated and tested on: what data.json holds."""
+        parts = {
+            "train": (self.train_images, self.train_labels),
+            "validation": (self.validation_images, self.validation_labels),
+            "test": (self.test_images, self.test_labels),
+        }
+        return {name: fingerprint(arrays, {}) for name, arrays in parts.items()}
+
+    def moments(self, *, groups: int = 1) -> tuple[ma.Moments, ma.Moments]:
+        """Moments of the training images, and of the test images in groups.
+
+        Args:
+            groups: of test images; their spread gives standard errors.
+
+        Returns:
+            Both with one-hot targets of all classes.
+        """
+        classes = self.num_classes
+        train = ma.Moments.from_arrays(self.train_images, self.train_labels, num_classes=classes)
+        return train, ma.Moments.from_arrays(self.test_images, self.test_labels, num_classes=classes, groups=groups)
+
+
+def drawn(rows: np.ndarray, most: int | None, rng: np.random.Generator) -> np.ndarray:
+    """At most so many of the rows, drawn without repetition, in their order; None for all.
+
+    Example:
+        >>> drawn(np.arange(5), 3, np.random.default_rng(0)).shape
+        (3,)
+    """
+    return rows if most is None or most >= len(rows) else np.sort(rng.choice(rows, most, replace=False))
 
 
 def load_together(label: str, *, image_size: int | None, seed: int) -> ma.ImageDataset:

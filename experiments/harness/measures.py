@@ -12,10 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 import mae_align as ma
-from experiments.harness.config import LabelledSplit
+from experiments.harness.folder import Parts
 from experiments.harness.report import NETWORK, Score
-from experiments.harness.run import Parts
-from experiments.harness.train import FEATURE_BATCH, Ensemble, Problem
+from experiments.harness.train_common import LabelledSplit
+from experiments.harness.train_loop import FEATURE_BATCH, Ensemble, Problem
 from mae_align.closed_form.predictions import KS, closed_form_row
 from mae_align.closed_form.targets import varying_components
 from mae_align.corruption import Corruption, PatchMask

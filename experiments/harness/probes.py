@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from experiments.harness.config import End, LabelledSplit, Probe, Run, TrainConfig
+from experiments.harness.folder import Parts
 from experiments.harness.measures import Measured
 from experiments.harness.report import (
     FINE_TUNED,
@@ -28,8 +28,8 @@ from experiments.harness.report import (
     Score,
     components,
 )
-from experiments.harness.run import Parts
-from experiments.harness.train import FEATURE_BATCH, Ensemble, Problem, initial, make_training, train, with_encoder
+from experiments.harness.train_common import End, LabelledSplit, Probe, Run, TrainConfig
+from experiments.harness.train_loop import FEATURE_BATCH, Ensemble, Problem, initial, make_training, train, with_encoder
 from mae_align.models import Classifier
 from mae_align.probes import Rows, knn_probe, logistic_probe, mlp_probe, principal_components, raw_pixels, ridge_probe
 from mae_align.runtime.errors import InputError
@@ -196,7 +196,7 @@ def train_end(
     """Train classifiers on the encoders of given members: fine-tuned where ``end`` says so, else from scratch.
 
     Raises:
-        InputError, Preempted: as :func:`experiments.harness.train.train`.
+        InputError, Preempted: as :func:`experiments.harness.train_loop.train`.
     """
     rates = config.end_learning_rates
     runs = [Run(problem.runs[m].seed, rate) for m in members for rate in rates]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from experiments.harness.config import Run
+from experiments.harness.train_common import Run
 
 NETWORK = "trained network"
 RAW = "raw pixels"

@@ -1,413 +1,340 @@
-"""The folder in which a run keeps its configuration, results and figures.
-
-The folder belongs to one configuration: opened again with the same one, the run goes on where it
-stopped; opened with another, it is refused. Every file is written beside its place and moved there
-when complete, so that an interrupted run leaves no half-written result.
-"""
+"""A run of an experiment: its data, its folder, its cells that are computed once, its tables, figures and verdict."""
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import csv
-import dataclasses
-import enum
-import hashlib
+import datetime
+import functools
 import json
-import os
 import re
-import shutil
+import shlex
 import sys
-import tempfile
-import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import jax
 import numpy as np
+import pandas as pd
 import xarray as xr
+from tqdm import tqdm
 
+import mae_align as ma
+from experiments.harness.config import check, computed
+from experiments.harness.folder import Parts, RunFolder, shared_points, silent
 from mae_align.runtime.errors import InputError
-from mae_align.runtime.files import PointStore
-from mae_align.runtime.pool import shared_store
-from mae_align.runtime.processes import of_first, refused_together
+from mae_align.runtime.files import PointStore, fingerprint
+from mae_align.runtime.processes import of_first
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from matplotlib.figure import Figure
-_TEMPORARY_SUFFIX = ".tmp"
-_INT32 = np.iinfo(np.int32)
-# Largest whole number up to which float64 holds every whole number.
-_EXACT_IN_FLOAT64 = 2**53
+
+    from mae_align.train.batches import Feed
+    from mae_align.train.ensemble import DeviceData, Training, TrainState
+
+_MOST_SENTENCES = 3
+_RECORD = "run.json"
+Rows = list[dict[str, Any]]
 
 
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A path to write to, moved onto `path` when the context ends without an error.
-
-    Args:
-        path: The final place. Its folder must exist.
-
-    Yields:
-        A path in the same folder; nothing is there yet.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with atomic_path(Path(folder, "a.txt")) as unfinished:
-        ...         _ = unfinished.write_text("done")
-        ...     Path(folder, "a.txt").read_text()
-        'done'
-    """
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_TEMPORARY_SUFFIX}")
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def file_name_part(label: str) -> str:
-    """A data set's label as a part of a file name.
-
-    Args:
-        label: As given to `load_dataset`: a bare name or "kind:path".
-
-    Returns:
-        Letters, digits, ".", "_" and "-"; of a path only the last part, without ".kind".
-
-    Example:
-        >>> file_name_part("npz:/a/b/c.npz"), file_name_part("folder:my photos/")
-        ('npz-c', 'folder-my-photos')
-    """
-    kind, colon, path = label.partition(":")
-    # abspath, so that "folder:." is named after the folder and not after the dot.
-    name = f"{kind}-{os.path.basename(os.path.abspath(path))}" if colon else kind
-    name = re.sub(r"[^\w.-]+", "-", name.removesuffix(f".{kind}"), flags=re.ASCII)
-    return name.strip("-.")[:60] or "data"
-
-
-def _jsonable(value: object) -> Any:
-    """What `json` does not know: NumPy scalars and arrays, paths, enumerations."""
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, enum.Enum):
-        return value.value
-    raise TypeError(f"{type(value).__name__} {value!r} cannot be written as JSON")
-
-
-def _to_json(value: object) -> str:
-    return json.dumps(value, indent=2, default=_jsonable) + "\n"
-
-
-def _netcdf3_attribute(value: Any) -> str | np.int32 | np.float64:
-    """An attribute as netCDF-3 holds it: text or one number. Anything else becomes JSON text."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool | int | np.bool_ | np.integer):
-        if _INT32.min <= value <= _INT32.max:
-            return np.int32(value)
-    elif isinstance(value, float | np.floating):
-        return np.float64(value)
-    return json.dumps(value, default=_jsonable)
-
-
-def _netcdf3_variable(name: str, variable: xr.Variable) -> xr.Variable:
-    """A variable in types netCDF-3 has, all values kept exactly."""
-    variable = variable.copy(deep=False)
-    variable.attrs = {key: _netcdf3_attribute(value) for key, value in variable.attrs.items()}
-    kind, size = variable.dtype.kind, variable.dtype.itemsize
-    if kind in "iu":
-        # Python integers: NumPy would compare a uint64 with a negative bound through float64.
-        low, high = (int(variable.min()), int(variable.max())) if variable.size else (0, 0)
-        if _INT32.min <= low and high <= _INT32.max:
-            return variable.astype(np.int32)
-        if -_EXACT_IN_FLOAT64 <= low and high <= _EXACT_IN_FLOAT64:
-            return variable.astype(np.float64)
-        raise ValueError(f"{name} holds whole numbers over 2**53, too large for netCDF-3")
-    if kind == "f" and size not in (4, 8):
-        return variable.astype(np.float32 if size < 4 else np.float64)
-    return variable
-
-
-def netcdf3_ready(dataset: xr.Dataset) -> xr.Dataset:
-    """A copy of a data set that xarray's SciPy engine can write and read back.
-
-    Args:
-        dataset: Numbers, truth values, text or dates; attributes of any JSON-like kind.
-
-    Returns:
-        The same values: whole numbers as int32 (float64 where int32 is too small), float16 as
-        float32; attributes as text, int32 or float64, lists and the like as JSON text.
-
-    Raises:
-        ValueError: If a whole number is too large for float64 to hold it exactly.
-
-    Example:
-        >>> ready = netcdf3_ready(xr.Dataset({"k": ("i", [1, 2])}, attrs={"ratios": (0.5, 1.0)}))
-        >>> ready.k.dtype, ready.attrs
-        (dtype('int32'), {'ratios': '[0.5, 1.0]'})
-    """
-    variables = {name: _netcdf3_variable(str(name), v) for name, v in dataset.variables.items()}
-    coords = {name: variables.pop(name) for name in dataset.coords}
-    attrs = {key: _netcdf3_attribute(value) for key, value in dataset.attrs.items()}
-    return xr.Dataset(variables, coords, attrs)
-
-
-def _check_same_run(config_path: Path, wanted: Mapping[str, Any]) -> None:
-    """Refuses a folder whose config.json is damaged or belongs to another configuration."""
-
-    def flat(identity: Mapping[str, Any]) -> dict[str, str]:
-        names = {"experiment": identity["experiment"], "data set": identity["dataset"]}
-        return {key: json.dumps(value) for key, value in {**identity["config"], **names}.items()}
-
-    try:
-        stored = flat(json.loads(config_path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{config_path} is damaged, so what the folder holds cannot be trusted: "
-            "choose another --out or delete the folder"
-        ) from error
-    now = flat(wanted)
-    if stored != now:
-        differences = [
-            f"{key}: {stored.get(key, 'nothing')} there, {now.get(key, 'nothing')} now"
-            for key in dict.fromkeys([*now, *stored])
-            if stored.get(key) != now.get(key)
-        ]
-        listed = "; ".join(differences[:3]) + ("; ..." if len(differences) > 3 else "")
-        raise InputError(
-            f"{config_path.parent} belongs to another configuration ({listed}): "
-            "choose another --out or delete the folder"
-        )
-
-
-def _taken(path: Path, text: str) -> bool:
-    """Makes the folder with this config.json or takes over one that has it; whether it was there.
-
-    Raises:
-        InputError: As `RunFolder.open`.
-    """
-    config_path = path / "config.json"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if config_path.exists():
-            _check_same_run(config_path, json.loads(text))
-            return True
-        if any(not entry.name.endswith(_TEMPORARY_SUFFIX) for entry in path.iterdir()):
-            raise InputError(
-                f"{path} is not the folder of a run (it has files but no config.json): choose another --out"
-            )
-        with atomic_path(config_path) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
-    except FileExistsError:
-        raise InputError(f"{path} is a file, not a folder: choose another --out") from None
-    except OSError as error:
-        raise InputError(f"cannot use the folder {path} ({error.strerror}): choose another --out") from error
-    return False
-
-
-@dataclasses.dataclass(frozen=True)
-class RunFolder:
-    """The folder of one run; made by `RunFolder.open`.
-
-    Attributes:
-        path: The folder.
-        resumed: Whether an earlier run of the same configuration left it.
-        shared: The folder of the first process, in every process: for what all of them write together.
-    """
-
-    path: Path
-    resumed: bool
-    shared: Path
-
-    @classmethod
-    def open(
-        cls,
-        experiment: str,
-        dataset_label: str,
-        config: DataclassInstance,
-        out: str | None = None,
-        *,
-        ignore: Collection[str] = ("out",),
-    ) -> RunFolder:
-        """Makes the folder of a run, or goes on in the one that an earlier run left.
-
-        Of several processes (`jax.distributed`) the first has the folder. The others get one of
-        their own that is removed when they end, so that a run leaves one result.
-
-        Args:
-            experiment: Name of the experiment's module.
-            dataset_label: The data set as given to `load_dataset`, or a word for several.
-            config: The configuration. Results in the folder belong to it alone.
-            out: The folder. None: `runs/EXPERIMENT-DATASET-HASH`, HASH from the configuration.
-            ignore: Fields of `config` that do not change results.
-
-        Returns:
-            The open folder.
-
-        Raises:
-            InputError: If the folder belongs to another configuration, holds files of something
-                else, has a damaged config.json or cannot be written; in every process.
-        """
-        settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ignore}
-        identity = {"experiment": experiment, "dataset": dataset_label, "config": settings}
-        text = _to_json(identity)
-        if out is None:
-            digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-            path = Path("runs", f"{experiment}-{file_name_part(dataset_label)}-{digest}")
-        else:
-            path = Path(out).expanduser()
-        shared = path
-        if jax.process_index() > 0:
-            path = Path(tempfile.mkdtemp())
-            atexit.register(shutil.rmtree, path, ignore_errors=True)
-        with refused_together():
-            return cls(path, _taken(path, text), shared)
+class Data(Protocol):
+    """What a run is about: a name, a line that describes it, and hashes of what is trained, validated and tested on."""
 
     @property
-    def points(self) -> Path:
-        """The sub-folder in which a sweep keeps finished points, made when asked for."""
-        path = self.path / "points"
-        path.mkdir(exist_ok=True)
-        return path
+    def name(self) -> str:
+        """Of the data set."""
+        ...
 
-    def save_dataset(self, name: str, dataset: xr.Dataset) -> Path:
-        """Writes a labelled result as NAME.nc (netCDF-3, see `netcdf3_ready`) and NAME.csv.
+    @property
+    def description(self) -> str:
+        """The first line of the summary."""
+        ...
 
-        The table has one row for each combination of all coordinates and one column for each
-        variable; a variable without one of the dimensions is repeated along it.
-
-        Returns:
-            The path of NAME.nc.
-        """
-        path = self.path / f"{name}.nc"
-        with atomic_path(path) as unfinished:
-            netcdf3_ready(dataset).to_netcdf(unfinished, engine="scipy")
-        # A data set without dimensions has no index; one row is its table.
-        labelled = dataset if dataset.sizes else dataset.expand_dims("row")
-        with atomic_path(self.path / f"{name}.csv") as unfinished:
-            labelled.to_dataframe().reset_index().to_csv(unfinished, index=False)
-        return path
-
-    def load_dataset(self, name: str) -> xr.Dataset:
-        """Reads NAME.nc back into memory."""
-        return xr.load_dataset(self.path / f"{name}.nc", engine="scipy")
-
-    def save_table(self, name: str, rows: Sequence[Mapping[str, object]]) -> Path:
-        """Writes rows as NAME.csv; columns in the order in which they first occur.
-
-        Returns:
-            The path of the table.
-        """
-        path = self.path / f"{name}.csv"
-        columns = dict.fromkeys(column for row in rows for column in row)
-        with atomic_path(path) as unfinished, unfinished.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(columns), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        return path
-
-    def save_json(self, name: str, value: object) -> Path:
-        """Writes numbers, text, lists and mappings as NAME.json.
-
-        Returns:
-            The path of the file.
-        """
-        path = self.path / f"{name}.json"
-        with atomic_path(path) as unfinished:
-            unfinished.write_text(_to_json(value), encoding="utf-8")
-        return path
-
-    def save_figure(self, name: str, figure: Figure) -> Path:
-        """Writes a figure as NAME.png (200 dots per inch) and NAME.pdf, and closes it in pyplot.
-
-        Returns:
-            The path of NAME.png.
-        """
-        path = self.path / f"{name}.png"
-        with atomic_path(path) as unfinished:
-            figure.savefig(unfinished, format="png", dpi=200)
-        with atomic_path(self.path / f"{name}.pdf") as unfinished:
-            # Without the date, the same figure is the same file.
-            figure.savefig(unfinished, format="pdf", metadata={"CreationDate": None})
-        # A figure made without pyplot goes with its last reference.
-        if pyplot := sys.modules.get("matplotlib.pyplot"):
-            pyplot.close(figure)
-        return path
-
-    def summary(self, text: str) -> Path:
-        """Prints the summary of a run and writes it as summary.txt.
-
-        Returns:
-            The path of summary.txt.
-        """
-        path = self.path / "summary.txt"
-        with atomic_path(path) as unfinished:
-            unfinished.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
-        if jax.process_index() == 0:
-            print(text.rstrip("\n"), flush=True)
-        return path
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        """Hashes by part: train, validation, test."""
+        ...
 
 
-class Parts:
-    """Parts by name, each written when it is done.
+DataT = TypeVar("DataT", bound=Data)
+ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
+Cell = TypeVar("Cell")
 
-    Of several processes the first has the files, and all of them get its parts.
+
+class Run(Generic[DataT]):
+    """One run. Its folder is made when something is first written, so that what is refused before leaves nothing.
 
     Args:
-        folder: where they are kept. identity: of the data they belong to, see
-        :func:`mae_align.runtime.files.fingerprint`.
-
-    Raises:
-        InputError: the folder holds parts of other data.
+        experiment: its name.
+        config: its settings; bounds are checked already.
+        data: what it is about.
+        columns: a line for every column of every table, ``"test accuracy of the ridge probe [share]"``, by name or by
+            a pattern of names such as ``"closed_r2_k*"``.
     """
 
-    def __init__(self, folder: Path, identity: str) -> None:
-        self.identity = identity
-        self._store = shared_points(folder, identity)
+    def __init__(self, experiment: str, config: DataclassInstance, data: DataT, columns: Mapping[str, str]) -> None:
+        self.experiment, self.config, self.data, self._columns = experiment, config, data, columns
+        self.notes: list[str] = []
+        self._fingerprint = dict(data.fingerprint)
+        self._shown: list[str] = []
+        self._figures: list[Path] = []
+        self._tables: dict[str, list[str]] = {}
+        self._record = {
+            "experiment": experiment,
+            "version": ma.__version__,
+            "jax": jax.__version__,
+            "platform": jax.default_backend(),
+            "command": shlex.join(["python", "-m", f"experiments.{experiment}", *sys.argv[1:]]),
+            "data": data.name,
+            "started": _now(),
+            "finished": None,
+        }
+
+    @functools.cached_property
+    def folder(self) -> RunFolder:
+        """The folder, with config.json, data.json and run.json; refuses one of other settings or other images."""
+        label, out = getattr(self.config, "data", self.data.name), getattr(self.config, "out", None)
+        folder = RunFolder.open(self.experiment, label, self.config, out)
+        written = _read_json(folder.path / "data.json")
+        if written is not None and written != self._fingerprint:
+            raise InputError(
+                f"{folder.path} holds results of other images under the same name: choose another --out or delete it"
+            )
+        folder.save_json("data", self._fingerprint)
+        before = _read_json(folder.path / _RECORD) or {}
+        self._record["started"] = before.get("started", self._record["started"])
+        folder.save_json("run", self._record)
+        return folder
+
+    @property
+    def identity(self) -> str:
+        """What finished parts belong to: the images and labels, and this version."""
+        return fingerprint([], {"data": self._fingerprint, "version": ma.__version__})
+
+    @functools.cached_property
+    def _parts(self) -> Parts:
+        return Parts(self.folder.points, self.identity)
+
+    @functools.cached_property
+    def store(self) -> PointStore:
+        """Finished points made of arrays; of several processes all get those of the first."""
+        return shared_points(self.folder.points, self.identity)
 
     def once(self, key: str, compute: Callable[[], Any]) -> Any:
-        """The part of that name: read where it is finished, computed (by all processes) and written where not.
+        """Numbers, text, lists and mappings: read where a run before has finished them, computed and kept where not."""
+        return self._parts.once(key, compute)
+
+    def arrays(self, key: str, compute: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Arrays by name: read where a run before has finished them, computed and kept where not."""
+        found = self.store.load(key)
+        if found is None:
+            found = {name: np.asarray(value) for name, value in compute().items()}
+            self.store.save(key, found)
+        return found
+
+    def sweep(self, cells: Mapping[str, Cell], measure: Callable[[Cell], Rows], *, unit: str = "cell") -> pd.DataFrame:
+        """Measure every cell once, with progress; networks that diverge are left out with a note.
 
         Args:
-            key: a file name. compute: gives numbers, text, and lists and mappings of them.
+            cells: by a name that is part of a file name.
+            measure: gives the rows of a cell.
+            unit: what a cell is, for the progress line.
+
+        Returns:
+            All rows in the order of the cells.
+
+        Raises:
+            InputError: no cell is left.
         """
-        found = self._store.load(key)
-        if found is None:
-            text = of_first(json.dumps(compute(), default=_plain).encode()).decode()
-            found = {"json": np.array(text)}
-            self._store.save(key, found)
-        return json.loads(str(found["json"]))
+        from mae_align.train.loop import Diverged
+
+        rows: Rows = []
+        with tqdm(cells.items(), desc=self.experiment, unit=unit, disable=silent()) as bar:
+            for key, cell in bar:
+                bar.set_postfix_str(key)
+                try:
+                    rows += self.once(key, lambda cell=cell: measure(cell))
+                except Diverged as error:
+                    self.notes.append(f"Left out: {key}, {error}.")
+                    warnings.warn(self.notes[-1], stacklevel=2)
+        if not rows:
+            raise InputError("every network diverged: give a smaller learning rate")
+        return pd.DataFrame(rows)
+
+    def train_at(
+        self,
+        key: str,
+        training: Training,
+        start: Callable[[], TrainState],
+        source: Callable[[], DeviceData | Feed],
+        steps: Sequence[int],
+        look: Callable[[TrainState, int], Mapping[str, np.ndarray]],
+    ) -> dict[str, np.ndarray]:
+        """Train an ensemble on the one training loop and look at it after chosen steps; see :func:`train_at`.
+
+        Args:
+            key: of the ensemble, part of file names; its checkpoints and metrics lie in networks/KEY.
+            training: its programs.
+            start: makes the state before the first step.
+            source: makes the images on the device or the stream.
+            steps: ascending; 0 is the untrained ensemble, the last ends the training.
+            look: arrays of a state, of the same shapes at every step.
+
+        Returns:
+            By name, the arrays of all steps stacked, [T, ...].
+        """
+        # Only experiments that train pay for loading it.
+        from experiments.harness.train import TrainedLooks, train_at
+
+        looks = TrainedLooks(self.store, key, self.folder.shared / "networks" / key, self.identity_of_settings)
+        return train_at(looks, training, start, source, steps, look)
+
+    @functools.cached_property
+    def identity_of_settings(self) -> str:
+        """What trained networks belong to: images, labels and settings."""
+        return fingerprint([], {"data": self._fingerprint, "settings": repr(computed(self.config))})
+
+    def table(self, name: str, frame: pd.DataFrame | Rows, *, show: pd.DataFrame | None = None) -> None:
+        """Write rows as NAME.csv, and describe its columns in columns.md.
+
+        Args:
+            name: of the file.
+            frame: the rows.
+            show: what the summary shows of it; its columns may have other, shorter heads.
+        """
+        rows = frame if isinstance(frame, list) else frame.to_dict("records")
+        self.folder.save_table(name, rows)
+        self._describe(name, [str(column) for row in rows for column in row])
+        if show is not None:
+            self._shown.append(table_text(show))
+
+    def dataset(self, name: str, dataset: xr.Dataset) -> None:
+        """Write a labelled result as NAME.nc and NAME.csv; every variable gets a long name and units."""
+        described = dataset.copy()
+        for variable in described.variables:
+            attrs = described[variable].attrs
+            if "long_name" not in attrs or "units" not in attrs:
+                attrs["long_name"], attrs["units"] = _text_and_units(self.column(str(variable)))
+        self.folder.save_dataset(name, described)
+        self._describe(name, [str(v) for v in described.variables], described)
+
+    def column(self, name: str) -> str:
+        """The line that describes a column.
+
+        Raises:
+            KeyError: nothing describes it.
+        """
+        if name in self._columns:
+            return self._columns[name]
+        for pattern, text in self._columns.items():
+            if fnmatchcase(name, pattern):
+                return text
+        raise KeyError(f"{self.experiment}: no line describes the column {name!r}; add it to the columns")
+
+    def _describe(self, table: str, columns: Sequence[str], dataset: xr.Dataset | None = None) -> None:
+        lines = []
+        for column in dict.fromkeys(columns):
+            attrs = {} if dataset is None else dataset[column].attrs
+            text = f"{attrs['long_name']} [{attrs['units']}]" if attrs else self.column(column)
+            lines.append(f"- `{column}`: {text}")
+        self._tables[table] = lines
+        sections = [f"## {name}.csv\n\n" + "\n".join(found) + "\n" for name, found in self._tables.items()]
+        self.folder.save_text("columns.md", "\n".join(["# Columns of the tables\n", *sections]))
+
+    def figure(self, name: str, figure: Figure) -> None:
+        """Write a figure as NAME.png and NAME.pdf."""
+        self._figures.append(self.folder.save_figure(name, figure))
+
+    def verdict(self, *sentences: str) -> None:
+        """End the run: summary.txt, and the same on standard output.
+
+        It shows the data, the tables that were to be shown, the figures, what was left out, and the sentences.
+
+        Args:
+            sentences: at most three, in plain words; the detail is in the tables.
+        """
+        if len(sentences) > _MOST_SENTENCES:
+            raise ValueError(f"a verdict has at most {_MOST_SENTENCES} sentences, not {len(sentences)}")
+        figures = ["Figures: " + "  ".join(map(str, self._figures))] if self._figures else []
+        parts = [[self.data.description], *([text] for text in self._shown), figures, self.notes, list(sentences)]
+        text = "\n\n".join("\n".join(part) for part in parts if part)
+        self.folder.summary(text)
+        self._record["finished"] = _now()
+        self.folder.save_json("run", self._record)
+
+    def finished_before(self) -> str | None:
+        """The summary of a run with these settings, images and this version that has ended; None without one."""
+
+        def look() -> str:
+            label, out = getattr(self.config, "data", self.data.name), getattr(self.config, "out", None)
+            path = RunFolder.path_of(self.experiment, label, self.config, out)
+            record = _read_json(path / _RECORD) or {}
+            summary = path / "summary.txt"
+            same = (
+                record.get("finished") is not None
+                and record.get("version") == ma.__version__
+                and _read_json(path / "data.json") == self._fingerprint
+                and RunFolder.holds(path, self.experiment, label, self.config)
+                and summary.exists()
+            )
+            return summary.read_text(encoding="utf-8") if same else ""
+
+        return of_first(look().encode() if jax.process_index() == 0 else b"").decode() or None
 
 
-def shared_points(folder: Path, identity: str) -> PointStore:
-    """Finished points made of arrays; of several processes the first has the files, and all of them get its points.
+def execute(
+    experiment: str,
+    main: Callable[[ConfigT, Run[DataT]], None],
+    config: ConfigT,
+    load: Callable[[ConfigT], DataT],
+    columns: Mapping[str, str],
+) -> None:
+    """Run an experiment: check its settings, load its data, and run it; a finished run prints its result at once.
 
     Args:
-        folder: where they are kept. identity: of what they belong to, see :func:`mae_align.runtime.files.fingerprint`.
+        experiment: its name.
+        main: does it.
+        config: its settings.
+        load: reads its data.
+        columns: describes the columns of its tables.
 
     Raises:
-        InputError: the folder holds points of something else.
+        InputError: settings or data that do not fit, before any long work.
     """
-    store = shared_store(folder, lambda: identity)
-    assert store is not None
-    return store
+    check(config)
+    run = Run(experiment, config, load(config), columns)
+    if (summary := run.finished_before()) is not None:
+        if not silent():
+            print(summary.rstrip("\n"), flush=True)
+        return
+    main(config, run)
 
 
-def silent() -> bool:
-    """Whether this process shows no progress: of several only the first does."""
-    return jax.process_index() > 0
+def table_text(frame: pd.DataFrame) -> str:
+    """A table as aligned text; numbers as they are formatted in it, missing ones as a dash."""
+    return frame.to_string(index=False, na_rep="-")
 
 
-def _plain(value: object) -> Any:
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    if isinstance(value, enum.Enum):
-        return value.value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    raise TypeError(f"{type(value).__name__} {value!r} cannot be written as JSON")
+def _text_and_units(line: str) -> tuple[str, str]:
+    """A column's line without its units, and its units; without any it has none (1).
+
+    Example:
+        >>> _text_and_units("time of a step [s]"), _text_and_units("seed")
+        (('time of a step', 's'), ('seed', '1'))
+    """
+    found = re.fullmatch(r"(.*?)\s*\[([^\]]*)\]", line)
+    return (found[1], found[2]) if found else (line, "1")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _read_json(path: Path) -> Any:
+    """The content of a file; None where there is none or it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

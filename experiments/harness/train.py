@@ -1,263 +1,180 @@
-"""Training in a run folder: an ensemble that is probed as it learns and saved as it goes."""
+"""The one way in which experiments train: an ensemble on the training loop, looked at after chosen steps."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
+from jax.sharding import Mesh
 
-import mae_align as ma
-from experiments.harness.config import IGNORED, LabelledSplit, Run, TrainConfig
-from mae_align.data import ArraySource
-from mae_align.metrics import rankme
-from mae_align.models import Autoencoder
-from mae_align.probes import Rows, ridge_probe
-from mae_align.runtime.files import fingerprint
+from experiments.harness.config import Training as Settings
+from mae_align.runtime.files import PointStore
 from mae_align.runtime.processes import train_mesh
-from mae_align.train.batch_norm import has_batch_statistics, recalibrated
-from mae_align.train.batches import Feed, StreamedBatches
-from mae_align.train.checkpoint import BestBy, Checkpoints
-from mae_align.train.ensemble import DeviceData, Objective, Training, TrainState
+from mae_align.train.batches import Feed
+from mae_align.train.checkpoint import Checkpoints
+from mae_align.train.ensemble import DeviceData, Training, TrainState
 from mae_align.train.log import MetricLog
-from mae_align.train.loop import Evaluate, fit
-from mae_align.train.optimizer import OptimizerConfig, adamw
+from mae_align.train.loop import fit
+from mae_align.train.optimizer import OptimizerConfig
 
-# Images whose features are taken at a time.
-FEATURE_BATCH = 512
-# Lines of metrics of a long run.
+Look = Callable[[TrainState, int], Mapping[str, np.ndarray]]
+# Lines of metrics, and checkpoints, of a training.
 _LOG_LINES = 500
+_CHECKPOINTS = 10
+# Steps of small networks are so short that saving would take longer than training again.
+_LEAST_STEPS = 100
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Problem:
-    """What is trained.
-
-    Attributes:
-        runs: the members. make_autoencoder: the network without heads. make_model: what is trained, which may hold that
-            network. objective: its loss. inside: name under which it does, empty where it is the model itself.
-        restore: (model, images [b, h, w, c] float32, key) -> what it makes of corrupted images. restores: in words.
-        apart: which parameters' gradients are clipped apart from the others'; None for one norm of all.
-    """
-
-    runs: Sequence[Run]
-    make_autoencoder: Callable[[nnx.Rngs], Autoencoder]
-    make_model: Callable[[nnx.Rngs], nnx.Module]
-    objective: Objective
-    restore: Callable[[Any, jax.Array, jax.Array], jax.Array]
-    restores: str
-    inside: str = ""
-    apart: Callable[[jax.tree_util.KeyPath], bool] | None = None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Ensemble:
-    """Networks and the programs that run them.
+@dataclasses.dataclass(frozen=True)
+class TrainedLooks:
+    """Where the looks at an ensemble, its checkpoints and its metrics are kept.
 
     Attributes:
-        training, state: of the networks. clean: the state with batch statistics of clean images, which features are
-            taken with; None where ``state`` serves.
+        store: of finished looks.
+        key: of the ensemble, a part of file names.
+        folder: of checkpoints, metrics.jsonl and TensorBoard event files, the same for all processes.
+        identity: of images, labels and settings; networks of others are refused.
     """
 
-    training: Training
-    state: TrainState
-    clean: TrainState | None = None
+    store: PointStore
+    key: str
+    folder: Path
+    identity: str
 
-    @classmethod
-    def of(cls, training: Training, state: TrainState, split: LabelledSplit, corrupted: bool) -> Ensemble:
-        """Trained networks; their features are taken with batch statistics of clean images if training saw others."""
-        if not (corrupted and has_batch_statistics(state)):
-            return cls(training, state)
-        return cls(training, state, recalibrated(training, state, split.train_images))
+    def load(self, step: int) -> dict[str, np.ndarray] | None:
+        """The look after a step, or None."""
+        return self.store.load(f"{self.key}-step{step}")
 
-    @property
-    def note(self) -> str:
-        """What is to be said of its features."""
-        return "" if self.clean is None else "batch statistics of clean training images"
-
-    def features(self, images: np.ndarray) -> np.ndarray:
-        """[E, n, k] of images [n, h, w, c], in eval mode."""
-        return self.training.features(self.clean or self.state, images, FEATURE_BATCH)
+    def save(self, step: int, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Keep the look after a step."""
+        arrays = {name: np.asarray(value) for name, value in found.items()}
+        self.store.save(f"{self.key}-step{step}", arrays)
+        return arrays
 
 
-def steps_of(config: TrainConfig, split: LabelledSplit, epochs: float) -> int:
-    """Steps of a number of passes; what does not fill a batch is left out of each."""
-    return round(epochs * (len(split.train_labels) // config.batch_size))
-
-
-def make_training(
-    config: TrainConfig,
-    split: LabelledSplit,
-    make_model: Callable[[nnx.Rngs], nnx.Module],
-    objective: Objective,
-    rates: Sequence[float],
-    epochs: int,
-    warmup_epochs: float,
-    apart: Callable[[jax.tree_util.KeyPath], bool] | None = None,
-) -> Training:
-    """The programs that train one network for each learning rate; ``apart`` as in :func:`adamw`.
-
-    Raises:
-        InputError: a mesh, batch or model that do not fit together.
-    """
-    steps = steps_of(config, split, epochs)
-    optimizer = OptimizerConfig(
-        total_steps=steps,
-        learning_rate=max(rates),
-        warmup_steps=min(steps_of(config, split, warmup_epochs), steps - 1),
-        weight_decay=config.weight_decay,
-        b2=config.beta2,
-        clip_norm=None if math.isinf(config.clip_norm) else config.clip_norm,
-    )
-    return Training(
-        make_model,
-        objective,
-        adamw(optimizer, apart),
-        batch_size=config.batch_size,
-        num_members=len(rates),
-        mesh=train_mesh(config.ensemble_axis, jax.devices()[: config.devices]),
-        steps_per_call=_steps_per_call(config),
-    )
-
-
-def _steps_per_call(config: TrainConfig) -> int:
-    return config.steps_per_call or 10
-
-
-def initial(training: Training, runs: Sequence[Run], rates: Sequence[float]) -> TrainState:
-    """The members before the first step."""
-    return training.init(
-        [run.seed for run in runs],
-        learning_rates=[rate / max(rates) for rate in rates],
-        guidance=[run.guidance for run in runs],
-    )
-
-
-def train(
-    config: TrainConfig,
-    split: LabelledSplit,
+def train_at(
+    looks: TrainedLooks,
     training: Training,
-    state: TrainState,
-    epochs: int,
-    folder: Path,
-    identity: str,
-    evaluate: Evaluate | None = None,
-) -> TrainState:
-    """Train, going on from the checkpoints in the folder if there are any.
+    start: Callable[[], TrainState],
+    source: Callable[[], DeviceData | Feed],
+    steps: Sequence[int],
+    look: Look,
+) -> dict[str, np.ndarray]:
+    """Train an ensemble and look at it after chosen steps.
 
-    Raises:
-        InputError: images that do not fit on the devices; Diverged where a loss is not finite.
-        Preempted: after SIGTERM, when everything is saved.
-    """
-    steps = steps_of(config, split, epochs)
-    every = config.checkpoint_every or max(100, steps // epochs)
-    where = fingerprint([], {"data": identity, "part": folder.name, "steps": steps, "config": _settings(config)})
-    with (
-        Checkpoints.open(folder / "checkpoints", identity=where, every=every, keep_best=BestBy("loss")) as checkpoints,
-        MetricLog(folder, shown=("probe_accuracy", "accuracy"), progress=True) as log,
-    ):
-        return fit(
-            training,
-            state,
-            _source(config, split, training),
-            num_steps=steps,
-            checkpoints=checkpoints,
-            log=log,
-            evaluate=evaluate,
-            evaluate_every=config.evaluate_every or math.ceil(steps / 10),
-            steps_per_call=_steps_per_call(config),
-            log_every=max(10, steps // _LOG_LINES),
-        )
-
-
-def _settings(config: TrainConfig) -> dict[str, Any]:
-    """What the parameters depend on."""
-    return {key: repr(value) for key, value in dataclasses.asdict(config).items() if key not in IGNORED}
-
-
-def _source(config: TrainConfig, split: LabelledSplit, training: Training) -> DeviceData | Feed:
-    images, labels = split.train_images, split.train_labels
-    if config.stream:
-        source = ArraySource(images, labels, tuple(map(str, range(split.num_classes))), split.name)
-        return StreamedBatches(training, source, seed=config.seed)
-    try:
-        return training.put(images, labels)
-    except ma.InputError as error:
-        raise ma.InputError(str(error).replace("stream them with advance_batches", "give --stream")) from None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class OnlineProbe:
-    """A ridge probe of every member while it trains, on some training and validation images.
-
-    The strength is chosen on the validation images that the accuracy is measured on, and batch statistics are those of
-    training, of corrupted images where there is a corruption: good for watching, not for reporting.
-    """
-
-    training: Training
-    split: LabelledSplit
-    train_rows: np.ndarray
-    validation_rows: np.ndarray
-
-    @classmethod
-    def of(cls, training: Training, split: LabelledSplit, most: int, seed: int) -> OnlineProbe:
-        """A probe that looks at no more than so many training and validation images."""
-        rng = np.random.default_rng(seed)
-        rows = [np.sort(rng.permutation(len(y))[:most]) for y in (split.train_labels, split.validation_labels)]
-        return cls(training, split, *rows)
-
-    def __call__(self, state: TrainState, step: int) -> dict[str, np.ndarray]:
-        """Validation accuracy and effective rank of the validation features, [E] each."""
-        del step
-        split, ensemble = self.split, Ensemble(self.training, state)
-        train = ensemble.features(split.train_images[self.train_rows])
-        validation = ensemble.features(split.validation_images[self.validation_rows])
-        labels = split.train_labels[self.train_rows]
-        found = []
-        for x, x_val in zip(train, validation, strict=True):
-            held_out = Rows(x_val, split.validation_labels[self.validation_rows])
-            result = ridge_probe(x, labels, *held_out, num_classes=split.num_classes, val=held_out)
-            found.append(result.accuracy_val)
-        return {"probe_accuracy": np.array(found), "rankme": np.array([rankme(x) for x in validation])}
-
-
-def with_encoder(
-    state: TrainState, pretrained: TrainState, inside: str, members: Sequence[int], into: str = "autoencoder"
-) -> TrainState:
-    """A state whose networks inside are those of given members of another state.
+    Looks are kept as they are made, and the networks at a tenth of the steps and after the last: a run that was
+    stopped, also by SIGTERM or a kill, goes on from there, and one whose looks are all there trains nothing. Metrics
+    of all steps, and of looks the values with one number for each member, go to metrics.jsonl and TensorBoard.
 
     Args:
-        state: of M models with an autoencoder named ``into``. pretrained: the other state. inside: name of the
-            autoencoder in its models, empty where it is the model. members: M positions in it.
+        looks: where everything is kept.
+        training: the programs of the ensemble.
+        start: makes the state before the first step.
+        source: makes the images on the device or the stream.
+        steps: ascending; 0 is the untrained ensemble, the last ends the training.
+        look: arrays of a state and step, of the same shapes at every step.
+
+    Returns:
+        By name, the arrays of all steps stacked, [T, ...].
+
+    Raises:
+        Diverged: a loss or a parameter is not finite.
+        Preempted: SIGTERM came, and everything is saved.
     """
-    index = np.asarray(members)
-    lent = {part: _inside(getattr(pretrained, part), inside) for part in ("params", "rest")}
-    names = {part: list(leaves) for part, leaves in lent.items()}
+    found = {step: looks.load(step) for step in steps}
+    missing = [step for step, arrays in found.items() if arrays is None]
 
-    def join(state: TrainState, leaves: dict[str, list[jax.Array]]) -> TrainState:
-        parts = {}
-        for part, arrays in leaves.items():
-            found = dict(zip(names[part], arrays, strict=True))
-            parts[part] = jax.tree_util.tree_map_with_path(
-                lambda path, leaf, found=found: found[path[1:]][index] if _name(path) == into else leaf,
-                getattr(state, part),
+    def observe(state: TrainState, step: int) -> dict[str, np.ndarray]:
+        if found[step] is None:
+            found[step] = looks.save(step, look(state, step))
+        arrays = found[step] or {}
+        return {name: a for name, a in arrays.items() if a.shape in ((), (training.num_members,))}
+
+    if missing:
+        _train(looks, training, start, source, list(steps), missing, observe)
+    done = [arrays for arrays in found.values() if arrays is not None]
+    return {name: np.stack([arrays[name] for arrays in done]) for name in done[0]}
+
+
+def _train(
+    looks: TrainedLooks,
+    training: Training,
+    start: Callable[[], TrainState],
+    source: Callable[[], DeviceData | Feed],
+    steps: list[int],
+    missing: list[int],
+    observe: Look,
+) -> None:
+    """Train to the last step, observing at every chosen one."""
+    state, total = start(), steps[-1]
+    if 0 in missing:
+        observe(state, 0)
+    if total == 0:
+        return
+    chosen = [step for step in steps if step > 0]
+    every = max(_LEAST_STEPS, total // _CHECKPOINTS)
+    with Checkpoints.open(
+        looks.folder / "checkpoints", identity=looks.identity, every=every, keep_latest=1
+    ) as checkpoints:
+        newest = checkpoints.latest_step() or 0
+        early = [step for step in missing if 0 < step <= newest]
+        if early:
+            # Looks that were lost although later networks are there: trained up to again, beside the checkpoints.
+            fit(training, state, source(), num_steps=early[-1], evaluate=observe, evaluate_at=early)
+            state = start()
+        with MetricLog(looks.folder, progress=True) as log:
+            fit(
+                training,
+                state,
+                source(),
+                num_steps=total,
+                checkpoints=checkpoints,
+                log=log,
+                evaluate=observe,
+                evaluate_at=chosen,
+                log_every=max(1, total // _LOG_LINES),
             )
-        return dataclasses.replace(state, **parts)
-
-    layout = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(join, out_shardings=layout)(state, {part: list(leaves.values()) for part, leaves in lent.items()})
 
 
-def _inside(tree: Any, name: str) -> dict[Any, jax.Array]:
-    """Arrays of the module of that name by their path in it; all of them for an empty name."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {path[1:] if name else path: leaf for path, leaf in leaves if not name or _name(path) == name}
+def optimizer(settings: Settings, num_images: int) -> OptimizerConfig:
+    """AdamW with the settings of an experiment, for so many training images.
+
+    Raises:
+        InputError: a batch over the images, or a warm-up as long as the training.
+
+    Example:
+        >>> optimizer(Settings(epochs=2, batch_size=10, warmup_epochs=1), 40).warmup_steps
+        4
+    """
+    return OptimizerConfig(
+        total_steps=settings.steps(num_images),
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps(num_images),
+        weight_decay=settings.weight_decay,
+        b2=settings.beta2,
+        clip_norm=None if math.isinf(settings.clip_norm) else settings.clip_norm,
+    )
 
 
-def _name(path: Sequence[Any]) -> str:
-    return str(path[0].key)
+def one_device_of_a_cpu() -> Mesh:
+    """Where small ensembles train: one CPU device, which is all of its cores; all devices elsewhere."""
+    alone = jax.default_backend() == "cpu" and jax.process_count() == 1
+    return train_mesh(devices=jax.devices()[:1] if alone else None)
+
+
+def milestones(total: int, count: int) -> tuple[int, ...]:
+    """Steps at which networks are looked at: 0, then evenly spaced in the logarithm; equal ones once.
+
+    Args:
+        total: the last.
+        count: how many after 0, before equal ones are dropped.
+
+    Example:
+        >>> milestones(100, 3)
+        (0, 1, 10, 100)
+    """
+    return (0, *np.unique(np.geomspace(1, total, count).round().astype(int)).tolist())

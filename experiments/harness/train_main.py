@@ -10,13 +10,13 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.harness.config import IGNORED, LabelledSplit, Probe, TrainConfig
+from experiments.harness.folder import Parts, RunFolder, atomic_path, netcdf3_ready
 from experiments.harness.measures import Measured, Report, measure, report_sentences
 from experiments.harness.probes import all_scores, end_trainings
 from experiments.harness.report import NETWORK, Results, Score, comparisons, table_text
-from experiments.harness.run import Parts, RunFolder, atomic_path, netcdf3_ready
-from experiments.harness.train import Ensemble, OnlineProbe, Problem, initial, make_training, steps_of, train
+from experiments.harness.train_common import IGNORED, LabelledSplit, Probe, TrainConfig
 from experiments.harness.train_figures import accuracy_figure, training_figure
+from experiments.harness.train_loop import Ensemble, OnlineProbe, Problem, initial, make_training, steps_of, train
 from mae_align.corruption import Corruption
 
 Pictures = Callable[[Any, np.ndarray, np.ndarray, int], Figure]

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import mae_align as ma
 from experiments.harness.cli import launch
 from experiments.harness.data import load_together
-from experiments.harness.run import RunFolder, atomic_path, netcdf3_ready
+from experiments.harness.folder import RunFolder, atomic_path, netcdf3_ready
 from experiments.lambda_sweep.report import lambda_figure, report_rows, summarise, table_text, trade_off_figure
 from mae_align.closed_form.autoencoder import denoising_loss, supervised_solution
 from mae_align.closed_form.compare import principal_angles

@@ -37,7 +37,7 @@ from tqdm import tqdm
 import mae_align as ma
 from experiments.harness.cli import launch
 from experiments.harness.data import load_together
-from experiments.harness.run import RunFolder, shared_points, silent
+from experiments.harness.folder import RunFolder, shared_points, silent
 from experiments.learning_dynamics.cells import (
     Arrays,
     Images,

@@ -17,7 +17,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import mae_align as ma
-from experiments.harness.run import silent
+from experiments.harness.folder import silent
 from experiments.learning_dynamics.dynamics import (
     DirectionErrors,
     direction_energy,

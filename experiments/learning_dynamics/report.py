@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from experiments.harness.run import RunFolder
+from experiments.harness.folder import RunFolder
 from experiments.learning_dynamics.analysis import (
     Cell,
     Key,

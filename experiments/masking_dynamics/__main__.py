@@ -32,7 +32,7 @@ from tqdm import tqdm
 import mae_align as ma
 from experiments.harness.cli import launch
 from experiments.harness.data import load_together
-from experiments.harness.run import Parts, RunFolder, shared_points, silent
+from experiments.harness.folder import Parts, RunFolder, shared_points, silent
 from experiments.masking_dynamics.report import Curve, write_report
 from mae_align.closed_form.predictions import closed_form_row
 from mae_align.corruption import FixedCountPatchMasking

@@ -13,7 +13,7 @@ from scipy.stats import rankdata
 import mae_align as ma
 from experiments.alignment_vs_probe.agreement import pooled_correlation
 from experiments.harness.figures import PALETTE, ordered_colors, panels
-from experiments.harness.run import RunFolder
+from experiments.harness.folder import RunFolder
 from experiments.harness.statistics import p_value, shuffled_within
 from mae_align.metrics import report_table
 

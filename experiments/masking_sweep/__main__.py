@@ -32,7 +32,7 @@ import xarray as xr
 import mae_align as ma
 from experiments.harness.cli import launch
 from experiments.harness.data import DataChoices, Inputs, MomentFiles, load_together
-from experiments.harness.run import RunFolder, atomic_path, netcdf3_ready
+from experiments.harness.folder import RunFolder, atomic_path, netcdf3_ready
 from experiments.masking_sweep.report import (
     change_figure,
     heat_map,

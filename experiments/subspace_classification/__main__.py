@@ -32,7 +32,7 @@ import numpy as np
 import mae_align as ma
 from experiments.harness.cli import launch
 from experiments.harness.data import load_together
-from experiments.harness.run import RunFolder, shared_points
+from experiments.harness.folder import RunFolder, shared_points
 from experiments.subspace_classification.networks import (
     Network,
     Scale,

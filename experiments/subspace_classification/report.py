@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 import mae_align as ma
 from experiments.harness.figures import PALETTE, legend_below, panels
 from experiments.harness.paired import PairedDifference, paired_difference
-from experiments.harness.run import RunFolder
+from experiments.harness.folder import RunFolder
 from experiments.subspace_classification.networks import NETWORK_WORDS, SCALE_WORDS, Network, Scale, Study
 from experiments.subspace_classification.principal import Family, PrincipalAxes, Subspace
 from mae_align.metrics import report_table

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.harness.figures import COLUMN_WIDTH, PALETTE, ordered_colors, panels
-from experiments.harness.run import RunFolder
+from experiments.harness.folder import RunFolder
 from experiments.theorem2_check.networks import Decoder, References, Row
 from mae_align.metrics import report_table
 

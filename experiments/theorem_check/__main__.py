@@ -36,7 +36,7 @@ from tqdm import tqdm
 import mae_align as ma
 from experiments.harness.cli import launch
 from experiments.harness.data import load_together
-from experiments.harness.run import RunFolder
+from experiments.harness.folder import RunFolder
 from experiments.theorem_check.descent import (
     Network,
     Objective,

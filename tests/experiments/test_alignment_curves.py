@@ -42,7 +42,7 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
 @pytest.fixture
 def no_figures(monkeypatch) -> None:
     """Drawing takes most of the time of a small run."""
-    monkeypatch.setattr("experiments.harness.run.RunFolder.save_figure", lambda self, name, figure: self.path)
+    monkeypatch.setattr("experiments.harness.folder.RunFolder.save_figure", lambda self, name, figure: self.path)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

@@ -25,7 +25,7 @@ import mae_align as ma
 from experiments import train_mae
 from experiments.harness import probes as train_probes
 from experiments.harness.cli import launch
-from experiments.harness.config import End, LabelledSplit, Probe
+from experiments.harness.train_common import End, LabelledSplit, Probe
 from experiments.harness.train_figures import Column, training_figure
 from experiments.train_mae import PRESETS, Config, main
 from mae_align.models import AllPixels, MaskedAutoencoder, MaskedPatches, Pixels, VitSize

@@ -13,7 +13,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from experiments.harness.data import load_together
-from experiments.harness.run import Parts, RunFolder
+from experiments.harness.folder import Parts, RunFolder
 from experiments.masking_sweep import __main__ as masking_sweep
 from mae_align.moments.moments import Moments
 from mae_align.moments.streaming import stream_moments

@@ -32,7 +32,7 @@ from experiments.alignment_vs_probe.report import SUPERVISED, UNTRAINED, baselin
 from experiments.alignment_vs_probe.table import KEYS, read_table
 from experiments.alignment_vs_probe.tasks import Task, TaskKind
 from experiments.harness.cli import launch
-from experiments.harness.run import RunFolder
+from experiments.harness.folder import RunFolder
 from mae_align import FixedCountPatchMasking, InputError, Moments, denoising_autoencoder, encoder_curves, load_dataset
 from mae_align.data import ImageDataset
 from mae_align.probes import ProbeResult, Protocol

@@ -24,7 +24,7 @@ from experiments.alignment_vs_probe.report import (
     table_text,
     write_report,
 )
-from experiments.harness.run import RunFolder
+from experiments.harness.folder import RunFolder
 from mae_align.runtime.errors import InputError
 
 RATIOS, SIZES, SEEDS, OBJECTIVES = (0.25, 0.5, 0.75, 0.9), (2, 4), (0, 1), ("matched", "standard")

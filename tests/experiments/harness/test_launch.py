@@ -24,7 +24,7 @@ import time
 from dataclasses import dataclass
 
 from experiments.harness.cli import launch
-from experiments.harness.run import RunFolder
+from experiments.harness.folder import RunFolder
 from mae_align.runtime.errors import InputError
 
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from experiments.harness.run import Parts
+from experiments.harness.folder import Parts
 
 
 def test_a_part_is_computed_once(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import xarray as xr
 from matplotlib.figure import Figure
 
-from experiments.harness.run import RunFolder, atomic_path, file_name_part, netcdf3_ready
+from experiments.harness.folder import RunFolder, atomic_path, file_name_part, netcdf3_ready
 from mae_align.runtime.errors import InputError
 
 
@@ -60,7 +60,7 @@ def test_default_folder_is_the_same_in_another_process(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ours = RunFolder.open("masking", "digits", Config()).path
     code = (
-        "from test_run_folder import Config; from experiments.harness.run import RunFolder;"
+        "from test_run_folder import Config; from experiments.harness.folder import RunFolder;"
         "run = RunFolder.open('masking', 'digits', Config()); print(run.path, run.resumed)"
     )
     here = Path(__file__).resolve().parent
@@ -365,7 +365,7 @@ def test_figure_of_pyplot_is_closed(folder, monkeypatch):
 
 def test_saving_a_figure_needs_no_pyplot(tmp_path):
     code = (
-        "import sys; from test_run_folder import Config; from experiments.harness.run import *;"
+        "import sys; from test_run_folder import Config; from experiments.harness.folder import *;"
         "from matplotlib.figure import Figure; figure = Figure(); figure.subplots();"
         f"RunFolder.open('m', 'd', Config(), {str(tmp_path / 'run')!r}).save_figure('f', figure);"
         "assert 'matplotlib.pyplot' not in sys.modules"
