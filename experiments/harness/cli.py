@@ -11,11 +11,12 @@ field changed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -54,12 +55,19 @@ def launch(
         SystemExit: Status 2 for bad options and for an `InputError` (one line on standard error),
             130 for an interrupt, 143 for a training that SIGTERM stopped, 0 after `--help`.
     """
-    try:
+    with one_line_errors():
         config = _parse(main, config_class, presets, sys.argv[1:] if argv is None else list(argv))
         refuse_empty(config)
         # Options win over the environment, where an experiment has them.
         start_distributed(*(getattr(config, name, None) for name in ("coordinator", "num_processes", "process_id")))
         main(config)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends a program that is refused or interrupted with one line and the status that `launch` gives."""
+    try:
+        yield
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -100,18 +108,15 @@ def launch_experiment(
     Raises:
         SystemExit: As `launch`.
     """
-    name = described(main)[0].rpartition(".")[2]
+    name = described(main)[0].split()[-1].rpartition(".")[2]
 
     def run(config: ConfigT) -> None:
         execute(name, main, config, load, columns)
 
     run.__module__ = main.__module__
     given = sys.argv[1:] if argv is None else list(argv)
-    try:
+    with one_line_errors():
         given = with_written(given, name)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     launch(run, config_class, presets, given)
 
 

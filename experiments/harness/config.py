@@ -217,7 +217,7 @@ def check(config: DataclassInstance) -> None:
         if one.bounds is None:
             continue
         for value in values:
-            if value is not None and not one.bounds.allows(value):
+            if isinstance(value, int | float) and not one.bounds.allows(value):
                 kind = "numbers" if several else "a number"
                 raise InputError(f"{one.option} {value:g}: give {kind} {one.bounds}")
         if one.bounds.unique and len(set(values)) < len(values):

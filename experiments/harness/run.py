@@ -81,7 +81,7 @@ class Run(Generic[DataT]):
         self._shown: list[str] = []
         self._figures: list[Path] = []
         self._tables: dict[str, list[str]] = {}
-        self._record = {
+        self._record: dict[str, Any] = {
             "experiment": experiment,
             "version": ma.__version__,
             "jax": jax.__version__,
@@ -208,6 +208,7 @@ class Run(Generic[DataT]):
         self.folder.save_table(name, rows)
         self._describe(name, [str(column) for row in rows for column in row])
         if show is not None:
+            self._record.setdefault("table", name)
             self._shown.append(table_text(show))
 
     def dataset(self, name: str, dataset: xr.Dataset) -> None:
