@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,12 @@ class Schedule:
     sends the same programs.
 
     Attributes:
-        num_steps: of the run. per_call: steps per dispatch. log: steps per line of metrics. evaluate, save: or None.
+        num_steps: of the run.
+        per_call: steps per dispatch.
+        log: steps per line of metrics.
+        evaluate: steps from one evaluation to the next, or None.
+        save: steps from one checkpoint to the next, or None.
+        evaluate_at: single steps that are evaluated as well, ascending.
     """
 
     num_steps: int
@@ -75,6 +80,7 @@ class Schedule:
     log: int
     evaluate: int | None
     save: int | None
+    evaluate_at: Sequence[int] = ()
 
     def next_end(self, step: int) -> int:
         """Where the dispatch that begins after a step ends.
@@ -84,11 +90,16 @@ class Schedule:
             10
         """
         periods = (p for p in (self.per_call, self.log, self.evaluate, self.save) if p is not None)
-        return min(self.num_steps, *(step // period * period + period for period in periods))
+        chosen = (at for at in self.evaluate_at if at > step)
+        return min(self.num_steps, *(step // period * period + period for period in periods), *chosen)
 
     def due(self, period: int | None, step: int) -> bool:
         """Whether something of a period, or at the end, is due after a step."""
         return period is not None and (step % period == 0 or step == self.num_steps)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation is due after a step."""
+        return step in self.evaluate_at or self.due(self.evaluate, step)
 
 
 def fit(
@@ -101,6 +112,7 @@ def fit(
     log: MetricLog | None = None,
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
+    evaluate_at: Sequence[int] | None = None,
     steps_per_call: int | None = None,
     log_every: int | None = None,
 ) -> TrainState:
@@ -125,7 +137,8 @@ def fit(
         checkpoints: where to save and to go on from.
         log: where metrics go; started here.
         evaluate: (state, step) -> values, numbers or one per member [E]; called by all processes.
-        evaluate_every: steps from one evaluation to the next; None for the end only.
+        evaluate_every: steps from one evaluation to the next; None for the end only, or for ``evaluate_at`` alone.
+        evaluate_at: single steps to evaluate after, in 1..num_steps.
         steps_per_call: steps per dispatch; None: those of ``training``.
         log_every: steps per line of metrics, which has their mean; None: ``steps_per_call``.
 
@@ -145,8 +158,9 @@ def fit(
         num_steps,
         steps_per_call or training.steps_per_call,
         log_every or steps_per_call or training.steps_per_call,
-        None if evaluate is None else evaluate_every or num_steps,
+        None if evaluate is None else evaluate_every or (None if evaluate_at else num_steps),
         None if checkpoints is None else checkpoints.every,
+        () if evaluate is None else sorted(evaluate_at or ()),
     )
     feed = source if isinstance(source, Feed) else ResidentImages(source)
     step, window = 0, _Window()
@@ -206,7 +220,7 @@ class _Loop:
             # The device has work again: now the results of the dispatch before can be waited for.
             self._read()
             self.unread = begin, metrics
-            evaluating, saving = schedule.due(schedule.evaluate, step), schedule.due(schedule.save, step)
+            evaluating, saving = schedule.evaluates(step), schedule.due(schedule.save, step)
             agreed = checkpoints is not None and checkpoints.reached_preemption()
             if not (evaluating or saving or agreed or signals.received):
                 continue
