@@ -1,0 +1,109 @@
+"""What holds for every experiment: it is listed, says how it is used, and trains on the same images as the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.__main__ import ROOT, experiments, main
+from experiments.harness.config import RunConfig, settings
+from experiments.harness.data import Split
+
+LISTED = experiments()
+NAMES = [one.name for one in LISTED]
+# On data of their own, or on none: their commands are no experiments on one data set.
+COMMANDS = {"prepare_data", "runs", "stream_moments"}
+
+
+def module(name: str):
+    return importlib.import_module(f"experiments.{name}" + (".__main__" if (ROOT / name).is_dir() else ""))
+
+
+def test_everything_at_the_top_runs():
+    entries = {path.stem for path in ROOT.iterdir()} - {"__init__", "__main__", "__pycache__", "harness", "README"}
+    assert entries == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_experiment_says_what_it_asks_and_how_long_it_takes(name):
+    listed = LISTED[NAMES.index(name)]
+    assert listed.question and listed.paper and re.search(r"\d", listed.time)
+    assert f"python -m experiments.{name}" in (module(name).__doc__ or "")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_is_given(name, monkeypatch, capsys):
+    found = module(name)
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    ending = compile(_ending(found), name, "exec")
+    with pytest.raises(SystemExit) as end:
+        exec(ending, vars(found))
+    assert end.value.code == 0
+    assert f"usage: python -m experiments.{name}" in capsys.readouterr().out
+
+
+def _ending(found) -> str:
+    """What a module does when it is run."""
+    text = Path(found.__file__).read_text(encoding="utf-8")
+    return text.partition('if __name__ == "__main__":\n')[2].replace("\n    ", "\n").strip()
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - COMMANDS))
+def test_every_experiment_draws_the_same_images(name):
+    """The same data, sizes and seed are the same images to train, to validate and to test on."""
+    found = module(name)
+    drawn = {"data": "digits", "max_train": 300, "max_test": 100, "seed": 3}
+    if not issubclass(found.Config, RunConfig):
+        assert not {"max_train", "max_test"} & {field.name for field in dataclasses.fields(found.Config)}
+        return
+    config = dataclasses.replace(found.PRESETS["laptop"], **drawn)
+    load = getattr(found, "load", Split.load)
+    assert dict(load(config).fingerprint) == Split.load(RunConfig(**drawn)).fingerprint
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - COMMANDS))
+def test_words_mean_the_same_everywhere(name):
+    """One vocabulary: no experiment has its own word for what all of them have."""
+    options = {one.option for one in settings(module(name).PRESETS["laptop"])}
+    others = {"--epochs", "--batch-size", "--learning-rate", "--objective", "--network.epochs", "--network.batch-size"}
+    assert not options & others
+    assert not {o for o in options if "warmup" in o or "weight-decay" in o} - {
+        "--training.warmup-epochs",
+        "--training.weight-decay",
+    }
+
+
+def test_a_misspelt_name_gets_the_nearest_one(capsys):
+    assert main(["maskng_sweep"]) == 2
+    assert capsys.readouterr().err == "error: there is no experiment 'maskng_sweep': did you mean masking_sweep?\n"
+    command = [sys.executable, "-m", "experiments.theorem_chek"]
+    run = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and "did you mean theorem_check?" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_the_list_names_every_experiment(capsys):
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in NAMES)
+
+
+def test_readme_of_the_experiments_has_the_same_list():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for one in LISTED:
+        assert f"| `{one.name}` | {one.paper} | {one.time} | {one.question} |" in text
+
+
+def test_minimal_is_an_experiment_to_copy(tmp_path, capsys):
+    found = module("minimal")
+    assert len(Path(found.__file__).read_text().splitlines()) < 85
+    from experiments.harness.run import execute
+
+    execute("minimal", found.main, found.Config(ks=(2, 8), out=str(tmp_path / "run")), Split.load, found.COLUMNS)
+    assert {"curve.png", "rows.csv", "summary.txt", "columns.md"} <= {p.name for p in (tmp_path / "run").iterdir()}
+    assert "8 features" in capsys.readouterr().out
