@@ -6,11 +6,11 @@
 
 A table stands between two comments. The first says where it comes from, as JSON::
 
-    <!-- table {"run": "NAME", "csv": "masks", "columns": {"score": "r2 .0%"}} -->
+    <!-- table {"run": "NAME", "csv": "masks", "query": "k == 2", "columns": {"score": "r2 .0%"}} -->
     <!-- /table -->
 
-    <!-- table {"run": "NAME", "csv": "masks", "query": "k == 2", "columns": {"r2": "r2 .0%"}} -->
-selects rows as :meth:`pandas.DataFrame.query` does. The command and the date of the run stand below the table.
+``columns`` maps the head of a column to a column of the CSV and, after a space, its format. ``query`` may be left out; it
+selects rows as pandas does. The command and the date of the run stand below the table.
 """
 
 from __future__ import annotations
