@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import math
 import os
 import statistics
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from flax import nnx
 from benchmarks.flops import count_flops
 from benchmarks.start import check_counts, machine, start
 from benchmarks.timing import MatmulRate, median_ratio, take_turns
+from mae_align.corruption import FixedCountPatchMasking
 from mae_align.models import (
     VIT_NANO,
     VIT_TINY,
@@ -119,7 +119,12 @@ class Case:
 
 
 def _vit(size: VitSize, batch: int, steps: int) -> Case:
-    return Case(Network.VIT, {"patch_size": _PATCH, "mask_ratio": _RATIO, **dataclasses.asdict(size)}, batch, steps)
+    return Case(
+        Network.VIT,
+        {"corruption": FixedCountPatchMasking.from_ratio(_PATCH, _RATIO, _SHAPE), **dataclasses.asdict(size)},
+        batch,
+        steps,
+    )
 
 
 def cases(tiny: bool) -> dict[Network, Case]:
@@ -334,7 +339,7 @@ def _torch_run(torch_models: Any, case: Case, images: np.ndarray, half: bool) ->
         widths = {f.name: case.arguments[f.name] for f in dataclasses.fields(VitSize)}
         model = torch_models.MaskedAutoencoder(
             normalize,
-            torch_models.MaskedSizes(_SHAPE, _PATCH, round((1 - _RATIO) * math.prod(grid)), **widths),
+            torch_models.MaskedSizes(_SHAPE, _PATCH, case.arguments["corruption"].num_visible, **widths),
             norm_pix=True,
             approximate="tanh",
             positions=sincos_positions(grid, widths["width"]),

@@ -1,6 +1,9 @@
 """What does an autoencoder learn, beside what its closed form says, and what does a little guidance change?
 
-Sec. 5 of Balestriero & LeCun (2024), arXiv 2402.11337. Dense, convolutional or residual autoencoders with a
+Paper: Sec. 5
+Time: 1 minute
+
+Balestriero & LeCun (2024), arXiv 2402.11337. Dense, convolutional or residual autoencoders with a
 bottleneck, plain or denoising (hidden patches, Gaussian noise), trained side by side: one for every seed, learning rate
 and guidance weight. With guidance g the loss is reconstruction + g cross-entropy of a linear head on the code; at 0 the
 head only watches. At the end, in one report: the closed form for the same corruption (Theorem 3), probes on the trained
@@ -13,17 +16,17 @@ chosen is chosen on validation images, everything that is reported is measured o
     python -m experiments.train_autoencoder --corruption gaussian_noise --sigma 4
     python -m experiments.train_autoencoder --preset paper --data folder:DIR         # ResNet-34 at 224 pixels
 
-Of several learning rates the best on validation images is reported. The run folder holds config.json, metrics.jsonl,
-TensorBoard event files, checkpoints, the report as CSV and netCDF, and figures. Killed at any moment, also by SIGTERM,
-the same command goes on where it stopped.
+Of several ``--learning-rates`` the best on validation images is reported. Tables: results (every probe on everything),
+comparisons, report (the networks beside the closed form), closed_form. Checkpoints and metrics lie in ``networks``.
+Killed at any moment, also by SIGTERM, the same command goes on where it stopped; with other ``--probes`` or ``--ends``
+it adds what is missing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-import math
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +35,14 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 import mae_align as ma
-from experiments.harness.cli import launch
-from experiments.harness.train_common import LabelledSplit, TrainConfig, check_numbers, members
-from experiments.harness.train_loop import Problem
-from experiments.harness.train_figures import Column, picture_figure
-from experiments.harness.train_main import run
+from experiments.harness.cli import launch_experiment
+from experiments.harness.config import Bounds, Count, Positive, Training
+from experiments.harness.data import Split
+from experiments.harness.ensembles import Problem, TrainedConfig, members_of
+from experiments.harness.figures import Column, picture_figure
+from experiments.harness.report import COLUMNS
+from experiments.harness.run import Run
+from experiments.harness.training_report import train_and_report
 from mae_align.corruption import Corruption
 from mae_align.models import (
     ConvAutoencoder,
@@ -67,43 +73,41 @@ class Noise(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(TrainConfig):
+class Config(TrainedConfig):
     """Settings of autoencoders."""
 
     network: Network = Network.mlp
     """Dense layers, strided convolutions, or residual blocks."""
-    latent: int = 16
+    latent: Count = 16
     """Width of the code, the number of features."""
-    widths: tuple[int, ...] = (256,)
+    widths: Annotated[tuple[int, ...], Bounds(least=1)] = (256,)
     """Widths of dense layers, or channels after each halving by convolutions; blocks of each residual stage."""
-    resnet_width: int = 64
+    resnet_width: Count = 64
     """Channels of the first residual stage; each further one has twice as many."""
-    stem_stride: int = 1
+    stem_stride: Count = 1
     """Stride of the first convolution of a residual network: 4 for images of 224 pixels."""
     corruption: Noise = Noise.patches
     """What is done to the input: nothing, independently hidden patches, or Gaussian noise."""
-    patch_size: int = 2
+    patch_size: Count = 2
     """Side of the square patches, in pixels. Where it does not divide the image, patches at the border are smaller."""
-    mask_ratio: float = 0.5
+    mask_ratio: Annotated[float, Bounds(least=0, below=1)] = 0.5
     """Probability with which each patch is hidden: from 0 to below 1."""
-    sigma: float = 2.0
+    sigma: Positive = 2.0
     """Standard deviation of the noise, in the units of the stored pixels (0 to 255 for most 8-bit images)."""
-    guidance: tuple[float, ...] = (0.0,)
+    guidance: Annotated[tuple[float, ...], Bounds(least=0, unique=True)] = (0.0,)
     """Weights of the cross-entropy of a linear head beside the reconstruction; one network for each."""
 
 
 PRESETS = {
-    "laptop": Config(epochs=60),
+    "laptop": Config(training=Training(epochs=60, learning_rate=1e-3, warmup_epochs=5.0)),
     "paper": Config(
         data="folder:imagenette2",
         image_size=224,
         validation_fraction=0.1,
         seeds=(0,),
-        learning_rates=(2e-4,),
-        epochs=1000,
-        weight_decay=0.0,
-        beta2=0.999,
-        bfloat16=True,
+        training=Training(
+            epochs=1000, learning_rate=2e-4, warmup_epochs=5.0, weight_decay=0.0, beta2=0.999, bfloat16=True
+        ),
         network=Network.resnet,
         latent=512,
         widths=(3, 4, 6, 3),
@@ -114,21 +118,18 @@ PRESETS = {
 }
 
 
-def main(config: Config) -> None:
-    """Train and report on a configuration.
+def main(config: Config, run: Run[Split]) -> None:
+    """Train, probe, and report.
 
     Raises:
-        InputError: bad settings or data, before any long work.
+        InputError: settings that do not fit the data, before any long work.
     """
-    check_numbers(config)
-    _check(config)
-    split = LabelledSplit.load(config)
-    pixels = Pixels.from_images(split.train_images)
+    pixels = Pixels.from_images(run.data.train_images)
     corruption = _corruption(config)
 
     def make_autoencoder(rngs: nnx.Rngs) -> BottleneckAutoencoder:
         common: dict[str, Any] = {"latent": config.latent, "corruption": corruption, "rngs": rngs}
-        common["dtype"] = jnp.bfloat16 if config.bfloat16 else jnp.float32
+        common["dtype"] = jnp.bfloat16 if config.training.bfloat16 else jnp.float32
         if config.network is Network.mlp:
             return MLPAutoencoder(pixels, hidden=config.widths, **common)
         if config.network is Network.conv:
@@ -138,7 +139,7 @@ def main(config: Config) -> None:
         )
 
     def make_guided(rngs: nnx.Rngs) -> GuidedAutoencoder:
-        return GuidedAutoencoder(make_autoencoder(rngs), split.num_classes, rngs=rngs)
+        return GuidedAutoencoder(make_autoencoder(rngs), run.data.num_classes, rngs=rngs)
 
     def given(images: jax.Array, key: jax.Array) -> jax.Array:
         """Images as the network gets them in training."""
@@ -146,18 +147,6 @@ def main(config: Config) -> None:
 
     def restore(model: Any, images: jax.Array, key: jax.Array) -> jax.Array:
         return model.reconstruct(given(images, key))
-
-    runs, guided = members(config, config.guidance), any(config.guidance)
-    problem = Problem(
-        runs,
-        make_autoencoder,
-        make_guided if guided else make_autoencoder,
-        guide if guided else reconstruct,
-        restore,
-        "clean images" if corruption is None else "clean images from corrupted ones",
-        "autoencoder" if guided else "",
-        in_head if guided else None,
-    )
 
     def pictures(model: Any, images: np.ndarray, like: np.ndarray, seed: int) -> Figure:
         shown = given(jnp.asarray(images, jnp.float32), jax.random.key(seed))
@@ -168,9 +157,21 @@ def main(config: Config) -> None:
         what = "the input itself" if corruption is None else "the corrupted image (hidden patches hold the mean image)"
         return picture_figure(columns, f"The network is given {what}, and was trained to return the clean one.")
 
-    widths = " ".join(map(str, config.widths))
-    title = f"Autoencoder ({config.network.value} {widths}, code {config.latent}) on {split.name}: {_words(config)}"
-    run("train_autoencoder", title, config, split, problem, corruption, pictures)
+    guided, widths = any(config.guidance), " ".join(map(str, config.widths))
+    problem = Problem(
+        subject=f"Autoencoder ({config.network.value} {widths}, code {config.latent}), {_words(config)}",
+        members=members_of(config, config.guidance),
+        make_autoencoder=make_autoencoder,
+        make_model=make_guided if guided else make_autoencoder,
+        objective=guide if guided else reconstruct,
+        corruption=corruption,
+        restore=restore,
+        restores="clean images" if corruption is None else "clean images from corrupted ones",
+        pictures=pictures,
+        inside="autoencoder" if guided else "",
+        apart=in_head if guided else None,
+    )
+    train_and_report(config, run, problem)
 
 
 def _corruption(config: Config) -> Corruption | None:
@@ -188,18 +189,5 @@ def _words(config: Config) -> str:
     return f"noise of {config.sigma:g} pixel units" if config.corruption is Noise.gaussian_noise else "clean inputs"
 
 
-def _check(config: Config) -> None:
-    """Refuse what the models do not."""
-    if not 0 <= config.mask_ratio < 1:
-        raise ma.InputError(f"--mask-ratio {config.mask_ratio:g}: give a number from 0 to below 1")
-    if not (math.isfinite(config.sigma) and config.sigma > 0):
-        raise ma.InputError(f"--sigma {config.sigma:g}: give a number over 0")
-    for weight in config.guidance:
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ma.InputError(f"--guidance {weight:g}: give finite weights of at least 0")
-    if len(set(config.guidance)) < len(config.guidance):
-        raise ma.InputError(f"--guidance {' '.join(map(str, config.guidance))} repeats a value: give each once")
-
-
 if __name__ == "__main__":
-    launch(main, Config, PRESETS)
+    launch_experiment(main, Config, PRESETS, COLUMNS)

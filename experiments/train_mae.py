@@ -1,6 +1,9 @@
 """What does a masked autoencoder learn, beside what its closed form says?
 
-Sec. 5 of Balestriero & LeCun (2024), arXiv 2402.11337, and He et al. (2022), arXiv 2111.06377. An ensemble of vision
+Paper: Sec. 5
+Time: 2 minutes
+
+Balestriero & LeCun (2024), arXiv 2402.11337, and He et al. (2022), arXiv 2111.06377. An ensemble of vision
 transformers that see some patches of an image and predict the others, trained side by side from several seeds and
 probed as they learn. At the end, in one report: the linear masked autoencoder in closed form for the same mask
 (Theorem 3), probes on the trained networks beside the same probes on raw pixels, on principal components, on the
@@ -13,17 +16,19 @@ images.
     python -m experiments.train_mae --probes ridge logistic knn mlp --ends fine_tuning from_scratch supervised
     python -m experiments.train_mae --preset paper --data folder:DIR                 # ViT-B at 224 pixels: accelerators
 
-The loss is that of the published method: hidden patches only, each normalised (``--objective norm_pix``), or in raw
-pixels (``hidden``), or over all raw pixels (``matched``), which is what Theorem 3 solves for linear networks.
+The loss is that of the published method: hidden patches only, each normalised (``--loss standard``), or in raw pixels
+(``hidden``), or over all raw pixels (``matched``), which is what Theorem 3 solves for linear networks.
 
-The run folder holds config.json, metrics.jsonl, TensorBoard event files, checkpoints, the report as CSV and netCDF, and
-figures. Killed at any moment, also by SIGTERM, the same command goes on where it stopped.
+Tables: results (every probe on everything), comparisons, report (the networks beside the closed form), closed_form.
+Checkpoints and metrics lie in ``networks``. Killed at any moment, also by SIGTERM, the same command goes on where it
+stopped; with other ``--probes`` or ``--ends`` it adds what is missing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
+import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -31,54 +36,34 @@ import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
 
-from experiments.harness.cli import launch
-from experiments.harness.train_common import LabelledSplit, TrainConfig, check_numbers, members
-from experiments.harness.train_loop import Problem
-from experiments.harness.train_figures import Column, picture_figure
-from experiments.harness.train_main import run
+from experiments.harness.cli import launch_experiment
+from experiments.harness.config import Bounds, Count, Training, Vit
+from experiments.harness.data import Split
+from experiments.harness.ensembles import Probe, Problem, TrainedConfig, members_of
+from experiments.harness.figures import Column, picture_figure
+from experiments.harness.report import COLUMNS
+from experiments.harness.run import Run
+from experiments.harness.training_report import train_and_report
 from mae_align.corruption import FixedCountPatchMasking
-from mae_align.data.patches import patch_hw
-from mae_align.models import AllPixels, MaskedAutoencoder, MaskedPatches, Pixels
+from mae_align.data.patches import patch_grid
+from mae_align.models import Loss, MaskedAutoencoder, Pixels
 from mae_align.train.ensemble import reconstruct
 
-
-class Objective(enum.Enum):
-    """Loss of a masked autoencoder."""
-
-    norm_pix = "norm_pix"
-    hidden = "hidden"
-    matched = "matched"
-
-
-_OBJECTIVES = {
-    Objective.norm_pix: MaskedPatches(norm_pix=True),
-    Objective.hidden: MaskedPatches(norm_pix=False),
-    Objective.matched: AllPixels(),
-}
+_NETWORK = Vit(depth=3)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(TrainConfig):
+class Config(TrainedConfig):
     """Settings of masked autoencoders."""
 
-    patch_size: int = 2
+    patch_size: Count = 2
     """Side of the square patches, in pixels; it divides the image."""
-    mask_ratio: float = 0.75
-    """Share of the patches to hide; the number is rounded, and at least one stays visible."""
-    objective: Objective = Objective.norm_pix
-    """Loss on hidden patches, each normalised (norm_pix) or in raw pixels (hidden), or on all raw pixels (matched)."""
-    width: int = 64
-    """Width of the encoder, the number of features: a multiple of 4."""
-    depth: int = 3
-    """Blocks of the encoder."""
-    heads: int = 4
-    """Attention heads of the encoder."""
-    decoder_width: int = 64
-    """Width of the decoder: a multiple of 4."""
-    decoder_depth: int = 1
-    """Blocks of the decoder."""
-    decoder_heads: int = 4
-    """Attention heads of the decoder."""
+    mask_ratio: Annotated[float, Bounds(least=0, below=1)] = 0.75
+    """Share of the patches to hide; the number is rounded, and at least one must stay visible."""
+    loss: Loss = Loss.standard
+    """Loss on hidden patches, each normalised (standard) or in raw pixels (hidden), or on all raw pixels (matched)."""
+    network: Vit = _NETWORK
+    """Sizes; widths are multiples of 4."""
 
 
 PRESETS = {
@@ -88,14 +73,9 @@ PRESETS = {
         validation_fraction=0.1,
         max_train=10_000,
         seeds=(0,),
-        learning_rates=(2e-3,),
-        batch_size=64,
-        epochs=6,
-        warmup_epochs=1.0,
+        training=Training(epochs=6, batch_size=64, learning_rate=2e-3, warmup_epochs=1.0),
         patch_size=4,
-        width=128,
-        depth=4,
-        decoder_width=128,
+        network=Vit(width=128, depth=4, decoder_width=128),
         end_epochs=10,
         end_learning_rates=(1e-3,),
     ),
@@ -104,71 +84,62 @@ PRESETS = {
         image_size=224,
         validation_fraction=0.1,
         seeds=(0, 1),
-        learning_rates=(3e-4,),
-        epochs=800,
-        warmup_epochs=40.0,
-        batch_size=512,
-        bfloat16=True,
-        probes=tuple(p for p in TrainConfig.probes),
+        training=Training(epochs=800, batch_size=512, learning_rate=3e-4, warmup_epochs=40.0, bfloat16=True),
+        probes=tuple(Probe),
         patch_size=16,
-        width=768,
-        depth=12,
-        heads=12,
-        decoder_width=512,
-        decoder_depth=8,
-        decoder_heads=16,
+        network=Vit(width=768, depth=12, heads=12, decoder_width=512, decoder_depth=8, decoder_heads=16),
         end_epochs=100,
         end_learning_rates=(3e-4,),
     ),
 }
 
 
-def main(config: Config) -> None:
-    """Train and report on a configuration.
+def main(config: Config, run: Run[Split]) -> None:
+    """Train, probe, and report.
 
     Raises:
-        InputError: bad settings or data, before any long work.
+        InputError: settings that do not fit the data, before any long work.
     """
-    check_numbers(config)
-    split = LabelledSplit.load(config)
-    pixels = Pixels.from_images(split.train_images)
+    pixels = Pixels.from_images(run.data.train_images)
+    masking = FixedCountPatchMasking.from_ratio(config.patch_size, config.mask_ratio, pixels.image_shape)
 
     def make_model(rngs: nnx.Rngs) -> MaskedAutoencoder:
         return MaskedAutoencoder(
             pixels,
-            patch_size=config.patch_size,
-            mask_ratio=config.mask_ratio,
-            width=config.width,
-            depth=config.depth,
-            heads=config.heads,
-            decoder_width=config.decoder_width,
-            decoder_depth=config.decoder_depth,
-            decoder_heads=config.decoder_heads,
-            objective=_OBJECTIVES[config.objective],
-            dtype=jnp.bfloat16 if config.bfloat16 else jnp.float32,
+            corruption=masking,
+            objective=config.loss,
+            dtype=jnp.bfloat16 if config.training.bfloat16 else jnp.float32,
             rngs=rngs,
+            **vars(config.network),
         )
 
-    problem = Problem(members(config), make_model, make_model, reconstruct, restore, _RESTORES[config.objective])
-    masking = nnx.eval_shape(lambda: make_model(nnx.Rngs(0))).masking
-    title = (
-        f"Masked autoencoder on {split.name}, {_size(config)}: {describe(masking, split)}, loss on "
-        f"{_WORDS[config.objective]}"
+    number = math.prod(patch_grid(pixels.image_shape, config.patch_size))
+    hidden = f"{number - masking.num_visible} of {number} patches of {config.patch_size}x{config.patch_size} pixels"
+    problem = Problem(
+        subject=f"Masked autoencoder, {hidden} hidden, loss on {_WORDS[config.loss]}",
+        members=members_of(config),
+        make_autoencoder=make_model,
+        make_model=make_model,
+        objective=reconstruct,
+        corruption=masking,
+        restore=restore,
+        restores=_RESTORES[config.loss],
+        pictures=pictures,
     )
-    run("train_mae", title, config, split, problem, masking, pictures)
+    train_and_report(config, run, problem)
 
 
 _WORDS = {
-    Objective.norm_pix: "hidden patches, each normalised",
-    Objective.hidden: "hidden patches in raw pixels",
-    Objective.matched: "all raw pixels",
+    Loss.standard: "hidden patches, each normalised",
+    Loss.hidden: "hidden patches in raw pixels",
+    Loss.matched: "all raw pixels",
 }
 
 
 _RESTORES = {
-    Objective.norm_pix: "hidden patches, with their true means and contrasts lent, beside visible ones as they are",
-    Objective.hidden: "hidden patches beside visible ones as they are",
-    Objective.matched: "all patches of masked images",
+    Loss.standard: "hidden patches, with their true means and contrasts lent, beside visible ones as they are",
+    Loss.hidden: "hidden patches beside visible ones as they are",
+    Loss.matched: "all patches of masked images",
 }
 
 
@@ -176,7 +147,8 @@ def restore(model: MaskedAutoencoder, images: jax.Array, key: jax.Array) -> jax.
     """What a network makes of masked images; visible patches as they are, unless the loss is on them too.
 
     Args:
-        images: [b, h, w, c] in stored units. key: of the masks.
+        images: [b, h, w, c] in stored units.
+        key: of the masks.
 
     Returns:
         [b, h, w, c] float32 in stored units.
@@ -184,20 +156,9 @@ def restore(model: MaskedAutoencoder, images: jax.Array, key: jax.Array) -> jax.
     found = model.predict(images, key)
     own = model.patchify(model.pixels.normalize(images))
     patches = model.objective.pixels_of(found.prediction, own)
-    if not isinstance(model.objective, AllPixels):
+    if model.objective is not Loss.matched:
         patches = jnp.where(found.mask[:, :, None], patches, own)
     return model.pixels.restore(model.unpatchify(patches))
-
-
-def _size(config: Config) -> str:
-    return f"width {config.width}, {config.depth} + {config.decoder_depth} blocks"
-
-
-def describe(masking: FixedCountPatchMasking, split: LabelledSplit) -> str:
-    """The mask in words."""
-    (height, width), (ph, pw) = split.train_images.shape[1:3], patch_hw(masking.patch_size)
-    number = height // ph * (width // pw)
-    return f"{number - masking.num_visible} of {number} patches of {ph}x{pw} pixels hidden"
 
 
 def pictures(model: MaskedAutoencoder, images: np.ndarray, like: np.ndarray, seed: int) -> Figure:
@@ -222,7 +183,7 @@ def pictures(model: MaskedAutoencoder, images: np.ndarray, like: np.ndarray, see
         Column.pixels("input", images, like),
         Column.pixels("visible patches", images, like, painted),
     ]
-    if model.objective == MaskedPatches(norm_pix=True):
+    if model.objective is Loss.standard:
         columns += [
             Column.normalised("target: patches\nnormalised", np.asarray(model.unpatchify(target))),
             Column.normalised("prediction, visible\npatches pasted", np.asarray(model.unpatchify(pasted))),
@@ -241,11 +202,11 @@ def pictures(model: MaskedAutoencoder, images: np.ndarray, like: np.ndarray, see
         ]
         caption = (
             "The loss is on all pixels, of visible patches too."
-            if isinstance(model.objective, AllPixels)
+            if model.objective is Loss.matched
             else "The loss is on hidden patches alone: what is predicted for visible ones was never trained."
         )
     return picture_figure(columns, caption)
 
 
 if __name__ == "__main__":
-    launch(main, Config, PRESETS)
+    launch_experiment(main, Config, PRESETS, COLUMNS)

@@ -5,7 +5,7 @@ from mae_align.closed_form.compare import compare_corruptions, compare_many
 from mae_align.closed_form.corruption_sweep import corruption_sweep
 from mae_align.closed_form.curves import encoder_curves
 from mae_align.closed_form.held_out import paired_se
-from mae_align.closed_form.sweep import RunOptions, gaussian_sweep, lambda_sweep, masking_sweep, sweep
+from mae_align.closed_form.sweep import gaussian_sweep, lambda_sweep, masking_sweep, sweep
 from mae_align.closed_form.targets import Components, HighPass, MatrixTarget, PatchMeanRemoved, TargetOperator
 from mae_align.corruption import (
     AveragePool,
@@ -28,6 +28,7 @@ from mae_align.moments.moments import Moments
 from mae_align.moments.samples import Samples, summarize
 from mae_align.moments.streaming import stream_moments
 from mae_align.runtime.errors import InputError
+from mae_align.runtime.pool import RunOptions
 
 __version__ = "0.1.0"
 

@@ -30,7 +30,8 @@ class FeatureR2(NamedTuple):
     """Share of target variance that a least-squares probe on features explains.
 
     Attributes:
-        r2: on the samples it is fitted on. eval_r2: on held-out ones (may be negative), NaN without.
+        r2: on the samples it is fitted on.
+        eval_r2: on held-out ones (may be negative), NaN without.
     """
 
     r2: float
@@ -41,9 +42,11 @@ class SubspaceErrors(NamedTuple):
     """Reconstruction error as a share of the images' own energy about the training mean.
 
     Attributes:
-        mse: mean squared error of a pixel value, squared pixel units. total: share, 1 for the mean image.
-        top: share within the fewest principal components that carry the given share of the variance. bottom: within the
-            others; NaN where there are none. bands: [B] per band of spatial frequency, NaN where images do not vary.
+        mse: mean squared error of a pixel value, squared pixel units.
+        total: share, 1 for the mean image.
+        top: share within the fewest principal components that carry the given share of the variance.
+        bottom: within the others; NaN where there are none.
+        bands: [B] per band of spatial frequency, NaN where images do not vary.
         top_count: number of components in the top subspace.
     """
 
@@ -59,7 +62,8 @@ class Outputs(NamedTuple):
     """What a network makes of images, in evaluation mode.
 
     Attributes:
-        features: [n, k] of clean training images. eval_features: [m, k] of clean held-out images.
+        features: [n, k] of clean training images.
+        eval_features: [m, k] of clean held-out images.
         reconstructed: [m, h, w, c] of the held-out images, stored pixel units.
     """
 
@@ -112,8 +116,10 @@ def feature_r2(
     """r2 of features as the closed form defines it: 1 - min_W E|y - W z|^2 / tr Syy, without regularisation.
 
     Args:
-        features: [n, k]. targets: [n] labels or numbers, or [n, q]. eval_features, eval_targets: held-out ones, probed
-            with the same W; their r2 is about the training mean. num_classes: for labels.
+        features: [n, k].
+        targets: [n] labels or numbers, or [n, q].
+        eval_features, eval_targets: held-out ones, probed with the same W; their r2 is about the training mean.
+        num_classes: for labels.
 
     Returns:
         Both shares. Constant and dependent features are no obstacle. Cost: n k (k + q) and one eigh of size k.
@@ -152,12 +158,13 @@ def reconstruction_errors(
     With e = x_hat - x, x0 = x - mean and P the projection on a subspace: E|P e|^2 / E|P x0|^2, over these images.
 
     Args:
-        images: [m, h, w, c] clean. reconstructed: likewise, stored pixel units.
+        images: [m, h, w, c] clean.
+        reconstructed: likewise, stored pixel units.
         moments: of the training images: their mean and principal components.
-        share: of the variance, in the top subspace. num_bands: see :mod:`mae_align.data.frequency`.
+        share: of the variance, in the top subspace.
+        num_bands: see :mod:`mae_align.data.frequency`.
         components: of :func:`mae_align.closed_form.targets.varying_components` of the moments, where several networks
-            share them;
-            None: computed.
+            share them; None: computed.
 
     Returns:
         The errors. Cost: m d^2, and one eigh of size d for the components.
@@ -207,7 +214,8 @@ def probe_row(result: ProbeResult, prefix: str = "probe") -> Row:
     """Scores and protocol of a probe as cells PREFIX_accuracy_test, PREFIX_r2_test, PREFIX_name, PREFIX_features, ...
 
     Args:
-        result: of any probe. prefix: of the columns.
+        result: of any probe.
+        prefix: of the columns.
 
     Returns:
         One cell per score and per entry of the protocol; a strength that does not exist is NaN.
@@ -245,13 +253,16 @@ def report_row(
     Args:
         identity: what tells the row from others (data set, model, corruption, seed, ...), first in the row.
         outputs: of the network.
-        moments, eval_moments: of training and held-out images and targets. corruption: of the network; None for none.
-        targets, eval_targets: [n] and [m] as probes take them. eval_images: [m, h, w, c].
+        moments, eval_moments: of training and held-out images and targets.
+        corruption: of the network; None for none.
+        targets, eval_targets: [n] and [m] as probes take them.
+        eval_images: [m, h, w, c].
         probes: by name, which becomes the prefix of their cells.
-        ks: numbers of features of the closed form. share, num_bands: see :func:`reconstruction_errors`.
-        closed_form: the cells of :func:`mae_align.closed_form.predictions.closed_form_row` where several networks
-            share them;
-            None: computed, which is most of the cost. components: likewise, see :func:`reconstruction_errors`.
+        ks: numbers of features of the closed form.
+        share, num_bands: see :func:`reconstruction_errors`.
+        closed_form: the cells of :func:`mae_align.closed_form.predictions.closed_form_row` where several networks share
+            them; None: computed, which is most of the cost.
+        components: likewise, see :func:`reconstruction_errors`.
 
     Returns:
         ``identity``, latent, rankme (of held-out features), feature_r2, feature_eval_r2, the cells of

@@ -1,5 +1,8 @@
 """How far do an image set's principal components serve its labels? Alignment over k, and what lowers it.
 
+Paper: Fig. 2
+Time: 10 seconds
+
 Fig. 2 of Balestriero & LeCun (2024), arXiv 2402.11337. The features of a linear autoencoder are the principal
 components; the curves show how much of the labels a linear probe on k of them explains: r2 in-sample and on held-out
 images, and 100 sqrt(alignment), the score of the published figure (relative to full rank, in-sample). Beside the sets
@@ -13,6 +16,9 @@ themselves, three studies test what the figure suggests, each by changing one th
     python -m experiments.alignment_curves --studies sets --datasets digits idx:DIR npz:FILE
     python -m experiments.alignment_curves --studies background --ks 2 8 32 128
         --background.foreground npz:GLYPHS --background.backgrounds npz:PHOTOS
+
+All studies are of --data unless they name a set of their own. Nothing is chosen: training and validation images are
+fitted together, and held-out r2 is that of the test images.
 
 On 2 CPU cores the first takes 10 s, five sets of up to 60,000 x 784 and 50,000 x 3,072 take 3 minutes (4 GiB), the
 background study of 60,000 x 784 takes 45 s; ``--preset paper`` wants the sets of the published figure as files in the
@@ -28,7 +34,7 @@ import enum
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -36,7 +42,6 @@ import mae_align as ma
 from experiments.alignment_curves.report import report_background, report_classes, report_resolution, report_sets
 from experiments.alignment_curves.studies import (
     Backgrounds,
-    Curve,
     Job,
     Protocol,
     background_jobs,
@@ -48,11 +53,11 @@ from experiments.alignment_curves.studies import (
     run_jobs,
     set_jobs,
 )
-from experiments.harness.cli import launch
-from experiments.harness.data import load_together
-from experiments.harness.folder import RunFolder
-from mae_align.moments.moments import group_of
-from mae_align.runtime.files import PointStore, fingerprint
+from experiments.harness.cli import launch_experiment
+from experiments.harness.config import Bounds, Count, Counts, Groups, Ratios, RunConfig, Workers
+from experiments.harness.data import Split, check_groups
+from experiments.harness.run import Run
+from mae_align.runtime.files import fingerprint
 from mae_align.runtime.processes import refused_together
 
 _PHOTOGRAPHS = "photographs"
@@ -72,11 +77,11 @@ class Study(enum.Enum):
 class Classes:
     """Study of the number of classes."""
 
-    dataset: str = "digits"
-    """A set of many classes."""
-    counts: tuple[int, ...] = (2, 3, 5, 10)
+    dataset: str | None = None
+    """A set of many classes; none for --data."""
+    counts: Annotated[tuple[int, ...], Bounds(least=2, unique=True)] = (2, 3, 5, 10)
     """Numbers of classes; a larger subset contains the smaller ones."""
-    orders: int = 5
+    orders: Count = 5
     """Random orders of the classes; the spread between them gives the standard errors."""
 
 
@@ -84,9 +89,9 @@ class Classes:
 class Resolution:
     """Study of the resolution."""
 
-    dataset: str = "digits"
-    """The set to pool."""
-    factors: tuple[int, ...] = (1, 2, 4)
+    dataset: str | None = None
+    """The set to pool; none for --data."""
+    factors: Counts = (1, 2, 4)
     """Sides of the blocks of pixels that are averaged; each must divide the image."""
 
 
@@ -94,48 +99,57 @@ class Resolution:
 class Background:
     """Study of the background."""
 
-    foreground: str = "digits"
-    """Glyphs, bright on black."""
+    foreground: str | None = None
+    """Glyphs, bright on black; none for --data."""
     backgrounds: str = _PHOTOGRAPHS
     """Natural images to crop: photographs (two that scikit-learn bundles) or a data set."""
-    contrasts: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    contrasts: Ratios = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Contrasts of the background, from 0 (black) to 1."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     """Settings of the alignment curves."""
 
-    datasets: tuple[str, ...] = ("digits",)
-    """Sets of the first figure: digits, idx:DIR, npz:FILE, folder:DIR, tfds:NAME or prepared:DIR."""
+    datasets: tuple[str, ...] | None = None
+    """Sets of the first figure, named as for --data; none for --data alone."""
     studies: tuple[Study, ...] = tuple(Study)
     """Which figures to make: the sets themselves, and three studies that change one thing of one set."""
     classes: Classes = Classes()
     resolution: Resolution = Resolution()
     background: Background = Background()
-    ks: tuple[int, ...] = (8, 16)
+    ks: Counts = (8, 16)
     """Numbers of features for the tables and the summary."""
     center: bool = True
     """Covariances about the mean. Without: moments about zero, as in the first published protocol."""
-    pixel_noise: float | None = None
+    pixel_noise: Annotated[float | None, Bounds(least=0)] = None
     """Variance of the measurement noise of a pixel; none: quantisation, 1/12 for 8-bit images (published: 1e-4)."""
-    image_size: int | None = None
-    """Resize all images to squares of this side, in pixels; none keeps them."""
-    max_train: int | None = None
-    """Use at most so many training images of each set, drawn at random; none for all."""
-    groups: int = 20
+    groups: Groups = 20
     """Groups of test images whose spread gives the standard errors."""
-    seed: int = 0
-    """Of the splits, the class subsets and the background crops."""
-    workers: int | None = None
+    workers: Workers = None
     """Threads; none for one per core, as far as memory goes."""
-    out: str | None = None
-    """Run folder; none for runs/alignment_curves-DATA-HASH."""
+
+    def label_of(self, study: Study) -> str:
+        """The set that a study of one set changes."""
+        own = {
+            Study.classes: self.classes.dataset,
+            Study.resolution: self.resolution.dataset,
+            Study.background: self.background.foreground,
+        }
+        return own.get(study) or self.data
+
+    def labels_of(self, study: Study) -> tuple[str, ...]:
+        """All sets that a study needs, each once."""
+        if study is Study.sets:
+            return self.datasets or (self.data,)
+        others = [self.background.backgrounds] if study is Study.background else []
+        return tuple(dict.fromkeys([self.label_of(study), *(o for o in others if o != _PHOTOGRAPHS)]))
 
 
 PRESETS = {
     "laptop": Config(),
     "paper": Config(
+        data="npz:cifar10.npz",
         datasets=(
             "npz:arabic_characters.npz",
             "npz:arabic_digits.npz",
@@ -150,105 +164,130 @@ PRESETS = {
         ks=(32, 128),
     ),
 }
+_R2 = "share of the label variance (of E|y|^2 with --no-center) that a linear probe on k principal components explains"
+COLUMNS = {
+    "set": "data set",
+    "classes": "number of classes",
+    "order": "number of the random order of the classes",
+    "factor": "side of the blocks that are averaged [pixels]",
+    "contrast": "contrast of the background, 0 is black",
+    "k": "number of features",
+    "d": "pixel values of an image",
+    "n": "images that are fitted",
+    "num_pixels": "pixel values of an image",
+    "num_train": "images that are fitted",
+    "num_test": "test images",
+    "share_of_d": "k over the pixel values of an image",
+    "r2": f"{_R2}, in-sample",
+    "alignment": "the paper's alignment ratio (uncentred Y^T Y, relative to full rank), in-sample",
+    "alignment_percent": "100 sqrt(alignment), in-sample [%]",
+    "eval_r2": f"{_R2}, on test images",
+    "eval_r2_se": "standard error of eval_r2 over groups of test images",
+    "eval_r2_spread": "standard deviation of eval_r2 between orders of the classes",
+    "eval_share": "eval_r2 over its largest value over k",
+    "eval_share_se": "standard error of eval_share over groups of test images",
+    "bound": "k over the number of classes less one, at most 1: what k features can explain of balanced classes",
+    "k90": "smallest k whose r2 reaches 90% of its value at full rank",
+    "eval_k90": "smallest k whose eval_r2 reaches 90% of its largest value over k",
+    "r2_change": "eval_r2 minus that of the first condition",
+    "r2_change_se": "standard error of r2_change, paired over groups of test images or over orders of the classes",
+    "share_change": "eval_share minus that of the first condition",
+    "share_change_se": "standard error of share_change, paired over groups of test images",
+}
 
 
-def main(config: Config) -> None:
-    """Draw the curves of a configuration.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sets:
+    """The data sets of all studies.
+
+    Attributes:
+        name: of the set, or "several". splits: by label. backgrounds: to crop from; None without that study.
+    """
+
+    name: str
+    splits: Mapping[str, Split]
+    backgrounds: Backgrounds | None
+
+    @property
+    def description(self) -> str:
+        """The sets in words, a line for each."""
+        return "\n".join(split.description for split in self.splits.values())
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        """Of the one set, or of all of them together."""
+        prints = {label: split.fingerprint for label, split in self.splits.items()}
+        if len(prints) == 1:
+            return next(iter(prints.values()))
+        parts = ("train", "validation", "test")
+        return {part: fingerprint([], {label: one[part] for label, one in prints.items()}) for part in parts}
+
+    def datasets(self) -> dict[str, ma.ImageDataset]:
+        """By label, the training and validation images together and the test images."""
+        return {
+            label: ma.ImageDataset(*s.refit(), s.test_images, s.test_labels, s.class_names, s.name)
+            for label, s in self.splits.items()
+        }
+
+
+def load(config: Config) -> Sets:
+    """The sets of the chosen studies, each cut up by the one rule.
 
     Raises:
-        InputError: bad settings or data, before any long work.
+        InputError: sets that cannot be read or split.
     """
-    _check_numbers(config)
-    loaded = _load(config)
-    backgrounds = _load_backgrounds(config, loaded)
-    _check_fit(config, loaded)
-    jobs = _jobs(config, loaded, backgrounds)
-    examples = _examples(config, loaded, backgrounds)
-    every = [job for study in jobs.values() for job in study.values()]
-    memory = _check_memory(every)
-    label = next(iter(loaded)) if len(loaded) == 1 else "several"
-    folder = RunFolder.open("alignment_curves", label, config, config.out, ignore=("out", "workers"))
-    arrays = [a for data in loaded.values() for a in _arrays(data)]
-    store = PointStore(
-        folder.points, fingerprint([*arrays, *(backgrounds or ())], {"jobs": [job.key for job in every]})
-    )
-    found = run_jobs(every, store, config.workers, memory)
-    lines: list[str] = []
-    for study, members in jobs.items():
-        curves = {value: found[job.key] for value, job in members.items()}
-        lines += [*_report(study, folder, curves, config, loaded, examples), ""]
-    folder.summary("\n".join([*lines, f"Figures and tables: {folder.path}"]))
-
-
-def _arrays(data: ma.ImageDataset) -> tuple[np.ndarray, ...]:
-    return data.train_images, data.train_labels, data.test_images, data.test_labels
-
-
-def _check_numbers(config: Config) -> None:
-    """Refuse settings that no data could fit."""
-    lists: dict[str, Iterable[Any]] = {
-        "--datasets": config.datasets,
-        "--classes.counts": config.classes.counts,
-        "--resolution.factors": config.resolution.factors,
-        "--background.contrasts": config.background.contrasts,
-        "--ks": config.ks,
-    }
-    for option, values in lists.items():
-        values = list(values)
-        if len(set(values)) < len(values):
-            raise ma.InputError(f"{option} {_words(values)} repeats a value: give each once")
-    for contrast in config.background.contrasts:
-        if not 0 <= contrast <= 1:
-            raise ma.InputError(f"--background.contrasts {contrast:g}: give numbers from 0 to 1")
-    if min(config.ks) < 1:
-        raise ma.InputError(f"--ks {_words(config.ks)}: give numbers of at least 1")
-    for option, value in (("--groups", config.groups), ("--classes.orders", config.classes.orders)):
-        if value < 1:
-            raise ma.InputError(f"{option} {value}: give a number of at least 1")
-    if config.max_train is not None and config.max_train < 2:
-        raise ma.InputError(f"--max-train {config.max_train}: give at least 2 images")
-    if config.pixel_noise is not None and not (math.isfinite(config.pixel_noise) and config.pixel_noise >= 0):
-        raise ma.InputError(f"--pixel-noise {config.pixel_noise:g}: give a variance of at least 0")
-
-
-def _labels(config: Config) -> list[str]:
-    """The data sets that the chosen studies need, each once."""
-    needed = {
-        Study.sets: config.datasets,
-        Study.classes: (config.classes.dataset,),
-        Study.resolution: (config.resolution.dataset,),
-        Study.background: (config.background.foreground,),
-    }
-    return list(dict.fromkeys(label for study in config.studies for label in needed[study]))
-
-
-def _load(config: Config) -> dict[str, ma.ImageDataset]:
-    """The data sets by label, training images thinned out where asked for."""
-    loaded = {}
-    for label in _labels(config):
-        data = load_together(label, image_size=config.image_size, seed=config.seed)
-        n = len(data.train_labels)
-        if config.max_train is not None and n > config.max_train:
-            rows = np.sort(np.random.default_rng(config.seed).choice(n, config.max_train, replace=False))
-            data = dataclasses.replace(data, train_images=data.train_images[rows], train_labels=data.train_labels[rows])
-        loaded[label] = data
-    return loaded
-
-
-def _load_backgrounds(config: Config, loaded: Mapping[str, ma.ImageDataset]) -> Backgrounds | None:
+    splits: dict[str, Split] = {}
+    for label in dict.fromkeys(label for study in config.studies for label in config.labels_of(study)):
+        try:
+            splits[label] = Split.load(dataclasses.replace(config, data=label))
+        except ma.InputError as error:
+            if label != config.background.backgrounds:
+                raise
+            raise ma.InputError(f"--background.backgrounds: {error} (or {_PHOTOGRAPHS})") from None
+    name = next(iter(splits.values())).name if len(splits) == 1 else "several"
     if Study.background not in config.studies:
-        return None
-    label = config.background.backgrounds
-    if label == _PHOTOGRAPHS:
+        return Sets(name, splits, None)
+    if config.background.backgrounds == _PHOTOGRAPHS:
         with refused_together():
             found = photographs()
     else:
-        try:
-            data = loaded.get(label) or load_together(label, image_size=config.image_size, seed=config.seed)
-        except ma.InputError as error:
-            raise ma.InputError(f"--background.backgrounds: {error} (or {_PHOTOGRAPHS})") from None
-        found = Backgrounds(data.train_images, data.test_images)
-    return like_foreground(found, loaded[config.background.foreground].image_shape[2])
+        split = splits[config.background.backgrounds]
+        found = Backgrounds(split.refit()[0], split.test_images)
+    channels = splits[config.label_of(Study.background)].image_shape[2]
+    return Sets(name, splits, like_foreground(found, channels))
+
+
+def main(config: Config, run: Run[Sets]) -> None:
+    """Draw the curves of a configuration.
+
+    Raises:
+        InputError: settings that do not fit the data, before any long work.
+    """
+    loaded = run.data.datasets()
+    _check_fit(config, loaded)
+    jobs = _jobs(config, loaded, run.data.backgrounds)
+    examples = _examples(config, loaded, run.data.backgrounds)
+    every = [job for study in jobs.values() for job in study.values()]
+    memory = _check_memory(every)
+    found = run_jobs(every, run.store, config.workers, memory)
+    curves: dict[Study, dict[Any, Any]] = {
+        study: {value: found[job.key] for value, job in members.items()} for study, members in jobs.items()
+    }
+    r2_name = "r2: share of label variance" if config.center else "r2 about zero: share of E|y|^2"
+    sentences: list[str] = []
+    if Study.classes in curves:
+        sentences += report_classes(run, curves[Study.classes], config.ks, r2_name)
+    if Study.resolution in curves:
+        shape = loaded[config.label_of(Study.resolution)].image_shape
+        sentences += report_resolution(run, curves[Study.resolution], config.ks, r2_name, shape)
+    if examples is not None:
+        sentences += report_background(run, curves[Study.background], config.ks, r2_name, examples)
+    if Study.sets in curves:
+        of_sets = report_sets(run, curves[Study.sets], config.ks, r2_name)
+        # Three sentences are enough: beside three studies, the table alone compares the sets.
+        sentences += of_sets if len(sentences) < 3 else []
+    run.notes.append(f"Tables: {r2_name}; changes are against the first condition of a study, on test images.")
+    run.verdict(*sentences)
 
 
 def _check_fit(config: Config, loaded: Mapping[str, ma.ImageDataset]) -> None:
@@ -259,34 +298,31 @@ def _check_fit(config: Config, loaded: Mapping[str, ma.ImageDataset]) -> None:
             raise ma.InputError(
                 f"--ks {_words(config.ks)}: images of {label} have {most} pixel values, give a smaller k"
             )
-        members = np.bincount(group_of(np.arange(len(data.test_labels)), config.groups), minlength=config.groups)
-        if not members.all():
-            raise ma.InputError(
-                f"--groups {config.groups}: the {len(data.test_labels)} test images of {label} leave a group empty, "
-                "give fewer groups"
-            )
+        check_groups(config.groups, len(data.test_labels))
     if Study.classes in config.studies:
-        data = loaded[config.classes.dataset]
+        label = config.label_of(Study.classes)
+        data = loaded[label]
         for count in config.classes.counts:
-            if not 2 <= count <= data.num_classes:
+            if count > data.num_classes:
                 raise ma.InputError(
-                    f"--classes.counts {count}: {config.classes.dataset} has {data.num_classes} classes, "
+                    f"--classes.counts {count}: {label} has {data.num_classes} classes, "
                     f"give numbers from 2 to {data.num_classes}"
                 )
         fewest = np.bincount(data.train_labels, minlength=data.num_classes).min() * min(config.classes.counts)
         if fewest < 2 * max(config.classes.counts):
             raise ma.InputError(
                 f"--classes.counts {_words(config.classes.counts)}: equal numbers of training images would leave fewer "
-                f"than 2 of each class of {config.classes.dataset}, give counts that are closer"
+                f"than 2 of each class of {label}, give counts that are closer"
             )
     if Study.resolution in config.studies:
-        h, w, _ = loaded[config.resolution.dataset].image_shape
+        label = config.label_of(Study.resolution)
+        h, w, _ = loaded[label].image_shape
         for factor in config.resolution.factors:
-            if factor < 1 or h % factor or w % factor:
+            if h % factor or w % factor:
                 divisors = [f for f in range(1, min(h, w) + 1) if h % f == 0 and w % f == 0]
                 raise ma.InputError(
                     f"--resolution.factors {factor} does not divide the {h} x {w} images of "
-                    f"{config.resolution.dataset}: give some of {_words(divisors)}"
+                    f"{label}: give some of {_words(divisors)}"
                 )
 
 
@@ -297,16 +333,16 @@ def _jobs(
     protocol = Protocol(config.center, config.groups, config.pixel_noise)
     jobs: dict[Study, dict[Any, Job]] = {}
     if Study.sets in config.studies:
-        jobs[Study.sets] = dict(set_jobs({label: loaded[label] for label in config.datasets}, protocol))
+        jobs[Study.sets] = dict(set_jobs({label: loaded[label] for label in config.labels_of(Study.sets)}, protocol))
     if Study.classes in config.studies:
         counts = sorted(config.classes.counts)
-        data = loaded[config.classes.dataset]
+        data = loaded[config.label_of(Study.classes)]
         jobs[Study.classes] = dict(class_jobs(data, counts, config.classes.orders, config.seed, protocol))
     if Study.resolution in config.studies:
-        data = loaded[config.resolution.dataset]
+        data = loaded[config.label_of(Study.resolution)]
         jobs[Study.resolution] = dict(resolution_jobs(data, sorted(config.resolution.factors), protocol))
     if backgrounds is not None:
-        data, contrasts = loaded[config.background.foreground], sorted(config.background.contrasts)
+        data, contrasts = loaded[config.label_of(Study.background)], sorted(config.background.contrasts)
         jobs[Study.background] = dict(background_jobs(data, backgrounds, contrasts, config.seed, protocol))
     return jobs
 
@@ -317,11 +353,12 @@ def _examples(
     """The first test images at each contrast, [contrasts, images, h, w, c]; refuses what cannot be blended."""
     if backgrounds is None:
         return None
-    data = loaded[config.background.foreground]
+    label = config.label_of(Study.background)
+    data = loaded[label]
     try:
         made = [blended(data, backgrounds, c, config.seed).test_images for c in sorted(config.background.contrasts)]
     except ma.InputError as error:
-        raise ma.InputError(f"{config.background.foreground} over {config.background.backgrounds}: {error}") from None
+        raise ma.InputError(f"{label} over {config.background.backgrounds}: {error}") from None
     return np.stack([images[:_EXAMPLES] for images in made])
 
 
@@ -343,27 +380,5 @@ def _words(values: Iterable[Any]) -> str:
     return " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
 
 
-def _report(
-    study: Study,
-    folder: RunFolder,
-    curves: dict[Any, Curve],
-    config: Config,
-    loaded: Mapping[str, ma.ImageDataset],
-    examples: np.ndarray | None,
-) -> list[str]:
-    """Files of one study, and its part of the summary."""
-    r2_name = "r2: share of label variance" if config.center else "r2 about zero: share of E|y|^2"
-    if study is Study.sets:
-        return report_sets(folder, curves, config.ks, r2_name)
-    if study is Study.classes:
-        return report_classes(folder, curves, config.ks, r2_name, config.classes.dataset)
-    if study is Study.resolution:
-        label = config.resolution.dataset
-        return report_resolution(folder, curves, config.ks, r2_name, label, loaded[label].image_shape)
-    assert examples is not None
-    over = f"{config.background.foreground} over {config.background.backgrounds}"
-    return report_background(folder, curves, config.ks, r2_name, over, examples)
-
-
 if __name__ == "__main__":
-    launch(main, Config, PRESETS)
+    launch_experiment(main, Config, PRESETS, COLUMNS, load)

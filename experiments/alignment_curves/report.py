@@ -1,18 +1,19 @@
-"""Tables, files and plain sentences of the alignment curves."""
+"""Tables, files and sentences of the alignment curves."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 import mae_align as ma
 from experiments.alignment_curves import figures
 from experiments.alignment_curves.studies import Curve
-from experiments.harness.folder import RunFolder
+from experiments.harness.run import Run
 
 Row = dict[str, Any]
 _CURVE_COLUMNS = {
@@ -52,23 +53,11 @@ def curve_dataset(curves: Mapping[Any, Curve], dim: str) -> xr.Dataset:
         return np.pad(np.asarray(values, np.float64), (0, longest - len(values)), constant_values=np.nan)
 
     k = np.arange(1, longest + 1)
+    names = {"r2": "r2", "alignment": "alignment", "alignment_percent": "percent"}
+    names |= {"eval_r2": "eval_r2", "eval_r2_se": "eval_r2_se"}
     data = {
-        name: (
-            (dim, "k"),
-            np.stack([padded(getattr(curve, attribute)) for curve in curves.values()]),
-            {"long_name": text},
-        )
-        for name, attribute, text in (
-            ("r2", "r2", "share of the label variance a linear probe explains, in-sample"),
-            (
-                "alignment",
-                "alignment",
-                "the paper's alignment ratio (uncentred Y^T Y, relative to full rank), in-sample",
-            ),
-            ("alignment_percent", "percent", "100 sqrt(alignment), in-sample [%]"),
-            ("eval_r2", "eval_r2", "r2 on held-out images"),
-            ("eval_r2_se", "eval_r2_se", "standard error of eval_r2"),
-        )
+        name: ((dim, "k"), np.stack([padded(getattr(curve, attribute)) for curve in curves.values()]))
+        for name, attribute in names.items()
     }
     sizes = {
         name: (dim, [int(getattr(curve, name)) for curve in curves.values()])
@@ -163,20 +152,17 @@ def _se(influence: np.ndarray) -> float:
     return float(ma.paired_se(influence[:, None])[0])
 
 
-def table_text(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> str:
-    """Rows as a plain-text table.
+def shown(rows: Sequence[Row], columns: Mapping[str, str]) -> pd.DataFrame:
+    """A table of the summary.
 
     Args:
-        title: line above. rows: the table.
+        rows: the table.
         columns: format of a cell by its heading, with the row's names as fields, such as ``"{r2:.3f}"``.
 
     Returns:
-        The text.
+        The formatted cells.
     """
-    lines = [list(columns), *([pattern.format(**row) for pattern in columns.values()] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([title, *text])
+    return pd.DataFrame([{head: pattern.format(**row) for head, pattern in columns.items()} for row in rows])
 
 
 def change_text(change: float, se: float) -> str:
@@ -194,164 +180,118 @@ def change_text(change: float, se: float) -> str:
     return numbers if abs(change) >= 2 * se and change != 0 else f"no detectable difference ({numbers})"
 
 
-def set_sentences(rows: Sequence[Row]) -> Iterator[str]:
-    """Which set is how far aligned with its principal components."""
-    for k in dict.fromkeys(row["k"] for row in rows):
-        at = sorted((row for row in rows if row["k"] == k), key=lambda row: -row["alignment_percent"])
-        if len(at) > 1:
-            order = ", ".join(f"{row['set']} {row['alignment_percent']:.1f}" for row in at)
-            yield f"k = {k}, 100 sqrt(alignment) from high to low: {order}."
-    for row in {row["set"]: row for row in rows}.values():
-        share = 100 * row["eval_k90"] / row["d"]
-        yield f"{row['set']}: 90% of its best held-out r2 takes k = {row['eval_k90']}, {share:.1f}% of d = {row['d']}."
-
-
-def class_sentences(rows: Sequence[Row]) -> Iterator[str]:
-    """What more classes change, where the number of features does not itself limit it."""
-    few, many = rows[0]["classes"], rows[-1]["classes"]
-    if few == many:
-        return
-    for row in (row for row in rows if row["classes"] == many):
-        start = next(r["eval_r2"] for r in rows if r["k"] == row["k"] and r["classes"] == few)
-        text = (
-            f"From {few} to {many} classes (equal numbers of training images) at k = {row['k']}, held-out r2 goes from "
-            f"{start:.3f} to {row['eval_r2']:.3f}: {change_text(row['r2_change'], row['r2_change_se'])}"
-        )
-        if row["bound"] < 1:
-            text += f"; k features cannot pass {row['bound']:.3f} with {many} balanced classes"
-        yield text + "."
-
-
-def resolution_sentences(rows: Sequence[Row]) -> Iterator[str]:
-    """What average pooling changes at equal k."""
-    fine, coarse = rows[0]["factor"], rows[-1]["factor"]
-    if fine == coarse:
-        return
-    for k in dict.fromkeys(row["k"] for row in rows):
-        at = [row for row in rows if row["k"] == k and "r2_change" in row]
-        if at and at[-1]["factor"] != fine:
-            row = at[-1]
-            yield (
-                f"Pooling {row['factor']} x {row['factor']} at k = {k} (d = {at[0]['d']} to {row['d']}): held-out r2 "
-                f"{at[0]['eval_r2']:.3f} to {row['eval_r2']:.3f}, {change_text(row['r2_change'], row['r2_change_se'])}."
-            )
-
-
-def background_sentences(rows: Sequence[Row]) -> Iterator[str]:
-    """What the background alone changes: same glyphs, same labels."""
-    low, high = rows[0]["contrast"], rows[-1]["contrast"]
-    if low == high:
-        return
-    for row in (row for row in rows if row["contrast"] == high):
-        start = next(r for r in rows if r["k"] == row["k"] and r["contrast"] == low)
-        yield (
-            f"Background contrast {low:g} to {high:g} at k = {row['k']}, same glyphs and labels: held-out r2 "
-            f"{start['eval_r2']:.3f} to {row['eval_r2']:.3f}, {change_text(row['r2_change'], row['r2_change_se'])}; "
-            f"its share of the best r2 {start['eval_share']:.3f} to {row['eval_share']:.3f}, "
-            f"{change_text(row['share_change'], row['share_change_se'])}; 100 sqrt(alignment) "
-            f"{start['alignment_percent']:.1f} to {row['alignment_percent']:.1f}."
-        )
-    start, end = rows[0], rows[-1]
-    yield (
-        f"90% of the best held-out r2 takes k = {start['eval_k90']} of {start['d']} at contrast {low:g} and "
-        f"k = {end['eval_k90']} at contrast {high:g}."
+def set_sentence(rows: Sequence[Row]) -> str:
+    """Which set is how far aligned with its principal components, and how many of them it takes."""
+    k = rows[-1]["k"]
+    at = sorted((row for row in rows if row["k"] == k), key=lambda row: -row["alignment_percent"])
+    order = ", ".join(f"{row['set']} {row['alignment_percent']:.1f} ({row['eval_k90']} of {row['d']})" for row in at)
+    return (
+        f"100 sqrt(alignment) at k = {k} from high to low, and in brackets the k of d for 90% of the best held-out r2: "
+        f"{order}."
     )
 
 
-def report_sets(folder: RunFolder, curves: Mapping[str, Curve], ks: Sequence[int], r2_name: str) -> list[str]:
+def change_sentence(rows: Sequence[Row], name: str, what: str) -> list[str]:
+    """What changing one thing from its first to its last value does to held-out r2; nothing for one value.
+
+    Args:
+        rows: by condition and k, the first condition first. name: of the condition. what: of it in words.
+    """
+    first, last = rows[0][name], rows[-1][name]
+    at = [row for row in rows if row[name] == last and "r2_change" in row]
+    if first == last or not at:
+        return []
+    words = []
+    for row in at:
+        start = next(r["eval_r2"] for r in rows if r["k"] == row["k"] and r[name] == first)
+        limit = f" (k features cannot pass {row['bound']:.3f})" if row.get("bound", 1) < 1 else ""
+        change = change_text(row["r2_change"], row["r2_change_se"])
+        words.append(f"k = {row['k']}: {start:.3f} to {row['eval_r2']:.3f}{limit}, {change}")
+    return [f"Held-out r2 {what.format(first, last)}: {'; '.join(words)}."]
+
+
+def report_sets(run: Run[Any], curves: Mapping[str, Curve], ks: Sequence[int], r2_name: str) -> list[str]:
     """Files of the sets themselves: sets.nc, sets.csv, sets_table.csv, sets.png and .pdf.
 
     Args:
-        folder: where to. curves: by label. ks: numbers of features for the table. r2_name: what r2 is.
+        run: where to. curves: by label. ks: numbers of features for the table. r2_name: what r2 is.
 
     Returns:
-        The table and sentences, as lines.
+        A sentence.
     """
     short = {_short(label): curve for label, curve in curves.items()}
     named = short if len(short) == len(curves) else dict(curves)
     rows = curve_rows(named, "set", ks, paired=False)
-    _save(folder, "sets", curve_dataset(named, "set"), rows)
-    folder.save_figure("sets", figures.set_figure(named, r2_name))
-    columns = {"set": "{set}", **_CURVE_COLUMNS}
-    return [table_text(f"Principal components of each set ({r2_name})", rows, columns), *set_sentences(rows)]
+    _save(run, "sets", curve_dataset(named, "set"), rows, {"set": "{set}", **_CURVE_COLUMNS})
+    run.figure("sets", figures.set_figure(named, r2_name))
+    return [set_sentence(rows)]
 
 
 def report_classes(
-    folder: RunFolder, curves: Mapping[tuple[int, int], Curve], ks: Sequence[int], r2_name: str, label: str
+    run: Run[Any], curves: Mapping[tuple[int, int], Curve], ks: Sequence[int], r2_name: str
 ) -> list[str]:
     """Files of the study of the number of classes: classes.nc and so on.
 
     Args:
-        folder, ks, r2_name: as :func:`report_sets`. curves: by (order, count). label: of the set.
+        run, ks, r2_name: as :func:`report_sets`. curves: by (order, count).
 
     Returns:
-        The table and sentences, as lines.
+        A sentence, or none.
     """
     orders = sorted({order for order, _ in curves})
     by_order = [curve_dataset({c: v for (o, c), v in curves.items() if o == order}, "classes") for order in orders]
     rows = class_rows(curves, ks)
-    _save(folder, "classes", xr.concat(by_order, xr.Variable("order", orders), join="outer"), rows)
-    folder.save_figure("classes", figures.class_figure(curves, ks, r2_name))
-    title = f"Number of classes: {len(orders)} random nested subsets of {label}"
-    return [table_text(title, rows, _CLASS_COLUMNS), *class_sentences(rows)]
+    result = xr.concat(by_order, xr.Variable("order", orders), join="outer")
+    _save(run, "classes", result, rows, _CLASS_COLUMNS)
+    run.figure("classes", figures.class_figure(curves, ks, r2_name))
+    return change_sentence(rows, "classes", "from {} to {} classes, equal numbers of training images")
 
 
 def report_resolution(
-    folder: RunFolder,
-    curves: Mapping[int, Curve],
-    ks: Sequence[int],
-    r2_name: str,
-    label: str,
-    shape: Sequence[int],
+    run: Run[Any], curves: Mapping[int, Curve], ks: Sequence[int], r2_name: str, shape: Sequence[int]
 ) -> list[str]:
     """Files of the study of the resolution: resolution.nc and so on.
 
     Args:
-        folder, ks, r2_name: as :func:`report_sets`. curves: by factor. label: of the set. shape: of its images.
+        run, ks, r2_name: as :func:`report_sets`. curves: by factor. shape: of the images.
 
     Returns:
-        The table and sentences, as lines.
+        A sentence, or none.
     """
     rows = curve_rows(curves, "factor", ks, paired=True)
-    _save(folder, "resolution", curve_dataset(curves, "factor"), rows)
-    folder.save_figure("resolution", figures.resolution_figure(curves, shape, r2_name))
     columns = {"pooling": "{factor} x {factor}", **_CURVE_COLUMNS}
-    return [table_text(f"Resolution: {label}, average-pooled", rows, columns), *resolution_sentences(rows)]
+    _save(run, "resolution", curve_dataset(curves, "factor"), rows, columns)
+    run.figure("resolution", figures.resolution_figure(curves, shape, r2_name))
+    return change_sentence(rows, "factor", "from pooling {0} x {0} to {1} x {1}")
 
 
 def report_background(
-    folder: RunFolder,
-    curves: Mapping[float, Curve],
-    ks: Sequence[int],
-    r2_name: str,
-    label: str,
-    examples: np.ndarray,
+    run: Run[Any], curves: Mapping[float, Curve], ks: Sequence[int], r2_name: str, examples: np.ndarray
 ) -> list[str]:
     """Files of the study of the background: background.nc and so on.
 
     Args:
-        folder, ks, r2_name: as :func:`report_sets`. curves: by contrast. label: of the sets.
-        examples: [contrasts, images, h, w, c] uint8.
+        run, ks, r2_name: as :func:`report_sets`. curves: by contrast. examples: [contrasts, images, h, w, c] uint8.
 
     Returns:
-        The table and sentences, as lines.
+        A sentence, or none.
     """
     rows = curve_rows(curves, "contrast", ks, paired=True)
-    _save(folder, "background", curve_dataset(curves, "contrast"), rows)
+    columns = {"contrast": "{contrast:g}", **_CURVE_COLUMNS}
+    _save(run, "background", curve_dataset(curves, "contrast"), rows, columns)
     changes = {}
     for k in dict.fromkeys(row["k"] for row in rows):
         at = [row for row in rows if row["k"] == k]
         if len(at) == len(curves):
             changes[k] = tuple(np.array([row[name] for row in at]) for name in ("r2_change", "r2_change_se"))
-    folder.save_figure("background", figures.background_figure(curves, changes, examples, r2_name))
-    columns = {"contrast": "{contrast:g}", **_CURVE_COLUMNS}
-    return [table_text(f"Background: {label}", rows, columns), *background_sentences(rows)]
+    run.figure("background", figures.background_figure(curves, changes, examples, r2_name))
+    return change_sentence(rows, "contrast", "from background contrast {:g} to {:g}, same glyphs and labels")
 
 
-def _save(folder: RunFolder, name: str, result: xr.Dataset, rows: Sequence[Row]) -> None:
+def _save(run: Run[Any], name: str, result: xr.Dataset, rows: list[Row], columns: Mapping[str, str]) -> None:
     result.attrs.update(mae_align_version=ma.__version__)
-    folder.save_dataset(name, result)
-    folder.save_table(f"{name}_table", rows)
+    run.dataset(name, result)
+    run.table(f"{name}_table", rows, show=shown(rows, columns))
 
 
 def _short(label: str) -> str:

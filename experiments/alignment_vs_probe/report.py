@@ -1,7 +1,6 @@
 """What the closed form predicted and what probes found: tables, figures and plain sentences, from one tidy table.
 
-The table and its columns: :mod:`experiments.alignment_vs_probe.table`. The statistics:
-:mod:`experiments.alignment_vs_probe.agreement`.
+The rows: :mod:`experiments.alignment_vs_probe.table`. The statistics: :mod:`experiments.alignment_vs_probe.agreement`.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import pandas as pd
 
 from experiments.alignment_vs_probe.agreement import (
     Statistic,
@@ -21,44 +21,12 @@ from experiments.alignment_vs_probe.agreement import (
 )
 from experiments.alignment_vs_probe.figures import forest_figure, gain_figure
 from experiments.alignment_vs_probe.predictors import OURS, Agreement, compare_predictors, reliability
-from experiments.alignment_vs_probe.table import (
-    COLUMNS,
-    KEYS,
-    REQUIRED,
-    Column,
-    Group,
-    Row,
-    check_rows,
-    closed_form_columns,
-    groups_of,
-    read_table,
-)
+from experiments.alignment_vs_probe.table import Group, Row, closed_form_columns, groups_of
 from experiments.alignment_vs_probe.tasks import TaskKind
-from experiments.harness.folder import RunFolder
+from experiments.harness import columns
+from experiments.harness.run import Run
 from mae_align.runtime.errors import InputError
 
-__all__ = [
-    "COLUMNS",
-    "KEYS",
-    "PRIMARY",
-    "REQUIRED",
-    "SECONDARY",
-    "SUPERVISED",
-    "UNTRAINED",
-    "Analysis",
-    "AnalysisConfig",
-    "Column",
-    "Group",
-    "Row",
-    "analyse",
-    "baseline_sentences",
-    "check_rows",
-    "groups_of",
-    "read_table",
-    "sentences",
-    "table_text",
-    "write_report",
-]
 UNTRAINED = "untrained network"
 """Name of the features of the networks before their first step."""
 SUPERVISED = "supervised network"
@@ -71,6 +39,58 @@ SECONDARY: tuple[tuple[str, Statistic], ...] = (
     ("pooled correlation within task and patch", pooled_correlation),
     ("correlation of gains over tasks and ratios within patch", patch_correlation),
 )
+
+
+COLUMNS = {
+    "dataset": "name of the data set",
+    "task": "name of the task",
+    "task_kind": "kind of the task",
+    "patch_size": "side of a patch [pixel]",
+    "mask_ratio": "share of the patches that is hidden, as asked for [share]",
+    "objective": "loss: matched (all raw pixels), hidden (hidden patches, raw) or standard (normalised)",
+    "seed": "seed of the network",
+    "reconstruction_loss": "training loss on test images, comparable within an objective only",
+    "rankme": "effective rank of the features of test images",
+    "latent": "number of features of the encoder",
+    "realized_ratio": "share of the patches that is hidden, in whole patches [share]",
+    **columns.PROBE,
+    **columns.CLOSED_FORM,
+    "features": "what was probed",
+    "r2": "mean of probe_r2_test over tasks and networks [share]",
+    "accuracy": "mean of probe_accuracy_test over networks, fine labels [share]",
+    "statistic": "how predicted and observed gains are held against each other",
+    "predicted": "column of the prediction",
+    "observed": "column of the score",
+    "predictor": "whose predictions",
+    "value": "value of the statistic",
+    "low": "lower end of its interval",
+    "high": "upper end of its interval",
+    "p_tasks": "one-sided p-value, tasks permuted",
+    "p_within_kinds": "one-sided p-value, tasks permuted within kinds",
+    "p_ratios": "one-sided p-value, mask ratios permuted",
+    "difference": "value of the closed form minus that of this predictor",
+    "difference_low": "lower end of its interval on the same resamples",
+    "difference_high": "upper end of its interval on the same resamples",
+    "slope": "observed change per predicted change within units",
+    "num_tasks": "number of tasks",
+    "num_units": "number of pairs (task, patch size) that have a correlation",
+    "constant_predicted": "units without a correlation: the prediction does not move",
+    "constant_observed": "units without a correlation: the observation does not move",
+    "too_few_ratios": "units without a correlation: fewer than three mask ratios",
+    "permutations": "permutations of the test of tasks",
+    "resamples": "resamples in which the statistic is defined",
+    "left_out": "tasks left out, since they lack scores on some networks",
+    "correlation": "correlation of prediction and observation over mask ratios",
+    "predicted_at_*": "prediction at this mask ratio",
+    "observed_at_*": "observed score at this mask ratio, mean over seeds",
+    "patch_sizes": "sides of the patches [pixel]",
+    "mask_ratios": "mask ratios",
+    "fewest_seeds": "least number of networks of a cell",
+    "most_seeds": "largest number of networks of a cell",
+    "networks": "number of networks",
+    "networks_left_out": "networks left out, since half of the tasks or more lack them",
+    "reliability": "the statistic of one seed's scores as predictions of another's",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +120,11 @@ class Analysis:
     """Everything that the report shows.
 
     Attributes:
-        groups: by data set and objective. primary: predictors of each group by the primary statistic.
-        table: one row per group, statistic, prediction, score and predictor. units: one row per group, task and patch
-            size. ceilings: how well one seed predicts another, by group.
+        groups: by data set and objective.
+        primary: predictors of each group by the primary statistic.
+        table: one row per group, statistic, prediction, score and predictor.
+        units: one row per group, task and patch size.
+        ceilings: how well one seed predicts another, by group.
     """
 
     groups: list[Group]
@@ -116,7 +138,8 @@ def analyse(rows: Sequence[Row], config: AnalysisConfig) -> Analysis:
     """Hold predictions against observations.
 
     Args:
-        rows: of :func:`check_rows`. config: what to hold against what.
+        rows: of :func:`experiments.alignment_vs_probe.table.check_rows`.
+        config: what to hold against what.
 
     Returns:
         The analysis. Cost: about a second per group, statistic and column for 17 tasks on 16 networks.
@@ -182,142 +205,128 @@ def _unit_rows(group: Group) -> Iterator[Row]:
             yield row
 
 
-def table_text(analysis: Analysis) -> str:
-    """The primary statistic of all predictors as a plain-text table."""
-    lines = [["", PRIMARY[0], "interval", "p tasks", "p in kinds", "p ratios", "ours minus it", "units"]]
-    for name, found in analysis.primary.items():
-        lines.append([name, *[""] * 7])
-        for one in found:
-            ours = one.predictor == OURS
-            difference = ""
-            if not ours and not math.isnan(one.difference):
-                difference = f"{one.difference:+.2f} ({one.difference_low:+.2f}, {one.difference_high:+.2f})"
-            # Without a unit that has a correlation there is nothing to give an interval of.
-            none = math.isnan(one.value)
-            cells = ["-", "-"] if none else [f"{one.value:+.2f}", f"({one.low:+.2f}, {one.high:+.2f})"]
-            cells += [_p(p) for p in (one.p_tasks, one.p_within_kinds, one.p_ratios)]
-            lines.append([f"  {one.predictor}", *cells, difference, str(one.num_units)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = []
-    for line in lines:
-        cells = [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
-        text.append("  ".join(cells).rstrip())
-    return "\n".join(text)
+def group_rows(analysis: Analysis) -> list[Row]:
+    """A row for each group: what was compared, and what the primary statistic says of our predictions."""
+    rows = []
+    for group in analysis.groups:
+        panel, ours = group.panel, analysis.primary[group.name][0]
+        seeds = panel.networks.sum(-1)
+        row: Row = {"dataset": group.dataset, "objective": group.objective, "num_tasks": len(panel.tasks)}
+        row |= {"patch_sizes": " ".join(map(str, panel.patch_sizes))}
+        row |= {"mask_ratios": " ".join(f"{ratio:g}" for ratio in panel.mask_ratios)}
+        row |= {"fewest_seeds": int(seeds[seeds > 0].min()), "most_seeds": int(seeds.max())}
+        row |= {"networks": int(seeds.sum()), "networks_left_out": group.networks_left_out}
+        row |= {"left_out": "; ".join(group.left_out), "reliability": analysis.ceilings[group.name]}
+        rows.append(row | {name: getattr(ours, name) for name in ("value", "low", "high", "p_tasks")})
+    return rows
+
+
+def shown_agreement(analysis: Analysis) -> pd.DataFrame:
+    """What the summary shows: the primary statistic of all predictors."""
+    return pd.DataFrame(
+        {
+            "": group,
+            "predictor": one.predictor,
+            PRIMARY[0]: _number(one.value),
+            "interval": _ends(one.value, one.low, one.high),
+            "p tasks": _p(one.p_tasks),
+            "p in kinds": _p(one.p_within_kinds),
+            "p ratios": _p(one.p_ratios),
+            "ours minus it": "-" if one.predictor == OURS else _number(one.difference),
+            "its interval": "-"
+            if one.predictor == OURS
+            else _ends(one.difference, one.difference_low, one.difference_high),
+            "units": one.num_units,
+        }
+        for group, found in analysis.primary.items()
+        for one in found
+    )
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:+.2f}"
+
+
+def _ends(value: float, low: float, high: float) -> str:
+    """Without a value there is nothing to give an interval of."""
+    return "-" if math.isnan(value) else f"({low:+.2f}, {high:+.2f})"
 
 
 def _p(p: float) -> str:
     return "-" if math.isnan(p) else f"{p:.2g}"
 
 
-def sentences(analysis: Analysis, config: AnalysisConfig) -> Iterator[str]:
+def sentences(analysis: Analysis, config: AnalysisConfig) -> list[str]:
     """What came out, in plain words, whatever it is."""
-    percent = f"{100 * config.level:g}%"
-    for group in analysis.groups:
-        panel, found = group.panel, analysis.primary[group.name]
-        ours, rivals = found[0], found[1:]
-        seeds = panel.networks.sum(-1)
-        fewest, most = seeds[seeds > 0].min(), seeds.max()
-        count = f"{most} seed{'s' * bool(most > 1)}" if fewest == most else f"{fewest} to {most} seeds"
-        sizes, ratios = ", ".join(map(str, panel.patch_sizes)), ", ".join(f"{r:g}" for r in panel.mask_ratios)
-        yield (
-            f"{group.name}: {len(panel.tasks)} tasks, patch sizes {sizes}, mask ratios {ratios}, "
-            f"{count}, {seeds.sum()} networks."
-        )
+    outcomes, better, worse = [], [], []
+    for name, (ours, *rivals) in analysis.primary.items():
         if math.isnan(ours.value):
-            yield "  No unit has a correlation: the predictions or the observations do not move."
+            outcomes.append(f"{name}, no unit has a correlation: the predictions or the observations do not move")
             continue
         known = ours.p_tasks <= 1 - config.level
         verdict = "which task gains from which ratio is predicted" if known else "no detectable knowledge of the task"
-        yield (
-            f"  {PRIMARY[0]}: {ours.value:+.2f} ({percent} interval {ours.low:+.2f} to {ours.high:+.2f}), "
-            f"p = {_p(ours.p_tasks)} with tasks permuted, {_p(ours.p_within_kinds)} within kinds of tasks: {verdict}."
+        outcomes.append(
+            f"{name}, {ours.value:+.2f} ({100 * config.level:g}% interval {ours.low:+.2f} to {ours.high:+.2f}, p = "
+            f"{_p(ours.p_tasks)} with tasks permuted): {verdict}"
         )
-        ceiling = analysis.ceilings[group.name]
-        if not math.isnan(ceiling):
-            yield f"  One seed's scores predict another's at {ceiling:+.2f}."
-        for one in rivals:
-            if math.isnan(one.value):
-                yield f"  {one.predictor}: not defined, it does not move."
-                continue
-            sure = one.difference_low > 0 or one.difference_high < 0
-            how = "ours is better" if one.difference > 0 else "ours is worse"
-            ends = f"{one.difference_low:+.2f} to {one.difference_high:+.2f}"
-            yield (
-                f"  {one.predictor}: {one.value:+.2f}; ours minus it {one.difference:+.2f} ({ends}): "
-                f"{how if sure else 'no detectable difference'}."
-            )
-        without = {
-            "the prediction does not move": ours.constant_predicted,
-            "the observation does not move": ours.constant_observed,
-            "fewer than three ratios": ours.too_few_ratios,
-        }
-        for why, count in without.items():
-            if count:
-                yield f"  {count} of {len(panel.tasks) * len(panel.patch_sizes)} units have no correlation: {why}."
-        if group.left_out:
-            yield f"  Tasks left out, since they lack scores on some networks: {'; '.join(group.left_out)}."
-        if group.networks_left_out:
-            yield f"  {group.networks_left_out} networks left out, since half of the tasks or more lack them."
-    yield (
-        f"The statistic that decides is the mean of the {PRIMARY[0]} ({config.predicted} against {config.observed}); "
-        "all others in the tables are secondary, and none is corrected for their number."
-    )
+        better += [f"{one.predictor} ({name})" for one in rivals if one.difference_low > 0]
+        worse += [f"{one.predictor} ({name})" for one in rivals if one.difference_high < 0]
+    return [
+        f"Mean {PRIMARY[0]}, {config.predicted} against {config.observed}: {'; '.join(outcomes)}.",
+        f"Ours is detectably better than {', '.join(better) or 'no rival'}, worse than {', '.join(worse) or 'none'}.",
+        "This statistic decides; all others in the tables are secondary, and none is corrected for their number.",
+    ]
 
 
-def baseline_sentences(rows: Sequence[Row], baselines: Sequence[Row]) -> Iterator[str]:
-    """Mean scores over tasks and networks, the trained networks beside what they are to be read beside.
+def mean_scores(rows: Sequence[Row], baselines: Sequence[Row]) -> pd.DataFrame:
+    """Mean scores of the probe, of the networks of each loss and of what they are to be read beside.
 
     Args:
-        rows: of networks. baselines: with features, task and probe_r2_test each, on fine labels probe_accuracy_test.
-    """
-
-    def means(score: str, spec: str, task: str | None = None) -> str:
-        def mean(of: Sequence[Row], name: str, value: str) -> str:
-            scores = [row[score] for row in of if row[name] == value and task in (None, row["task"])]
-            scores = [score for score in scores if score is not None]
-            return f"{value} {np.mean(scores):{spec}}" if scores else f"{value} not defined"
-
-        networks = ", ".join(mean(rows, "objective", loss) for loss in dict.fromkeys(row["objective"] for row in rows))
-        kinds = dict.fromkeys(row["features"] for row in baselines)
-        return f"networks by loss: {networks}; baselines: {', '.join(mean(baselines, 'features', k) for k in kinds)}."
-
-    yield f"Mean r2 of the probe on test images over all tasks: {means('probe_r2_test', '+.3f')}"
-    if any(row["task"] == FINE for row in rows):
-        yield f"Mean accuracy of the probe on test images, fine labels: {means('probe_accuracy_test', '.1%', FINE)}"
-
-
-def write_report(
-    rows: Sequence[Row],
-    folder: RunFolder,
-    config: AnalysisConfig | None = None,
-    notes: Sequence[str] = (),
-    drawn: Sequence[str] = (),
-) -> Analysis:
-    """Analyse rows and write tables, figures and a summary.
-
-    Args:
-        rows: of :func:`read_table` or :func:`check_rows`. folder: where to. config: None for the defaults.
-        notes: further lines of the summary. drawn: lines that name other figures.
+        rows: of networks.
+        baselines: with features, task, probe_r2_test and probe_accuracy_test each.
 
     Returns:
-        The analysis. Files: agreement.csv, units.csv, gains-DATASET.png and .pdf, predictors.png and .pdf, summary.txt.
+        By features: r2, the mean over all tasks, and accuracy, that of fine labels; NaN where nothing has such a score.
+    """
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    networks: list[Row] = [row | {"features": f"networks, {row['objective']} loss"} for row in rows]
+    for row in [*networks, *baselines]:
+        r2, accuracy = found.setdefault(row["features"], ([], []))
+        r2.append(row["probe_r2_test"])
+        if row["task"] == FINE:
+            accuracy.append(row["probe_accuracy_test"])
+    names, scores = list(found), found.values()
+    r2, accuracy = ([float(np.mean(each or math.nan)) for each in several] for several in zip(*scores, strict=True))
+    return pd.DataFrame({"features": names, "r2": r2, "accuracy": accuracy})
+
+
+def write_report(run: Run, rows: Sequence[Row], config: AnalysisConfig, baselines: Sequence[Row] = ()) -> Analysis:
+    """Analyse rows, write tables and figures, and end the run.
+
+    Args:
+        run: where to.
+        rows: of :func:`experiments.alignment_vs_probe.table.check_rows`.
+        config: what is held against what.
+        baselines: rows of features that the networks are to be read beside; none for no such table.
+
+    Returns:
+        The analysis. Files: agreement.csv, units.csv, groups.csv, scores.csv, gains-DATASET.png and .pdf,
+        predictors.png and .pdf, summary.txt.
 
     Raises:
         InputError: as :func:`analyse`.
     """
-    config = config or AnalysisConfig()
     analysis = analyse(rows, config)
-    figures = []
-    folder.save_table("agreement", analysis.table)
-    folder.save_table("units", analysis.units)
+    run.table("agreement", analysis.table, show=shown_agreement(analysis))
+    run.table("units", analysis.units)
+    run.table("groups", group_rows(analysis))
+    if baselines:
+        scores = mean_scores(rows, baselines)
+        run.table("scores", scores, show=scores.round(3))
     for dataset in dict.fromkeys(group.dataset for group in analysis.groups):
         panels = {group.objective: group.panel for group in analysis.groups if group.dataset == dataset}
         name = "".join(c if c.isalnum() or c in "._-" else "-" for c in dataset)
-        figures.append(folder.save_figure(f"gains-{name}", gain_figure(panels, title=dataset)))
-    figures.append(
-        folder.save_figure("predictors", forest_figure(analysis.primary, label=PRIMARY[0], level=config.level))
-    )
-    # Of several processes each has a folder; the one that counts is that of the first.
-    listed = "Figures: " + "  ".join(str(folder.shared / path.name) for path in figures)
-    folder.summary("\n".join([table_text(analysis), "", *sentences(analysis, config), *notes, "", *drawn, listed]))
+        run.figure(f"gains-{name}", gain_figure(panels, title=dataset))
+    run.figure("predictors", forest_figure(analysis.primary, label=PRIMARY[0], level=config.level))
+    run.verdict(*sentences(analysis, config))
     return analysis

@@ -1,4 +1,4 @@
-"""The tidy table of networks probed on tasks: its columns, in one place, and what becomes of its rows.
+"""The tidy table of networks probed on tasks: its columns and what becomes of its rows.
 
 A row is one trained network probed on one task: who it is, what the closed form says of its corruption and the task,
 what its probe found, and what else was measured of the network. A table that holds the required columns can come from
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
+import io
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,98 +21,98 @@ import numpy as np
 
 from experiments.alignment_vs_probe.agreement import Panel
 from mae_align.runtime.errors import InputError
+from mae_align.runtime.processes import refused_together
 
 Row = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """One column of the table.
-
-    Attributes:
-        name: in the header. of: type of its cells. required: whether the analysis needs it. text: what it says.
-    """
-
-    name: str
-    of: type
-    required: bool
-    text: str
-
-
-COLUMNS: tuple[Column, ...] = (
-    Column("dataset", str, True, "data set"),
-    Column("task", str, True, "name of the task"),
-    Column("task_kind", str, True, "kind of the task"),
-    Column("patch_size", int, True, "side of a patch, pixels"),
-    Column("mask_ratio", float, True, "share of the patches that is hidden, as asked for"),
-    Column("objective", str, True, "training objective: matched (all raw pixels) or standard (hidden patches)"),
-    Column("seed", int, True, "seed of the network"),
-    Column("probe_r2_test", float, True, "r2 of the probe on test images"),
-    Column("probe_r2_train", float, False, "r2 of the probe on the images it was fitted on"),
-    Column("probe_r2_val", float, False, "r2 of the probe on validation images"),
-    Column("probe_accuracy_train", float, False, "accuracy of the probe on the images it was fitted on; classes only"),
-    Column("probe_accuracy_val", float, False, "accuracy of the probe on validation images; classes only"),
-    Column("probe_accuracy_test", float, False, "accuracy of the probe on test images; classes only"),
-    Column("closed_eval_r2_logmean", float, True, "closed form: held-out r2, mean over log k up to the rank"),
-    Column("closed_eval_r2_k8", float, False, "closed form: held-out r2 of 8 features"),
-    Column("closed_eval_r2_k32", float, False, "closed form: held-out r2 of 32 features"),
-    Column("closed_eval_r2_k128", float, False, "closed form: held-out r2 of 128 features"),
-    Column("closed_r2_logmean", float, False, "closed form: in-sample r2, mean over log k up to the rank"),
-    Column("closed_r2_k8", float, False, "closed form: in-sample r2 of 8 features"),
-    Column("closed_r2_k32", float, False, "closed form: in-sample r2 of 32 features"),
-    Column("closed_r2_k128", float, False, "closed form: in-sample r2 of 128 features"),
-    Column("closed_rank", int, False, "closed form: number of features that the images and the corruption leave"),
-    Column("closed_clipped", str, False, "closed form: numbers of features over the rank, answered at the rank"),
-    Column("reconstruction_loss", float, True, "held-out training loss, comparable within an objective only"),
-    Column("rankme", float, True, "effective rank of the features of test images"),
-    Column("latent", int, False, "number of features of the encoder"),
-    Column("realized_ratio", float, False, "share of the patches that is hidden, in whole patches"),
-    Column("probe_name", str, False, "protocol: probe"),
-    Column("probe_features", str, False, "protocol: what it was fitted on"),
-    Column("probe_normalization", str, False, "protocol: normalisation of the features"),
-    Column("probe_n_train", int, False, "protocol: images it was fitted on"),
-    Column("probe_n_val", int, False, "protocol: images its strength was chosen on"),
-    Column("probe_n_test", int, False, "protocol: images it was tested on"),
-    Column("probe_seed", int, False, "protocol: seed of the split"),
-    Column("probe_strength", float, False, "protocol: chosen strength"),
-    Column("probe_selected_by", str, False, "protocol: what was best on the validation images"),
-)
-"""All columns that the analysis knows; others are kept and ignored. Numbers of features may be any."""
+REQUIRED: Mapping[str, type] = {
+    "dataset": str,
+    "task": str,
+    "task_kind": str,
+    "patch_size": int,
+    "mask_ratio": float,
+    "objective": str,
+    "seed": int,
+    "probe_r2_test": float,
+    "closed_eval_r2_logmean": float,
+    "reconstruction_loss": float,
+    "rankme": float,
+}
+"""Columns without which there is no analysis, and the types of their cells."""
+_TYPES: Mapping[str, type] = {
+    **REQUIRED,
+    **{f"probe_{what}_{part}": float for what in ("accuracy", "r2") for part in ("train", "val", "test")},
+    **dict.fromkeys(("closed_r2_logmean", "realized_ratio", "probe_strength"), float),
+    **dict.fromkeys(("closed_rank", "latent", "probe_n_train", "probe_n_val", "probe_n_test", "probe_seed"), int),
+}
 _CLOSED = re.compile(r"closed_(eval_)?r2_k(\d+)")
 KEYS = ("dataset", "task", "patch_size", "mask_ratio", "objective", "seed")
 """What tells rows apart: one row for each combination."""
-REQUIRED = tuple(column.name for column in COLUMNS if column.required)
-"""Columns without which there is no analysis."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of a file, to be analysed.
+
+    Attributes:
+        name: of the file, without its ending.
+        rows: of :func:`check_rows`.
+        digest: of the file.
+    """
+
+    name: str
+    rows: list[Row]
+    digest: str
+
+    @classmethod
+    def read(cls, path: str) -> Table:
+        """Read a tidy CSV; of several processes all refuse what one cannot read.
+
+        Args:
+            path: of the file; columns by name, in any order, further ones allowed.
+
+        Returns:
+            Rows with cells of their types; an empty cell is NaN in columns of numbers.
+
+        Raises:
+            InputError: no such file, or what :func:`check_rows` finds.
+        """
+        with refused_together():
+            try:
+                content = Path(path).read_bytes()
+                lines = io.StringIO(content.decode("utf-8"), newline="")
+            except (OSError, UnicodeDecodeError) as error:
+                why = error.strerror if isinstance(error, OSError) else error
+                raise InputError(
+                    f"cannot read {path} ({why}): give a CSV with the columns of this experiment"
+                ) from None
+            try:
+                rows = check_rows(list(csv.DictReader(lines)))
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from None
+            return cls(Path(path).stem, rows, hashlib.sha256(content).hexdigest())
+
+    @property
+    def label(self) -> str:
+        """What the run folder is called after."""
+        return self.name
+
+    @property
+    def description(self) -> str:
+        """The first line of the summary."""
+        return f"{self.name}: {len(self.rows)} rows"
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        """Hash of the file."""
+        return {"rows": self.digest}
 
 
 def closed_form_columns(rows: Sequence[Row]) -> tuple[str, ...]:
     """The columns of held-out r2 of a number of features that rows have, fewest features first."""
     found = {int(match[2]): name for row in rows for name in row if (match := _CLOSED.fullmatch(name)) and match[1]}
     return tuple(found[k] for k in sorted(found))
-
-
-def read_table(path: str | Path) -> list[Row]:
-    """Read a tidy CSV.
-
-    Args:
-        path: of the file; columns by name, in any order, further ones allowed.
-
-    Returns:
-        Rows with cells of the types of ``COLUMNS``; an empty cell is NaN in columns of numbers.
-
-    Raises:
-        InputError: no such file, or what :func:`check_rows` finds.
-    """
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows: list[Row] = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"cannot read {path} ({why}): give a CSV with the columns of this experiment") from None
-    try:
-        return check_rows(rows)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def check_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -143,9 +145,6 @@ def check_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
     return checked
 
 
-_TYPES = {column.name: column.of for column in COLUMNS}
-
-
 def _type(name: str) -> type:
     return _TYPES.get(name, float if _CLOSED.fullmatch(name) else str)
 
@@ -167,7 +166,10 @@ class Group:
     """The rows of one data set and objective, as a panel.
 
     Attributes:
-        dataset, objective: which. panel: scores, predictions and rivals. left_out: tasks without all scores.
+        dataset: which.
+        objective: which.
+        panel: scores, predictions and rivals.
+        left_out: tasks without all scores.
         networks_left_out: networks that no more than half of the tasks have.
     """
 
@@ -183,11 +185,21 @@ class Group:
         return f"{self.dataset}, {self.objective} loss"
 
 
+def enough_ratios(rows: Sequence[Row]) -> list[Row]:
+    """Rows of the losses that have networks at three mask ratios; fewer have no correlation."""
+    ratios: dict[str, set[float]] = {}
+    for row in rows:
+        ratios.setdefault(row["objective"], set()).add(row["mask_ratio"])
+    return [row for row in rows if len(ratios[row["objective"]]) >= 3]
+
+
 def groups_of(rows: Sequence[Row], predicted: str, observed: str) -> list[Group]:
     """One panel per data set and objective.
 
     Args:
-        rows: of :func:`check_rows`. predicted, observed: columns.
+        rows: of :func:`check_rows`.
+        predicted: column.
+        observed: column.
 
     Returns:
         Groups in the order of the rows. Tasks that lack a score or prediction on a network that other tasks of the

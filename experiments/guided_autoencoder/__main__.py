@@ -17,13 +17,13 @@ Weights are in the published units: pixels scaled to [0, 1], mean squared error 
 minimise the same in units in which 1 is the error of the mean image; tables give that weight too (Fashion-MNIST: 11.5
 times the published one). The published loss has a second, nonlinear head of the same weight; ours has the linear one.
 
-    python -m experiments.guided_autoencoder                                          # bundled digits
-    python -m experiments.guided_autoencoder --preset fashion_mnist --data idx:DIR
-    python -m experiments.guided_autoencoder --preset cifar10 --data npz:FILE
-    python -m experiments.guided_autoencoder --preset paper --data folder:DIR         # ResNet-34 at 224: accelerators
+Paper: guidance by labels
+Time: 1 minute
 
-Every ensemble is checkpointed while it trains and its measurements are kept: interrupted, the same command goes on
-where it stopped.
+    python -m experiments.guided_autoencoder                                          # bundled digits
+    python -m experiments.guided_autoencoder --preset fashion_mnist --data idx:DIR    # 8 minutes
+    python -m experiments.guided_autoencoder --preset cifar10 --data npz:FILE         # 8 minutes
+    python -m experiments.guided_autoencoder --preset paper --data folder:DIR         # ResNet-34 at 224: accelerators
 """
 
 from __future__ import annotations
@@ -32,185 +32,206 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-
-from tqdm import tqdm
+from typing import Annotated
 
 import mae_align as ma
+from experiments.guided_autoencoder import report
 from experiments.guided_autoencoder.frontier import linear_rows
-from experiments.guided_autoencoder.report import write_report
-from experiments.guided_autoencoder.runs import (
+from experiments.guided_autoencoder.networks import (
+    Ensemble,
     GuidedSplit,
+    GuidedTraining,
     Labels,
-    NetworkConfig,
-    Probe,
-    Runs,
+    Network,
+    Sizes,
     make_training,
-    measure,
-    train,
+    trained_rows,
 )
-from experiments.harness.cli import launch
-from experiments.harness.data import load_together
-from experiments.harness.folder import Parts, RunFolder, silent
-from mae_align.runtime.files import fingerprint
+from experiments.harness.cli import launch_experiment
+from experiments.harness.columns import PROBE
+from experiments.harness.config import Bounds, Counts, Positive, RunConfig, Seeds
+from experiments.harness.data import Split
+from experiments.harness.ensembles import Probe
+from experiments.harness.run import Run
+from mae_align.metrics import report_table
+from mae_align.train.augment import Augmentation
+
+Weights = Annotated[tuple[float, ...], Bounds(least=0, unique=True)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     """Settings of the experiment."""
 
-    data: str = "digits"
-    """Data set: digits, idx:DIR, npz:FILE, folder:DIR, tfds:NAME or prepared:DIR."""
-    image_size: int | None = None
-    """Resize images to squares of this side, in pixels; none keeps them."""
-    max_train: int | None = None
-    """Use at most so many training images, drawn at random; none for all."""
-    max_test: int | None = None
-    """Use at most so many test images; none for all."""
-    probe_fraction: float = 0.3
+    probe_fraction: Annotated[float, Bounds(above=0, below=1)] = 0.375
     """Share of the training images on which probes are fitted, and nothing else."""
-    validation_fraction: float = 0.2
-    """Share of the training images on which weights and probe strengths are chosen."""
-    latents: tuple[int, ...] = (8, 16)
+    latents: Counts = (8, 16)
     """Sizes of the code."""
-    weights: tuple[float, ...] = (0.0, 3e-5, 1e-4, 3e-4, 1e-3, 1e-2)
+    weights: Weights = (0.0, 3e-5, 1e-4, 3e-4, 1e-3, 1e-2)
     """Weights of the labels, in published units (pixels in [0, 1]); 0 is always needed. The paper has 0 and 0.01."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: Seeds = (0, 1, 2, 3, 4)
     """Seeds of the networks; all weights have all of them."""
-    seeds_at_once: int | None = None
+    seeds_at_once: Annotated[int | None, Bounds(least=1)] = None
     """Train the networks of so many seeds side by side; none for all. Smaller needs less memory."""
     control: bool = True
     """Train the same networks guided by shuffled labels as well."""
-    network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
-    """The autoencoders and their training."""
-    probes: tuple[Probe, ...] = (Probe.ridge, Probe.logistic)
+    network: Sizes = dataclasses.field(default_factory=Sizes)
+    """The autoencoders."""
+    training: GuidedTraining = dataclasses.field(
+        default_factory=lambda: GuidedTraining(
+            epochs=60,
+            batch_size=64,
+            learning_rate=1e-3,
+            warmup_epochs=1.0,
+            weight_decay=0.0,
+            beta2=0.999,
+            clip_norm=math.inf,
+        )
+    )
+    """Their training."""
+    probes: Annotated[tuple[Probe, ...], Bounds(unique=True)] = (Probe.ridge, Probe.logistic)
     """Probes on the code; weights are chosen and the claim is judged by each for itself."""
-    frontier: tuple[float, ...] | None = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 5.0, 10.0, 20.0, 30.0, 50.0, 100.0)
+    frontier: Weights | None = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 5.0, 10.0, 20.0, 30.0, 50.0, 100.0)
     """Relative weights lambda tr Sxx / tr Syy of reconstruction in Theorem 1; infinity (PCA) is added.
 
     None leaves the linear frontier out: its problem has as many rows and columns as an image has pixel values.
     """
-    tolerance: float = 1.0
+    tolerance: Positive = 1.0
     """Reconstruction errors within so many percent count as equal."""
-    seed: int = 0
-    """Of the subsets and of the shuffled labels."""
-    out: str | None = None
-    """Run folder; none for runs/guided_autoencoder-DATA-HASH."""
 
 
+_LAPTOP = Config()
 _REAL = Config(
-    max_train=20_000,
+    max_train=16_000,
     latents=(32, 64),
     weights=(0.0, 1e-4, 3e-4, 1e-3, 1e-2),
-    network=NetworkConfig(widths=(256, 128), epochs=20, batch_size=128),
+    network=Sizes(widths=(256, 128)),
+    training=dataclasses.replace(_LAPTOP.training, epochs=20, batch_size=128),
 )
 PRESETS = {
-    "laptop": Config(),
+    "laptop": _LAPTOP,
     "fashion_mnist": _REAL,
     "cifar10": dataclasses.replace(_REAL, image_size=16),
+    # ResNet-34, Adam, 1,000 epochs of batches of 128, augmented; the one-cycle schedule is a warm-up and a cosine here.
     "paper": Config(
         data="folder:imagenette2",
         image_size=224,
         latents=(128, 256, 512, 640, 1024, 2048, 3072, 4096),
         weights=(0.0, 0.01),
         seeds_at_once=1,
-        probe_fraction=0.2,
+        probe_fraction=0.2 / 0.9,
         validation_fraction=0.1,
-        network=NetworkConfig.resnet34(),
+        network=Sizes(Network.resnet, widths=(3, 4, 6, 3), stem_stride=4),
+        training=dataclasses.replace(
+            _LAPTOP.training,
+            epochs=1000,
+            batch_size=128,
+            learning_rate=2e-4,
+            warmup_epochs=300.0,
+            augmentation=Augmentation(smallest_crop=0.5, flip=0.5, grey=0.2),
+            bfloat16=True,
+        ),
         frontier=None,
     ),
 }
+_INTERVALS = {
+    "test_excess": "reconstruction error of test images over that of the unguided network of the same seed [%]",
+    "test_gain": "accuracy of the probe on test images over that of the unguided network of the same seed [points]",
+    "control_gain": "test_gain of shuffled labels at this weight [points]",
+    "over_control": "accuracy on test images over that of shuffled labels at this weight [points]",
+}
+COLUMNS = {
+    "row": "number of the row",
+    "dataset": "name of the data set",
+    "latent": "size of the code",
+    "labels": "what guides: true or shuffled labels; linear is the exact frontier of Theorem 1",
+    "weight": "weight of the cross-entropy, pixels in [0, 1]",
+    "normalized_weight": "weight of the cross-entropy where 1 is the reconstruction error of the mean image",
+    "seed": "seed of the initial weights and of the order of the images",
+    "lam_relative": "weight of reconstruction in Theorem 1 over tr Syy / tr Sxx",
+    "fit_error": "reconstruction error of the fitted images over that of their mean [share]",
+    "fit_r2": "share of the label variance of the fitted images that the code explains [share]",
+    "val_error": "reconstruction error of validation images over that of the mean image [share]",
+    "test_error": "reconstruction error of test images over that of the mean image [share]",
+    "head_accuracy_test": "accuracy of the head of training on test images [share]",
+    "rankme": "effective rank of the codes of test images",
+    **{name.replace("probe", probe.value, 1): text for probe in Probe for name, text in PROBE.items()},
+    **{f"{probe.value}_*": "protocol: settings of the probe" for probe in Probe},
+    "probe": "whose accuracy",
+    "seeds": "number of pairs of networks",
+    "val_excess": "mean reconstruction error of validation images over that of the unguided network [%]",
+    "val_gain": "mean accuracy on validation images over that of the unguided network [points]",
+    "unguided_error": "mean test_error without guidance [share]",
+    "unguided_accuracy": "mean accuracy on test images without guidance [%]",
+    "unguided_range": "largest minus smallest accuracy of the unguided seeds on test images [points]",
+    "accuracy": "mean accuracy on test images [%]",
+    **_INTERVALS,
+    **{f"{name}_low": f"lower end of the 95% paired t interval of {name}" for name in _INTERVALS},
+    **{f"{name}_high": f"upper end of the 95% paired t interval of {name}" for name in _INTERVALS},
+    "reproduced": "whether the claim holds at the weight that is best on validation images",
+    "outcome": "the same in words, with the reason",
+    "control_excess": "mean test_excess of shuffled labels at this weight [%]",
+    "linear_gain": "gain of the exact linear frontier over PCA at the same cost on test images [points]",
+}
 
 
-def main(config: Config) -> None:
-    """Train, probe, compare.
-
-    Raises:
-        InputError: bad settings or data, before any long work.
-    """
-    _check(config)
-    data = load_together(config.data, image_size=config.image_size, seed=config.seed)
-    split = GuidedSplit.of(
-        data,
-        probe_fraction=config.probe_fraction,
-        validation_fraction=config.validation_fraction,
-        max_train=config.max_train,
-        max_test=config.max_test,
-        seed=config.seed,
-    )
-    pixels = math.prod(split.image_shape)
-    if config.frontier is not None and max(config.latents) >= min(pixels, len(split.fit_images)):
-        raise ma.InputError(
-            f"--latents {max(config.latents)}: Theorem 1 needs codes smaller than the {pixels} pixel values and the "
-            f"{len(split.fit_images)} images; choose smaller ones or --frontier None"
-        )
-    parts = list(plan(config))
+def main(config: Config, run: Run[Split]) -> None:
+    """Train, probe, compare."""
+    split = GuidedSplit.of(run.data, config.probe_fraction, config.seed)
+    _check(config, split)
+    steps = config.training.steps(len(split.fit_images))
+    ensembles = {ensemble.key: ensemble for ensemble in plan(config)}
     # Refuses sizes that do not fit before anything is trained.
-    for runs in parts:
-        make_training(split, config.network, runs)
-    folder = RunFolder.open("guided_autoencoder", config.data, config, config.out)
-    store = Parts(folder.points, fingerprint(split.arrays(), {"probes": [p.value for p in config.probes]}))
-    rows = []
-    if (lambdas := config.frontier) is not None:
-        rows += store.once("frontier", lambda: linear_rows(split, config.latents, lambdas, config.probes))
-    bar = tqdm(parts, desc="ensembles", unit="ensemble", disable=silent())
-    for runs in bar:
-        bar.set_postfix_str(runs.key)
-        rows += store.once(runs.key, lambda runs=runs: _observed(config, split, runs, folder))
-    write_report(rows, folder, split, config.tolerance, [p.value for p in config.probes])
+    trainings = {key: make_training(split, config.network, config.training, e) for key, e in ensembles.items()}
+    probes = [probe.value for probe in config.probes]
+    lambdas = config.frontier
+    linear = []
+    if lambdas is not None:
+        linear = run.once("frontier", lambda: linear_rows(split, config.latents, lambdas, config.probes))
+    networks = run.sweep(
+        ensembles,
+        lambda ensemble: trained_rows(run, split, trainings[ensemble.key], steps, ensemble, config.probes),
+        unit="ensemble",
+    )
+    run.dataset("networks", report_table([*linear, *networks.to_dict("records")]))
+    compared = [row for probe in probes for row in report.compare_weights(networks, probe)]
+    claim = [row for probe in probes for row in report.judge(networks, linear, compared, probe, config.tolerance)]
+    if not claim:
+        raise ma.InputError("every unguided network diverged: give a smaller --training.learning-rate")
+    run.table("weights", compared, show=report.shown([row for row in compared if row["probe"] == probes[0]]))
+    run.table("claim", claim, show=report.shown(claim, "outcome"))
+    run.figure("guidance", report.trade_off_figure(networks, linear, probes[0], config.tolerance))
+    run.figure("latents", report.latent_figure(networks, claim, probes[0]))
+    fit, probe = len(split.fit_labels), len(split.probe_labels)
+    run.notes.append(f"Of the training images {fit} train and guide, {probe} fit the probes.")
+    run.verdict(*report.sentences(compared, claim, config.tolerance))
 
 
-def plan(config: Config) -> Iterator[Runs]:
+def plan(config: Config) -> Iterator[Ensemble]:
     """The ensembles: for each code size and each group of seeds, guided by true labels and by shuffled ones."""
     size = config.seeds_at_once or len(config.seeds)
     groups = [config.seeds[i : i + size] for i in range(0, len(config.seeds), size)]
     for latent, seeds in itertools.product(config.latents, groups):
-        yield Runs(latent, Labels.true, _crossed(config.weights, seeds))
+        yield Ensemble(latent, Labels.true, _crossed(config.weights, seeds))
         if config.control:
             # At weight 0 labels do not reach the autoencoder.
-            yield Runs(latent, Labels.shuffled, _crossed([w for w in config.weights if w > 0], seeds))
+            yield Ensemble(latent, Labels.shuffled, _crossed([w for w in config.weights if w > 0], seeds))
 
 
 def _crossed(weights: Sequence[float], seeds: Sequence[int]) -> tuple[tuple[float, int], ...]:
     return tuple(itertools.product(weights, seeds))
 
 
-def _observed(config: Config, split: GuidedSplit, runs: Runs, folder: RunFolder) -> list[dict[str, object]]:
-    training = make_training(split, config.network, runs)
-    state = train(training, split, config.network, runs, folder.shared / "networks" / runs.key)
-    return list(measure(training, state, split, runs, config.probes))
-
-
-def _check(config: Config) -> None:
-    """Refuse settings that no data could fit."""
-    for name in ("latents", "weights", "seeds", "probes", "frontier"):
-        values = getattr(config, name) or ()
-        if len(set(values)) < len(values):
-            raise ma.InputError(f"--{name} repeats a value: give each once")
-    for weight in config.weights:
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ma.InputError(f"--weights {weight:g}: give finite numbers of at least 0")
+def _check(config: Config, split: GuidedSplit) -> None:
     if 0.0 not in config.weights or len(config.weights) < 2:
         raise ma.InputError("--weights: give 0, what everything is compared with, and at least one other")
-    for value in config.frontier or ():
-        if not (math.isfinite(value) and value >= 0):
-            raise ma.InputError(f"--frontier {value:g}: give finite numbers of at least 0")
-    for name in ("probe_fraction", "validation_fraction"):
-        if not 0 < getattr(config, name) < 1:
-            raise ma.InputError(f"--{name.replace('_', '-')}: give a share between 0 and 1")
-    if config.probe_fraction + config.validation_fraction >= 1:
-        raise ma.InputError("--probe-fraction and --validation-fraction leave no images to train on: make them smaller")
-    for name in ("max_train", "max_test"):
-        value = getattr(config, name)
-        if value is not None and value < 40:
-            raise ma.InputError(f"--{name.replace('_', '-')} {value}: give at least 40 images")
-    if min(config.seed, *config.seeds) < 0 or min(config.latents) < 1:
-        raise ma.InputError("--seed and --seeds must be at least 0, --latents at least 1")
-    if config.seeds_at_once is not None and config.seeds_at_once < 1:
-        raise ma.InputError(f"--seeds-at-once {config.seeds_at_once}: give at least 1")
-    if not (math.isfinite(config.tolerance) and config.tolerance > 0):
-        raise ma.InputError(f"--tolerance {config.tolerance:g}: give a percentage over 0")
-    config.network.check()
+    pixels, images = math.prod(split.data.image_shape), len(split.fit_images)
+    if config.frontier is not None and max(config.latents) >= min(pixels, images):
+        raise ma.InputError(
+            f"--latents {max(config.latents)}: Theorem 1 needs codes smaller than the {pixels} pixel values and the "
+            f"{images} images; choose smaller ones or --frontier None"
+        )
 
 
 if __name__ == "__main__":
-    launch(main, Config, PRESETS)
+    launch_experiment(main, Config, PRESETS, COLUMNS)

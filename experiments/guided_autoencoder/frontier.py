@@ -9,7 +9,8 @@ import numpy as np
 from tqdm import tqdm
 
 import mae_align as ma
-from experiments.guided_autoencoder.runs import GuidedSplit, Probe, Row, probe_cells
+from experiments.guided_autoencoder.networks import GuidedSplit, Row, probe_cells
+from experiments.harness.ensembles import Probe
 from experiments.harness.folder import silent
 from mae_align.closed_form.autoencoder import supervised_solution
 from mae_align.closed_form.factorize import factorize
@@ -24,8 +25,10 @@ def linear_rows(
     """One row for each code size and weight of reconstruction.
 
     Args:
-        split: the encoders are solved on its fitted images and labels. latents: sizes of the code.
-        lambdas: relative weights lambda tr Sxx / tr Syy; infinity, PCA, is added. probes: as for the networks.
+        split: the encoders are solved on its fitted images and labels.
+        latents: sizes of the code.
+        lambdas: relative weights lambda tr Sxx / tr Syy; infinity, PCA, is added.
+        probes: as for the networks.
 
     Returns:
         Rows with labels "linear", lam_relative; fit_error and fit_r2, the exact trade-off on the fitted images;
@@ -34,30 +37,30 @@ def linear_rows(
     Raises:
         InputError: a code size over the rank of the images.
     """
-    moments = ma.Moments.from_arrays(split.fit_images, split.fit_labels, num_classes=split.num_classes)
-    problem = factorize(moments)
+    classes = split.data.num_classes
+    problem = factorize(ma.Moments.from_arrays(split.fit_images, split.fit_labels, num_classes=classes))
     for latent in latents:
         problem.check_k(latent)
-    unit, task = float(np.trace(problem.syy)) / problem.trace, float(np.trace(problem.syy))
+    task = float(np.trace(problem.syy))
+    unit = task / problem.trace
     rows = []
     for relative in tqdm(sorted({*lambdas, math.inf}), desc="linear frontier", unit="lambda", disable=silent()):
         solved = supervised_solution(problem, relative * unit, max(latents))
-        images = (split.probe_images, split.val_images, split.test_images)
-        codes = [_encode(solved, part) for part in images]
+        codes = [_encode(solved, part) for part in split.measured]
         for latent in latents:
-            decoder = solved.decoder[:latent]
-            errors = [_error(solved, z[:, :latent], x) for z, x in zip(codes[1:], images[1:], strict=True)]
+            own = [z[:, :latent] for z in codes]
+            val, test = (_error(solved, z, x) for z, x in zip(own[1:], split.measured[1:], strict=True))
             rows.append(
                 {
-                    "dataset": split.name,
+                    "dataset": split.data.name,
                     "latent": latent,
                     "labels": "linear",
                     "lam_relative": relative,
-                    "fit_error": 1.0 - float((decoder**2).sum()) / problem.trace,
+                    "fit_error": 1.0 - float((solved.decoder[:latent] ** 2).sum()) / problem.trace,
                     "fit_r2": float((solved.head[:latent] ** 2).sum()) / task,
-                    "val_error": errors[0],
-                    "test_error": errors[1],
-                    **probe_cells([z[:, :latent].astype(np.float32) for z in codes], split, probes, "linear code"),
+                    "val_error": val,
+                    "test_error": test,
+                    **probe_cells([z.astype(np.float32) for z in own], split, probes, "linear code"),
                 }
             )
     return rows

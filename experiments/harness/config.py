@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
+def _text(value: float) -> str:
+    """A number in a message: whole ones in full."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Bounds:
     """What a number, or every number of a tuple, must keep to; NaN keeps to nothing.
@@ -59,19 +64,24 @@ class Bounds:
     def __str__(self) -> str:
         """What to give, in words."""
         words = {"at least": self.least, "over": self.above, "at most": self.most, "below": self.below}
-        return " and ".join(f"{word} {limit:g}" for word, limit in words.items() if limit is not None) or "finite"
+        return " and ".join(f"{word} {_text(limit)}" for word, limit in words.items() if limit is not None) or "finite"
 
 
 ELSEWHERE = "changes where or how fast, not what is computed"
 """Mark of a field, ``Annotated[T, ELSEWHERE]``: a run with another value is the same run."""
+ADDS = "adds to what is reported, and changes none of the rest"
+"""Mark of a field: a run with another value goes on in the same folder with what is missing."""
 
 Count = Annotated[int, Bounds(least=1)]
 Counts = Annotated[tuple[int, ...], Bounds(least=1, unique=True)]
 Seed = Annotated[int, Bounds(least=0)]
-Seeds = Annotated[tuple[int, ...], Bounds(least=0, unique=True)]
+# Of networks: JAX takes seeds of 32 bits.
+Seeds = Annotated[tuple[int, ...], Bounds(least=0, below=2**32, unique=True)]
 Ratios = Annotated[tuple[float, ...], Bounds(least=0, most=1, unique=True)]
 Positive = Annotated[float, Bounds(above=0)]
 NotNegative = Annotated[float, Bounds(least=0)]
+Workers = Annotated[int | None, Bounds(least=1), ELSEWHERE]
+Groups = Annotated[int, Bounds(least=2)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,13 +158,13 @@ class Vit:
 
     width: Count = 64
     """Width of the encoder's tokens, and number of features."""
-    depth: Count = 2
+    depth: Annotated[int, Bounds(least=0)] = 2
     """Blocks of the encoder."""
     heads: Count = 4
     """Attention heads of the encoder."""
     decoder_width: Count = 64
     """Width of the decoder's tokens."""
-    decoder_depth: Count = 1
+    decoder_depth: Annotated[int, Bounds(least=0)] = 1
     """Blocks of the decoder."""
     decoder_heads: Count = 4
     """Attention heads of the decoder."""
@@ -170,6 +180,7 @@ class Setting:
         value: what was given.
         bounds: of its numbers, or None.
         elsewhere: whether it changes nothing that is computed.
+        adds: whether it only adds to what is reported.
     """
 
     option: str
@@ -177,6 +188,7 @@ class Setting:
     value: Any
     bounds: Bounds | None
     elsewhere: bool
+    adds: bool
 
 
 def settings(config: DataclassInstance, path: tuple[str, ...] = ()) -> Iterator[Setting]:
@@ -194,7 +206,7 @@ def settings(config: DataclassInstance, path: tuple[str, ...] = ()) -> Iterator[
             continue
         marks = get_args(hints[field.name])[1:] if get_origin(hints[field.name]) is Annotated else ()
         bounds = next((mark for mark in marks if isinstance(mark, Bounds)), None)
-        yield Setting("--" + ".".join(here).replace("_", "-"), here, value, bounds, ELSEWHERE in marks)
+        yield Setting("--" + ".".join(here).replace("_", "-"), here, value, bounds, ELSEWHERE in marks, ADDS in marks)
 
 
 def check(config: DataclassInstance) -> None:
@@ -219,7 +231,7 @@ def check(config: DataclassInstance) -> None:
         for value in values:
             if isinstance(value, int | float) and not one.bounds.allows(value):
                 kind = "numbers" if several else "a number"
-                raise InputError(f"{one.option} {value:g}: give {kind} {one.bounds}")
+                raise InputError(f"{one.option} {_text(value)}: give {kind} {one.bounds}")
         if one.bounds.unique and len(set(values)) < len(values):
             words = " ".join(str(v.value if isinstance(v, enum.Enum) else v) for v in values)
             raise InputError(f"{one.option} {words} repeats a value: give each once")
@@ -234,12 +246,22 @@ def computed(config: DataclassInstance) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for one in settings(config):
-        if not one.elsewhere:
+        if not (one.elsewhere or one.adds):
             inner = found
             for name in one.path[:-1]:
                 inner = inner.setdefault(name, {})
             inner[one.path[-1]] = one.value
     return found
+
+
+def added(config: DataclassInstance) -> dict[str, str]:
+    """The settings that only add to what is reported, by their options, as text.
+
+    Example:
+        >>> added(RunConfig())
+        {}
+    """
+    return {one.option: repr(one.value) for one in settings(config) if one.adds}
 
 
 def written_options(values: dict[str, Any], prefix: str = "--") -> list[str]:

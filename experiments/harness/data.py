@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 
 import mae_align as ma
 from experiments.harness.config import RunConfig
-from mae_align.data import stratified_split, validation_split
-from mae_align.data.transforms import jitter
+from mae_align.data import stratified_split
 from mae_align.moments.moments import group_of
-from mae_align.moments.samples import merged
 from mae_align.runtime.files import fingerprint
 from mae_align.runtime.processes import refused_together
 
@@ -33,6 +30,7 @@ class Split:
         validation_labels: [v].
         test_images: [t, h, w, c], to report on.
         test_labels: [t].
+        is_validation: [n + v] which of the training and validation images are for validation, in the data set's order.
     """
 
     name: str
@@ -43,6 +41,7 @@ class Split:
     validation_labels: np.ndarray
     test_images: np.ndarray
     test_labels: np.ndarray
+    is_validation: np.ndarray
 
     @classmethod
     def load(cls, config: RunConfig) -> Split:
@@ -79,6 +78,7 @@ class Split:
             data.train_labels[chosen],
             data.test_images[tested],
             data.test_labels[tested],
+            np.isin(np.sort(np.concatenate([fitted, chosen])), chosen),
         )
 
     @property
@@ -115,6 +115,17 @@ class Split:
         }
         return {name: fingerprint(arrays, {}) for name, arrays in parts.items()}
 
+    def refit(self) -> tuple[np.ndarray, np.ndarray]:
+        """Training and validation images together, [n + v, h, w, c], and their labels, in the order of the data set.
+
+        What is reported is fitted on them where everything is chosen already.
+        """
+        images = np.empty((len(self.is_validation), *self.image_shape), self.train_images.dtype)
+        labels = np.empty(len(images), self.train_labels.dtype)
+        images[~self.is_validation], labels[~self.is_validation] = self.train_images, self.train_labels
+        images[self.is_validation], labels[self.is_validation] = self.validation_images, self.validation_labels
+        return images, labels
+
     def moments(self, *, groups: int = 1) -> tuple[ma.Moments, ma.Moments]:
         """Moments of the training images, and of the test images in groups.
 
@@ -139,6 +150,23 @@ def drawn(rows: np.ndarray, most: int | None, rng: np.random.Generator) -> np.nd
     return rows if most is None or most >= len(rows) else np.sort(rng.choice(rows, most, replace=False))
 
 
+def check_groups(groups: int, count: int) -> None:
+    """Refuse groups of test images of which one would be empty.
+
+    Args:
+        groups: as given with --groups.
+        count: test images.
+
+    Raises:
+        InputError: too many groups.
+
+    Example:
+        >>> check_groups(20, 359)
+    """
+    if len(np.unique(group_of(np.arange(count), groups))) < groups:
+        raise ma.InputError(f"--groups {groups}: {count} test images leave a group empty, give fewer groups")
+
+
 def load_together(label: str, *, image_size: int | None, seed: int) -> ma.ImageDataset:
     """`mae_align.load_dataset` in every process; what one of them cannot load, all refuse.
 
@@ -157,110 +185,3 @@ def load_together(label: str, *, image_size: int | None, seed: int) -> ma.ImageD
     """
     with refused_together():
         return ma.load_dataset(label, image_size=image_size, seed=seed)
-
-
-Summary = ma.Moments | ma.Samples
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """Moments, or samples where they are fewer than the pixels, for every purpose.
-
-    Attributes:
-        name: of the data, for the summary.
-        train: what the reported curves are fitted on.
-        choice: what the curves for choosing are fitted on, and the validation images; None for no choice.
-        test: grouped held-out moments, or None for in-sample curves alone.
-    """
-
-    name: str
-    train: Summary
-    choice: tuple[Summary, Summary] | None
-    test: Summary | None
-
-
-@dataclasses.dataclass(frozen=True)
-class MomentFiles:
-    """Moment files, as ``python -m experiments.stream_moments`` writes them."""
-
-    train: str
-    validation: str | None
-    test: str | None
-
-    def load(self) -> Inputs:
-        """Read the files; the validation images also belong to the training images of the reported curves.
-
-        Raises:
-            InputError: files that cannot be read or do not belong together, test moments without groups.
-        """
-        if self.validation is not None and self.test is None:
-            raise ma.InputError(
-                "--validation-moments without --test-moments: give the test images on which the choice is reported"
-            )
-        train = ma.Moments.load(self.train).ungrouped()
-        test = None if self.test is None else ma.Moments.load(self.test)
-        if test is not None and (len(test.counts) < 2 or not test.counts.all()):
-            raise ma.InputError(
-                f"{self.test} has groups of {test.counts.tolist()} images: standard errors need at least 2 groups, "
-                "none empty; make it again with other --groups"
-            )
-        name = Path(self.train).name
-        if self.validation is None:
-            return Inputs(name, train, None, test)
-        validation = ma.Moments.load(self.validation).ungrouped()
-        return Inputs(name, train.merge(validation), (train, validation), test)
-
-
-@dataclasses.dataclass(frozen=True)
-class DataChoices:
-    """How a data set is cut up: see the fields of the same names of the masking sweep's settings."""
-
-    held_out: bool
-    validation_fraction: float
-    groups: int
-    jitter: float
-    seed: int
-
-    def check(self, data: ma.ImageDataset) -> None:
-        """Refuse choices that do not fit the data.
-
-        Raises:
-            InputError: constant images, classes too small to split, too many groups.
-        """
-        if (data.train_images == data.train_images[:1]).all():
-            raise ma.InputError("the training images are constant: there is nothing to reconstruct")
-        if self.held_out:
-            stratified_split(data.train_labels, self.validation_fraction, self.seed)
-            tests = len(data.test_images)
-            if not 2 <= self.groups <= tests or len(set(group_of(np.arange(tests), self.groups))) < self.groups:
-                raise ma.InputError(
-                    f"--groups {self.groups}: with {tests} test images give fewer groups (at least 2), "
-                    "none may be empty"
-                )
-
-    def moments(self, data: ma.ImageDataset) -> Inputs:
-        """The moments of a checked data set."""
-        if self.jitter > 0:
-            train = jitter(data.train_images, self.jitter, self.seed)
-            data = dataclasses.replace(data, train_images=train, test_images=data.test_images.astype(train.dtype))
-        if not self.held_out:
-            return Inputs(data.name, self._part(data, data.train_images, data.train_labels), None, None)
-        split = validation_split(data, self.validation_fraction, self.seed)
-        fit = self._part(data, split.train_images, split.train_labels)
-        validation = self._part(data, split.test_images, split.test_labels, like=fit)
-        test = self._part(data, data.test_images, data.test_labels, self.groups, like=fit)
-        return Inputs(data.name, merged(fit, validation), (fit, validation), test)
-
-    def _part(
-        self,
-        data: ma.ImageDataset,
-        images: np.ndarray,
-        labels: np.ndarray,
-        groups: int = 1,
-        like: Summary | None = None,
-    ) -> Summary:
-        made = "stored pixels"
-        if self.jitter > 0:
-            made = f"training images with jitter of {self.jitter:g} std, seed {self.seed}"
-        classes = data.num_classes
-        return ma.summarize(images, labels, num_classes=classes, groups=groups, preprocessing=made, like=like)

@@ -312,13 +312,22 @@ class RunFolder:
         Returns:
             The path of NAME.nc.
         """
-        path = self.path / f"{name}.nc"
-        with atomic_path(path) as unfinished:
-            netcdf3_ready(dataset).to_netcdf(unfinished, engine="scipy")
+        path = self.save_netcdf(name, dataset)
         # A data set without dimensions has no index; one row is its table.
         labelled = dataset if dataset.sizes else dataset.expand_dims("row")
         with atomic_path(self.path / f"{name}.csv") as unfinished:
             labelled.to_dataframe().reset_index().to_csv(unfinished, index=False)
+        return path
+
+    def save_netcdf(self, name: str, dataset: xr.Dataset) -> Path:
+        """Writes a labelled result as NAME.nc alone: for what is too long for a table.
+
+        Returns:
+            Its path.
+        """
+        path = self.path / f"{name}.nc"
+        with atomic_path(path) as unfinished:
+            netcdf3_ready(dataset).to_netcdf(unfinished, engine="scipy")
         return path
 
     def load_dataset(self, name: str) -> xr.Dataset:

@@ -1,221 +1,360 @@
-"""Table, files and plain sentences of the training experiments."""
+"""What is reported of trained networks: beside the closed form of their corruption, and beside every baseline."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
-import xarray as xr
+import pandas as pd
 
-from experiments.harness.train_common import Run
+import mae_align as ma
+from experiments.harness.columns import CLOSED_FORM
+from experiments.harness.data import Split
+from experiments.harness.ends import NAMES
+from experiments.harness.ensembles import End, Ensemble, Member, Probe, Problem, batches
+from experiments.harness.probes import NETWORK
+from experiments.harness.run import Rows, Run
+from mae_align.closed_form.predictions import KS, closed_form_row
+from mae_align.closed_form.targets import varying_components
+from mae_align.corruption import Corruption, PatchMask
+from mae_align.data import average_pool
+from mae_align.data.patches import patch_hw
+from mae_align.metrics import Outputs, report_row
+from mae_align.moments.moments import group_of
 
-NETWORK = "trained network"
-RAW = "raw pixels"
-UNTRAINED = "untrained network"
-SUPERVISED = "supervised network"
-FINE_TUNED = "fine-tuned"
-FROM_SCRATCH = "from scratch"
-_SCORES = ("accuracy_train", "accuracy_val", "accuracy_test", "r2_train", "r2_val", "r2_test", "strength")
+# Pixel values up to which whole images are measured; larger ones are pooled.
+MOST_PIXELS = 12_288
+# Of test images, for standard errors.
+_GROUPS = 20
+
+COLUMNS = {
+    "data": "name of the data set",
+    "member": "what tells a network from the others; empty where no network is involved",
+    "seed": "seed of the network",
+    "learning_rate": "peak learning rate of the network",
+    "guidance": "weight of the cross-entropy beside the reconstruction in the loss of the network",
+    "features": "what is probed, or how a whole network was trained",
+    "features_note": "how features are taken, where not as in training",
+    "compared_as": "the features, and the guidance where networks differ in it",
+    "reported": "whether the summary and the figures are about this row: of several learning rates only about the best",
+    "probe": "kind of probe; none for whole networks trained with labels",
+    "against": "what the networks are compared with",
+    "accuracy": "mean accuracy on test images [%]",
+    "difference": "accuracy minus that of the other side [points]",
+    "difference_se": "its standard error over test images, as if both had their own, and between networks [points]",
+    "corruption": "corruption that the closed form is of",
+    "latent": "number of features",
+    "rankme": "effective rank of the features of test images",
+    "feature_r2": "share of the label variance that least squares on the features explains in training",
+    "feature_eval_r2": "the same on test images",
+    **CLOSED_FORM,
+    "reconstruction_of": "what the reconstruction errors are of",
+    "images": "whole images, or averages over squares of them, on which everything linear is measured",
+    "reconstruction_mse": "mean squared error of a pixel value of test images [squared pixel units]",
+    "reconstruction_error": "squared error of test images over their variance about the training mean",
+    "reconstruction_error_top": "the same within reconstruction_top_count principal components",
+    "reconstruction_error_bottom": "the same within the other principal components",
+    "reconstruction_error_band*": "the same by spatial frequency, from low to high",
+    "reconstruction_top_count": "components that carry reconstruction_top_share of the variance",
+    "reconstruction_top_share": "see reconstruction_top_count",
+    "*accuracy_*": "share of the named images whose class is found",
+    "*r2_*": "share of the label variance of the named images that the probe explains",
+    "end_learning_rate": "the best learning rate with labels on validation images",
+    "end_learning_rates_tried": "all learning rates with labels",
+    "end_epochs": "passes over the training images with labels",
+    "probe_*": "protocol of the probe",
+    **{f"{probe.value}_*": f"protocol of the {probe.value} probe" for probe in Probe},
+}
+"""A line for every column of the tables of the training experiments."""
 
 
-def components(k: int) -> str:
-    """Name of the features that are the first k principal components."""
-    return f"{k} principal components"
+@dataclasses.dataclass(frozen=True, eq=False)
+class Measured:
+    """The images that everything linear is computed on: those of a split, pooled where they are large.
 
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """What a probe says about one kind of features, or an end about one network.
+    Averages over squares inside of a patch keep a patch mask a patch mask.
 
     Attributes:
-        member: position of the network; -1 for features that no network makes.
-        features: what was probed, or the name of the end.
-        probe: the probe; empty for an end.
-        values: scores by name, and the protocol.
+        split: of the whole images.
+        factor: side of the squares, 1 for whole images.
+        corruption: of the pooled images.
     """
 
-    member: int
-    features: str
-    probe: str
-    values: Mapping[str, Any]
+    split: Split
+    factor: int
+    corruption: Corruption | None
+
+    @classmethod
+    def of(cls, split: Split, corruption: Corruption | None, most: int = MOST_PIXELS) -> Measured:
+        """The smallest pooling that leaves at most so many values, or the largest there is."""
+        height, width, channels = split.image_shape
+        sides = [height, width, *(patch_hw(corruption.patch_size) if isinstance(corruption, PatchMask) else ())]
+        factors = [f for f in range(1, min(sides) + 1) if not any(side % f for side in sides)]
+        factor = next((f for f in factors if height * width * channels <= most * f * f), factors[-1])
+        return cls(split, factor, _pooled_corruption(corruption, factor))
+
+    @property
+    def note(self) -> str:
+        """What is to be said of the images."""
+        return "" if self.factor == 1 else f", pooled {self.factor}x{self.factor}"
+
+    def pool(self, images: np.ndarray) -> np.ndarray:
+        """Images of any part, pooled."""
+        return images if self.factor == 1 else average_pool(images, self.factor)
+
+    @functools.cached_property
+    def train(self) -> ma.Moments:
+        """Of the training images and labels."""
+        split = self.split
+        return ma.Moments.from_arrays(self.pool(split.train_images), split.train_labels, num_classes=split.num_classes)
+
+    @functools.cached_property
+    def components(self) -> tuple[np.ndarray, np.ndarray]:
+        """Principal components of the training images and their variances."""
+        return varying_components(self.train)
+
+    @functools.cached_property
+    def test(self) -> ma.Moments:
+        """Of the test images and labels, in groups for standard errors."""
+        labels, classes = self.split.test_labels, self.split.num_classes
+        numbers = range(min(_GROUPS, len(labels)), 0, -1)
+        groups = next(g for g in numbers if len(set(group_of(np.arange(len(labels)), g))) == g)
+        return ma.Moments.from_arrays(self.pool(self.split.test_images), labels, num_classes=classes, groups=groups)
+
+    def closed_form(self, corruption: Corruption | None) -> dict[str, Any]:
+        """Cells of the closed form with a corruption."""
+        ks = [k for k in KS if k <= self.train.num_pixels]
+        return closed_form_row(self.train, corruption, self.test, ks)
 
 
-@dataclasses.dataclass(frozen=True)
-class Results:
-    """Everything that the report shows.
+def _pooled_corruption(corruption: Corruption | None, factor: int) -> Corruption | None:
+    """What a corruption is on pooled images."""
+    if factor == 1 or corruption is None:
+        return corruption
+    if isinstance(corruption, PatchMask):
+        height, width = patch_hw(corruption.patch_size)
+        return dataclasses.replace(corruption, patch_size=(height // factor, width // factor))
+    assert isinstance(corruption, ma.GaussianNoise)
+    return ma.GaussianNoise(corruption.sigma / factor)
 
-    Attributes:
-        runs: the members. chosen: positions of those that are reported on, the best learning rate of each guidance.
-        scores: of the probes, of all members. ends: of whole networks trained with labels.
-        measures: one row of the shared report for each chosen member. num_test: test images.
-        chance: accuracy of always giving the same answer.
+
+def closed_form_rows(run: Run[Split], measured: Measured) -> Rows:
+    """The closed form with the corruption of the networks, if there is one, and without any."""
+    rows = [{"corruption": "none", **run.once("closed_form-none", lambda: measured.closed_form(None))}]
+    if (corruption := measured.corruption) is None:
+        return rows
+    return [{"corruption": str(corruption), **run.once("closed_form", lambda: measured.closed_form(corruption))}, *rows]
+
+
+def report_rows(
+    run: Run[Split],
+    problem: Problem,
+    measured: Measured,
+    trained: Ensemble,
+    chosen: Sequence[int],
+    probes: Rows,
+    closed: dict[str, Any],
+    seed: int,
+) -> Rows:
+    """The shared report of trained networks: one row for each of the chosen members.
+
+    Args:
+        run: keeps what is finished.
+        problem: what was trained.
+        measured: the images.
+        trained: the networks.
+        chosen: positions.
+        probes: rows of the probes, those of the chosen members among them.
+        closed: cells of the closed form with the same corruption.
+        seed: of the corruptions of test images.
     """
+    split, names = run.data, [member.name(problem.members) for member in problem.members]
+    features = functools.cache(lambda: [trained.features(x) for x in (split.train_images, split.test_images)])
 
-    runs: Sequence[Run]
-    chosen: Sequence[int]
-    scores: Sequence[Score]
-    ends: Sequence[Score]
-    measures: Sequence[Mapping[str, Any]]
-    num_test: int
-    chance: float
-
-    def name(self, score: Score) -> str:
-        """What a score is compared as: with several guidance weights, networks that had one have it in their names."""
-        several = len({self.runs[i].guidance for i in self.chosen}) > 1
-        if several and score.features in (NETWORK, FINE_TUNED):
-            return f"{score.features}, guidance {self.runs[score.member].guidance:g}"
-        return score.features
-
-    def groups(self) -> dict[str, list[Score]]:
-        """Scores by what is compared: the trained networks of each guidance weight, and each baseline."""
-        found: dict[str, list[Score]] = {}
-        for score in self.scores:
-            if score.features != NETWORK or score.member in self.chosen:
-                found.setdefault(self.name(score), []).append(score)
-        return found
-
-    def accuracies(self) -> dict[str, dict[str, np.ndarray]]:
-        """Test accuracies [networks] by what is compared and probe."""
-        return {
-            name: {
-                probe: np.array([s.values["accuracy_test"] for s in scores if s.probe == probe], float)
-                for probe in self.probes
-            }
-            for name, scores in self.groups().items()
-        }
-
-    def end_accuracies(self) -> dict[str, np.ndarray]:
-        """Test accuracies [networks] of each end."""
-        names = dict.fromkeys(map(self.name, self.ends))
-        return {
-            name: np.array([s.values["accuracy_test"] for s in self.ends if self.name(s) == name]) for name in names
-        }
-
-    @property
-    def probes(self) -> list[str]:
-        """Names of the probes, in their order."""
-        return list(dict.fromkeys(score.probe for score in self.scores))
-
-    @property
-    def features(self) -> list[str]:
-        """Kinds of features, in their order."""
-        return list(dict.fromkeys(score.features for score in self.scores))
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A tidy table: one row for each member, kind of features and probe, and for each end."""
-        names = [run.name(self.runs) for run in self.runs]
-        table = []
-        for score in [*self.scores, *self.ends]:
-            who: dict[str, Any] = {"member": "", "seed": "", "learning_rate": "", "guidance": ""}
-            if score.member >= 0:
-                who = {"member": names[score.member], **dataclasses.asdict(self.runs[score.member])}
-            table.append({**who, "features": score.features, "probe": score.probe or "none", **_flat(score.values)})
-        return table
-
-    def dataset(self) -> xr.Dataset:
-        """Scores over member, features and probe, ends over member and end, measures over member.
-
-        Features that no network makes stand at every member.
-        """
-        members, features, probes = range(len(self.runs)), self.features, self.probes
-        names = [run.name(self.runs) for run in self.runs]
-        arrays = {name: np.full((len(members), len(features), len(probes)), np.nan) for name in _SCORES}
-        for score in self.scores:
-            at = slice(None) if score.member < 0 else score.member
-            i, j = features.index(score.features), probes.index(score.probe)
-            for name, array in arrays.items():
-                value = score.values.get(name)
-                array[at, i, j] = np.nan if value is None else value
-        result = xr.Dataset(
-            {name: (("member", "features", "probe"), array) for name, array in arrays.items()},
-            {
-                "member": names,
-                "features": features,
-                "probe": probes,
-                "seed": ("member", [run.seed for run in self.runs]),
-                "learning_rate": ("member", [run.learning_rate for run in self.runs]),
-                "guidance": ("member", [run.guidance for run in self.runs]),
-            },
+    def compute(at: int) -> dict[str, Any]:
+        train, test = (x[at] for x in features())
+        restored = measured.pool(restore(problem, trained, at, split.test_images, seed))
+        return report_row(
+            {"data": split.name, "member": names[at], **dataclasses.asdict(problem.members[at])},
+            Outputs(train, test, restored),
+            moments=measured.train,
+            eval_moments=measured.test,
+            corruption=measured.corruption,
+            targets=split.train_labels,
+            eval_images=measured.pool(split.test_images),
+            eval_targets=split.test_labels,
+            probes={},
+            closed_form=closed,
+            components=measured.components,
         )
-        for kind in dict.fromkeys(score.features for score in self.ends):
-            result = result.assign_coords(end=list(dict.fromkeys(score.features for score in self.ends)))
-            for name in ("accuracy_train", "accuracy_val", "accuracy_test"):
-                full = result.get(f"end_{name}")
-                array = np.full((len(members), result.sizes["end"]), np.nan) if full is None else full.values
-                for score in self.ends:
-                    if score.features == kind:
-                        array[score.member, list(result.end.values).index(kind)] = score.values[name]
-                result[f"end_{name}"] = (("member", "end"), array)
-        for name in [name for name, value in self.measures[0].items() if _is_number(value)]:
-            if name not in result.variables:
-                values = np.full(len(members), np.nan)
-                values[list(self.chosen)] = [row[name] for row in self.measures]
-                result[name] = ("member", values)
-        return result.assign_attrs(num_test=self.num_test, chance=self.chance)
+
+    suffix = "" if trained.clean is None else "-clean"
+    found = run.each(
+        {f"report-{at}{suffix}": at for at in chosen},
+        lambda key, at: run.once(key, lambda: compute(at)),
+        unit="network",
+    )
+    rows = []
+    for at, row in zip(chosen, found.values(), strict=True):
+        scores = {
+            f"{probe['probe']}_{key.removeprefix('probe_')}": value
+            for probe in probes
+            if (probe["features"], probe["member"]) == (NETWORK, at)
+            for key, value in probe.items()
+            if key not in ("probe", "member", "features", "features_note")
+        }
+        about = {"reconstruction_of": problem.restores, "images": f"whole{measured.note}"}
+        rows.append({**row, **scores, **about, **({"features_note": trained.note} if trained.note else {})})
+    return rows
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+def restore(problem: Problem, trained: Ensemble, member: int, images: np.ndarray, seed: int) -> np.ndarray:
+    """What a network makes of corrupted images, [n, h, w, c] in stored units."""
+    model, program = trained.training.model(trained.state, member), jax.jit(problem.restore)
+    keys: Callable[[int], jax.Array] = functools.partial(jax.random.fold_in, jax.random.key(seed))
+    return np.concatenate(
+        [np.asarray(program(model, part, keys(i)))[:count] for i, (part, count) in enumerate(batches(images))]
+    )
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as cells of a table; lists and mappings as JSON."""
-    return {k: json.dumps(v) if isinstance(v, list | tuple | dict) else v for k, v in values.items()}
+def best_rates(members: Sequence[Member], probes: Rows) -> list[int]:
+    """Positions with the learning rate whose ridge probe is best on validation images, for each guidance weight.
+
+    Args:
+        members: of the ensemble.
+        probes: rows of the probes on all of them.
+    """
+    ridge = {row["member"]: row["accuracy_val"] for row in probes if row["probe"] == Probe.ridge.value}
+    found = []
+    for guidance in dict.fromkeys(member.guidance for member in members):
+        by_rate: dict[float, list[int]] = {}
+        for i, member in enumerate(members):
+            if member.guidance == guidance:
+                by_rate.setdefault(member.learning_rate, []).append(i)
+        found += max(by_rate.values(), key=lambda positions: np.mean([ridge[i] for i in positions]))
+    return found
 
 
-def table_text(results: Results) -> str:
-    """Test accuracies as a plain-text table: kinds of features down, probes across."""
-    lines = [["test accuracy [%]", *results.probes]]
-    for name, by_probe in results.accuracies().items():
-        lines.append([name, *(_mean(values) for values in by_probe.values())])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    ]
-    text += [f"{name.ljust(widths[0])}  {_mean(values)}" for name, values in results.end_accuracies().items()]
-    several = " (+-: standard deviation between networks)" if len({run.seed for run in results.runs}) > 1 else ""
-    text.append(f"{'most frequent class'.ljust(widths[0])}  {100 * results.chance:.1f}{several}")
-    return "\n".join(text)
+def result_rows(members: Sequence[Member], rows: Rows, chosen: Sequence[int]) -> Rows:
+    """The tidy table: one row for each network, kind of features and probe, and for each whole network with labels.
+
+    Args:
+        members: of the ensemble.
+        rows: of probes and ends, with positions of members.
+        chosen: positions of the members that are reported on.
+    """
+    names = [member.name(members) for member in members]
+    several = len({members[i].guidance for i in chosen}) > 1
+    table = []
+    for row in rows:
+        at, kind = row["member"], row["features"]
+        who: dict[str, Any] = {"member": "", "seed": "", "learning_rate": "", "guidance": ""}
+        if at >= 0:
+            who = {"member": names[at], **dataclasses.asdict(members[at])}
+        guided = several and kind in (NETWORK, NAMES[End.fine_tuning])
+        about = {
+            "features": kind,
+            "compared_as": f"{kind}, guidance {members[at].guidance:g}" if guided else kind,
+            "reported": kind != NETWORK or at in chosen,
+            "probe": row["probe"],
+        }
+        table.append({**who, **about, **{name: value for name, value in row.items() if name not in {*who, *about}}})
+    return table
 
 
-def _mean(values: np.ndarray) -> str:
-    if not len(values):
-        return "-"
-    spread = f" +- {100 * values.std(ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{100 * values.mean():.1f}{spread}"
+def percent(shares: pd.Series) -> str:
+    """Mean of shares in percent, and their standard deviation where there are several.
+
+    Example:
+        >>> percent(pd.Series([0.5, 0.52])), percent(pd.Series([1.0]))
+        ('51.0 +- 1.4', '100.0')
+    """
+    spread = f" +- {100 * shares.std(ddof=1):.1f}" if len(shares) > 1 else ""
+    return f"{100 * shares.mean():.1f}{spread}"
 
 
-def comparisons(results: Results) -> Iterator[str]:
-    """Plain sentences: the trained networks against every baseline, by every probe.
+def accuracy_table(reported: pd.DataFrame, chance: float) -> pd.DataFrame:
+    """Test accuracies as text: what is compared down, probes across.
+
+    Args:
+        reported: rows of the tidy table.
+        chance: accuracy of always naming the most frequent class.
+    """
+    cells = reported.groupby(["compared_as", "probe"], sort=False).accuracy_test.agg(percent).unstack("probe")
+    cells = cells.loc[reported.compared_as.unique(), reported.probe.unique()]
+    cells.loc["most frequent class"] = f"{100 * chance:.1f}"
+    several = " [%], +-: standard deviation between networks" if reported.seed.nunique() > 2 else " [%]"
+    return cells.rename(columns={"none": "whole network"}).rename_axis(f"test accuracy{several}").reset_index()
+
+
+def comparison_rows(reported: pd.DataFrame, num_test: int) -> Rows:
+    """The trained networks against every baseline, and against those without guidance, by every probe.
 
     A standard error holds the binomial spread of both accuracies over test images, as if each had images of its own
     (cautious, for they share them), and the spread between networks.
+
+    Args:
+        reported: rows of the tidy table.
+        num_test: test images.
     """
-    table = results.accuracies()
-    networks = [name for name in table if name.startswith(NETWORK)]
-    for probe in results.probes:
+    rows = []
+    for probe, table in reported[reported.probe != "none"].groupby("probe", sort=False):
+        shares = {name: part.accuracy_test for name, part in table.groupby("compared_as", sort=False)}
+        networks = [name for name in shares if str(name).startswith(NETWORK)]
         for i, network in enumerate(networks):
             # The first network of several guidance weights stands in for no guidance.
-            others = [name for name in table if name not in networks] + networks[: min(i, 1)]
-            words = [_against(table[network][probe], table[name][probe], name, results.num_test) for name in others]
-            yield f"{probe} probe, {network}: {_mean(table[network][probe])} % right; in points, {'; '.join(words)}."
+            for other in [name for name in shares if name not in networks] + networks[: min(i, 1)]:
+                own, its = shares[network], shares[other]
+                rows.append(
+                    {
+                        "probe": probe,
+                        "compared_as": network,
+                        "against": other,
+                        "accuracy": 100 * own.mean(),
+                        "difference": 100 * (own.mean() - its.mean()),
+                        "difference_se": 100 * math.sqrt(_variance(own, num_test) + _variance(its, num_test)),
+                    }
+                )
+    return rows
 
 
-def _against(network: np.ndarray, other: np.ndarray, name: str, num_test: int) -> str:
-    change = 100.0 * (network.mean() - other.mean())
-    se = 100.0 * math.sqrt(_variance(network, num_test) + _variance(other, num_test))
-    if abs(change) < 2 * se:
-        return f"no detectable difference to {name} ({change:+.1f} +- {se:.1f})"
-    return f"{'above' if change > 0 else 'BELOW'} {name} by {abs(change):.1f} +- {se:.1f}"
-
-
-def _variance(values: np.ndarray, num_test: int) -> float:
+def _variance(shares: pd.Series, num_test: int) -> float:
     """Of a mean over networks: from the test images, which all share, and between networks."""
-    mean = values.mean()
-    between = values.var(ddof=1) / len(values) if len(values) > 1 else 0.0
+    mean = shares.mean()
+    between = shares.var(ddof=1) / len(shares) if len(shares) > 1 else 0.0
     return float(mean * (1 - mean) / num_test + between)
+
+
+def sentences(subject: str, comparisons: Rows, report: Rows, closed: Rows) -> list[str]:
+    """At most three: the networks, and those with the most guidance, against all baselines; and the closed form."""
+    ridge = [row for row in comparisons if row["probe"] == Probe.ridge.value]
+    said = []
+    for network in dict.fromkeys([ridge[0]["compared_as"], ridge[-1]["compared_as"]]):
+        mine = [row for row in ridge if row["compared_as"] == network]
+        words = "; ".join(map(_against, mine))
+        said.append(f"Ridge probe, {network}: {mine[0]['accuracy']:.1f} % of test images right; in points, {words}.")
+    said[0] = f"{subject}. {said[0]}"
+    latent, cells = report[0]["latent"], closed[0]
+    ks = [int(key.removeprefix("closed_eval_r2_k")) for key in cells if key.startswith("closed_eval_r2_k")]
+    k = max([k for k in ks if k <= latent], default=ks[0])
+    r2, se = cells[f"closed_eval_r2_k{k}"], cells[f"closed_eval_r2_se_k{k}"]
+    against = f" ({r2 - closed[1][f'closed_eval_r2_k{k}']:+.3f} against no corruption)" if len(closed) > 1 else ""
+    own, error = (np.mean([row[name] for row in report]) for name in ("feature_eval_r2", "reconstruction_error"))
+    said.append(
+        f"Share of the label variance of test images: {own:.3f} by least squares on the {latent} features, "
+        f"{r2:.3f} +- {se:.3f} by the closed form of the same corruption at k = {k}{against}; the reconstruction of "
+        f"{report[0]['reconstruction_of']} leaves {error:.3f} of the variance."
+    )
+    return said
+
+
+def _against(row: dict[str, Any]) -> str:
+    change, se = row["difference"], row["difference_se"]
+    if abs(change) < 2 * se:
+        return f"no detectable difference to {row['against']} ({change:+.1f} +- {se:.1f})"
+    return f"{'above' if change > 0 else 'BELOW'} {row['against']} by {abs(change):.1f} +- {se:.1f}"

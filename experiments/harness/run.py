@@ -21,7 +21,7 @@ import xarray as xr
 from tqdm import tqdm
 
 import mae_align as ma
-from experiments.harness.config import check, computed
+from experiments.harness.config import added, check, computed
 from experiments.harness.folder import Parts, RunFolder, shared_points, silent
 from mae_align.runtime.errors import InputError
 from mae_align.runtime.files import PointStore, fingerprint
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from matplotlib.figure import Figure
 
+    from experiments.harness.train import TrainedLooks
     from mae_align.train.batches import Feed
     from mae_align.train.ensemble import DeviceData, Training, TrainState
 
@@ -61,6 +62,7 @@ class Data(Protocol):
 DataT = TypeVar("DataT", bound=Data)
 ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 Cell = TypeVar("Cell")
+Result = TypeVar("Result")
 
 
 class Run(Generic[DataT]):
@@ -90,13 +92,18 @@ class Run(Generic[DataT]):
             "data": data.name,
             "started": _now(),
             "finished": None,
+            "added": added(config),
         }
+
+    @property
+    def _label(self) -> str:
+        """What the folder is called after: what the data say, else the setting `data`."""
+        return getattr(self.data, "label", None) or getattr(self.config, "data", self.data.name)
 
     @functools.cached_property
     def folder(self) -> RunFolder:
         """The folder, with config.json, data.json and run.json; refuses one of other settings or other images."""
-        label, out = getattr(self.config, "data", self.data.name), getattr(self.config, "out", None)
-        folder = RunFolder.open(self.experiment, label, self.config, out)
+        folder = RunFolder.open(self.experiment, self._label, self.config, getattr(self.config, "out", None))
         written = _read_json(folder.path / "data.json")
         if written is not None and written != self._fingerprint:
             raise InputError(
@@ -148,20 +155,39 @@ class Run(Generic[DataT]):
         Raises:
             InputError: no cell is left.
         """
+        found = self.each(cells, lambda key, cell: self.once(key, lambda: measure(cell)), unit=unit)
+        return pd.DataFrame([row for rows in found.values() for row in rows])
+
+    def each(
+        self, cells: Mapping[str, Cell], compute: Callable[[str, Cell], Result], *, unit: str = "cell"
+    ) -> dict[str, Result]:
+        """Compute something of every cell, with progress; networks that diverge are left out with a note.
+
+        Args:
+            cells: by a name that is part of a file name.
+            compute: gives the result of a name and cell; it keeps what is not to be computed again.
+            unit: what a cell is, for the progress line.
+
+        Returns:
+            Results by name, in the order of the cells.
+
+        Raises:
+            InputError: no cell is left.
+        """
         from mae_align.train.loop import Diverged
 
-        rows: Rows = []
+        found: dict[str, Result] = {}
         with tqdm(cells.items(), desc=self.experiment, unit=unit, disable=silent()) as bar:
             for key, cell in bar:
                 bar.set_postfix_str(key)
                 try:
-                    rows += self.once(key, lambda cell=cell: measure(cell))
+                    found[key] = compute(key, cell)
                 except Diverged as error:
                     self.notes.append(f"Left out: {key}, {error}.")
                     warnings.warn(self.notes[-1], stacklevel=2)
-        if not rows:
+        if not found:
             raise InputError("every network diverged: give a smaller learning rate")
-        return pd.DataFrame(rows)
+        return found
 
     def train_at(
         self,
@@ -186,10 +212,38 @@ class Run(Generic[DataT]):
             By name, the arrays of all steps stacked, [T, ...].
         """
         # Only experiments that train pay for loading it.
-        from experiments.harness.train import TrainedLooks, train_at
+        from experiments.harness.train import train_at
 
-        looks = TrainedLooks(self.store, key, self.folder.shared / "networks" / key, self.identity_of_settings)
-        return train_at(looks, training, start, source, steps, look)
+        return train_at(self._looks(key), training, start, source, steps, look)
+
+    def train_to(
+        self,
+        key: str,
+        training: Training,
+        start: Callable[[], TrainState],
+        source: Callable[[], DeviceData | Feed],
+        steps: Sequence[int],
+        look: Callable[[TrainState, int], Mapping[str, np.ndarray]],
+        *,
+        save_every: int | None = None,
+    ) -> TrainState:
+        """Train as :meth:`train_at`, and return the ensemble after the last step.
+
+        Args:
+            key, training, start, source, steps, look: as there.
+            save_every: steps between checkpoints; None for a tenth of the training.
+
+        Returns:
+            The state, of its checkpoint where a run before has finished it.
+        """
+        from experiments.harness.train import train_to
+
+        return train_to(self._looks(key), training, start, source, steps, look, save_every=save_every)
+
+    def _looks(self, key: str) -> TrainedLooks:
+        from experiments.harness.train import TrainedLooks
+
+        return TrainedLooks(self.store, key, self.folder.shared / "networks" / key, self.identity_of_settings)
 
     @functools.cached_property
     def identity_of_settings(self) -> str:
@@ -265,19 +319,24 @@ class Run(Generic[DataT]):
         self._record["finished"] = _now()
         self.folder.save_json("run", self._record)
 
+    def reopen(self) -> None:
+        """Take back that the run has ended: started again, it is run and not only shown."""
+        self._record["finished"] = None
+        self.folder.save_json("run", self._record)
+
     def finished_before(self) -> str | None:
         """The summary of a run with these settings, images and this version that has ended; None without one."""
 
         def look() -> str:
-            label, out = getattr(self.config, "data", self.data.name), getattr(self.config, "out", None)
-            path = RunFolder.path_of(self.experiment, label, self.config, out)
+            path = RunFolder.path_of(self.experiment, self._label, self.config, getattr(self.config, "out", None))
             record = _read_json(path / _RECORD) or {}
             summary = path / "summary.txt"
             same = (
                 record.get("finished") is not None
                 and record.get("version") == ma.__version__
+                and record.get("added") == self._record["added"]
                 and _read_json(path / "data.json") == self._fingerprint
-                and RunFolder.holds(path, self.experiment, label, self.config)
+                and RunFolder.holds(path, self.experiment, self._label, self.config)
                 and summary.exists()
             )
             return summary.read_text(encoding="utf-8") if same else ""
@@ -310,7 +369,12 @@ def execute(
         if not silent():
             print(summary.rstrip("\n"), flush=True)
         return
-    main(config, run)
+    try:
+        main(config, run)
+    except SystemExit:
+        # A check that failed gives its exit status again when the run is started again.
+        run.reopen()
+        raise
 
 
 def table_text(frame: pd.DataFrame) -> str:

@@ -1,4 +1,4 @@
-"""Correlations and paired differences over several runs, with tests and intervals that state what they assume.
+"""Paired differences of runs, and the permutations, p-values and intervals that experiments share.
 
 Everything is seeded, vectorised over resamples, in float64 NumPy.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata, t
+from scipy.stats import t
 
 from mae_align.runtime.errors import InputError
 
@@ -19,35 +19,14 @@ from mae_align.runtime.errors import InputError
 _NUMBERS = 4_000_000
 
 
-class Correlation(NamedTuple):
-    """Correlation of two quantities over n runs.
-
-    Attributes:
-        count: n. pearson, spearman: in [-1, 1]; NaN where one of the two is constant.
-        pearson_p, spearman_p: two-sided p-values of the permutation test.
-        pearson_low, pearson_high, spearman_low, spearman_high: ends of the bootstrap interval.
-        resamples: bootstrap samples that the interval rests on; those in which one of the two is constant have no
-            correlation and are left out.
-    """
-
-    # Hides tuple.count, which nobody misses here.
-    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
-    pearson: float
-    pearson_p: float
-    pearson_low: float
-    pearson_high: float
-    spearman: float
-    spearman_p: float
-    spearman_low: float
-    spearman_high: float
-    resamples: int
-
-
 class PairedDifference(NamedTuple):
     """Mean of n paired differences and its interval.
 
     Attributes:
-        pairs: n. mean: of the differences. low, high: ends of the t interval, NaN for a single pair.
+        pairs: n.
+        mean: of the differences.
+        low: lower end of the t interval, NaN for a single pair.
+        high: its upper end.
         spread: standard deviation of the differences, n - 1 in the denominator; NaN for a single pair.
     """
 
@@ -65,7 +44,9 @@ def paired_difference(a: np.ndarray, b: np.ndarray, *, level: float = 0.95) -> P
     weights, order of the images) drops out of them.
 
     Args:
-        a, b: [n] finite numbers, one pair per seed. level: of the interval, inside (0, 1).
+        a: [n] finite numbers, one per seed.
+        b: [n] those that they are paired with.
+        level: of the interval, inside (0, 1).
 
     Returns:
         The mean and its interval, float64.
@@ -92,61 +73,57 @@ def paired_difference(a: np.ndarray, b: np.ndarray, *, level: float = 0.95) -> P
     return PairedDifference(n, mean, mean - half, mean + half, spread)
 
 
-def correlation(
-    x: np.ndarray,
-    y: np.ndarray,
-    *,
-    permutations: int = 10_000,
-    resamples: int = 10_000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Correlation:
-    """Pearson's and Spearman's correlation of two quantities over independent runs.
+class AccuracyDifference(NamedTuple):
+    """Mean of a - b over seeds and test images.
 
-    The test permutes y against x: all n! ways where these are at most ``permutations``, otherwise so many random ones,
-    and p = (1 + hits) / (1 + tried), a hit being a correlation at least as far from 0. The interval resamples pairs
-    (percentiles). Both take the runs for independent: seeds of one setting or tasks on one
-    network are not, see :mod:`experiments.alignment_vs_probe.agreement`.
+    Attributes:
+        mean: of the differences.
+        low: lower end of the t interval over the seeds, NaN with one seed.
+        high: its upper end.
+        image_se: standard error from the sampling of test images, for these seeds; NaN with one image.
+    """
+
+    mean: float
+    low: float
+    high: float
+    image_se: float
+
+    @property
+    def detected(self) -> bool:
+        """Whether the interval over seeds leaves out 0 and the mean is two standard errors of the images from it."""
+        return bool((self.low > 0.0 or self.high < 0.0) and abs(self.mean) >= 2.0 * self.image_se)
+
+
+def accuracy_difference(a: np.ndarray, b: np.ndarray, *, level: float = 0.95) -> AccuracyDifference:
+    """Difference of accuracy of two kinds of networks with the same seeds on the same test images.
+
+    :func:`paired_difference` of the accuracies of each seed, and beside it the standard error over images of the means
+    over seeds of each image: a difference is there only if both say so.
 
     Args:
-        x, y: [n] finite numbers, one pair per run, n >= 3.
-        permutations, resamples: numbers of draws. level: of the interval, inside (0, 1). seed: of both.
+        a: [E, n] whether the network of seed e is right on image i, truth values or numbers.
+        b: [E, n] those of the other kind.
+        level: of the interval, inside (0, 1).
 
     Returns:
-        Both correlations; NaN throughout where x or y is constant. Cost: (permutations + resamples) n log n.
+        In the units of a and b.
 
     Raises:
-        InputError: fewer than three pairs, NaN or infinite values, bad settings.
+        InputError: shapes that differ or are not [E, n], an empty axis, a level outside (0, 1).
 
     Example:
-        >>> found = correlation(np.arange(5.0), np.array([1.0, 2.0, 3.0, 5.0, 4.0]))
-        >>> round(found.spearman, 6), round(found.spearman_p, 3)
-        (0.9, 0.083)
+        >>> right = np.array([[1, 1, 1, 0], [1, 1, 0, 0]], bool)
+        >>> found = accuracy_difference(right, np.zeros((2, 4), bool))
+        >>> found.mean, round(found.low, 2), round(found.high, 2), found.detected
+        (0.625, -0.96, 2.21, False)
     """
-    x, y = (np.asarray(a, np.float64) for a in (x, y))
-    if x.ndim != 1 or x.shape != y.shape or len(x) < 3:
-        raise InputError(f"x {list(x.shape)} and y {list(y.shape)}: give at least three pairs, [n] each")
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise InputError("x or y holds NaN or infinite values: leave those runs out and say so")
-    check_draws(permutations, resamples, level, seed)
-    ranks = rankdata(x), rankdata(y)
-    rng = np.random.default_rng([seed, 0])
-    values, p = [], []
-    shuffles = np.concatenate(list(shuffled(len(x), permutations, rng)))
-    for a, b in ((x, y), ranks):
-        value = float(pearson(a, b))
-        values.append(value)
-        p.append(p_value(np.abs(pearson(a, b[shuffles])), abs(value)))
-    rng = np.random.default_rng([seed, 1])
-    drawn = []
-    for size in batches(resamples, len(x)):
-        index = rng.integers(0, len(x), (size, len(x)))
-        ranked = (rankdata(a[index], axis=1) for a in (x, y))
-        drawn.append(np.stack([pearson(x[index], y[index]), pearson(*ranked)]))
-    both = np.concatenate(drawn, axis=1)
-    ends = [interval(draws, level) for draws in both]
-    kept = int(np.isfinite(both[0]).sum())
-    return Correlation(len(x), values[0], p[0], *ends[0], values[1], p[1], *ends[1], kept)
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape or a.ndim != 2 or 0 in a.shape:
+        raise InputError(f"results of shape {list(a.shape)} and {list(b.shape)}: give the same [seeds, images]")
+    seeds = paired_difference(a.mean(axis=1), b.mean(axis=1), level=level)
+    images = (a - b).mean(axis=0)
+    image_se = float(images.std(ddof=1)) / math.sqrt(len(images)) if len(images) > 1 else math.nan
+    return AccuracyDifference(seeds.mean, seeds.low, seeds.high, image_se)
 
 
 def check_draws(permutations: int, resamples: int, level: float, seed: int) -> None:
@@ -169,7 +146,8 @@ def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Pearson's correlation along the last axis: sum (a - mean a)(b - mean b) over the root of the sums of squares.
 
     Args:
-        a, b: [..., n], broadcast.
+        a: [..., n].
+        b: [..., n], broadcast with it.
 
     Returns:
         [...], NaN where one of the two is constant up to rounding.
@@ -186,27 +164,6 @@ def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(varies, np.clip((a0 * b0).sum(-1) / below, -1.0, 1.0), np.nan)
 
 
-def shuffled(n: int, most: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Permutations of 0..n - 1, in batches: all but the identity where there are at most ``most`` of them, else random.
-
-    Args:
-        n: how many things. most: number of permutations. rng: of the random ones.
-
-    Yields:
-        [b, n] int64.
-
-    Example:
-        >>> [p.tolist() for p in shuffled(2, 10, np.random.default_rng(0))]
-        [[[1, 0]]]
-    """
-    if n < 13 and math.factorial(n) <= most:
-        everything = np.array(list(itertools.permutations(range(n))), np.int64)[1:]
-        yield everything.reshape(-1, n)
-        return
-    for size in batches(most, n):
-        yield rng.random((size, n)).argsort(1)
-
-
 def shuffled_within(
     parts: Sequence[np.ndarray], total: int, most: int, numbers: int, rng: np.random.Generator
 ) -> Iterator[np.ndarray]:
@@ -215,8 +172,11 @@ def shuffled_within(
     All but the identity where there are at most ``most`` of them, else random.
 
     Args:
-        parts: positions of each part, disjoint; others stay. total: how many positions. most: number of permutations.
-        numbers: that are held for each permutation of a batch. rng: of the random ones.
+        parts: positions of each part, disjoint; others stay.
+        total: how many positions.
+        most: number of permutations.
+        numbers: that are held for each permutation of a batch.
+        rng: of the random ones.
 
     Yields:
         [b, total] int64.
@@ -262,7 +222,8 @@ def p_value(drawn: np.ndarray, value: float) -> float:
     Counting the data as one of the draws keeps the test valid for any number of them (Phipson & Smyth, 2010).
 
     Args:
-        drawn: [n] statistic of each permutation. value: of the data.
+        drawn: [n] statistic of each permutation.
+        value: of the data.
 
     Returns:
         In (0, 1]; NaN where nothing was drawn or the data have no value.
@@ -282,7 +243,8 @@ def interval(drawn: np.ndarray, level: float) -> tuple[float, float]:
     """Percentile interval of bootstrap draws.
 
     Args:
-        drawn: [n] statistic of each resample; NaN ones are left out. level: inside (0, 1).
+        drawn: [n] statistic of each resample; NaN ones are left out.
+        level: inside (0, 1).
 
     Returns:
         Lower and upper end; NaN without draws.

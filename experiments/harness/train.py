@@ -86,18 +86,35 @@ def train_at(
         Preempted: SIGTERM came, and everything is saved.
     """
     found = {step: looks.load(step) for step in steps}
-    missing = [step for step, arrays in found.items() if arrays is None]
-
-    def observe(state: TrainState, step: int) -> dict[str, np.ndarray]:
-        if found[step] is None:
-            found[step] = looks.save(step, look(state, step))
-        arrays = found[step] or {}
-        return {name: a for name, a in arrays.items() if a.shape in ((), (training.num_members,))}
-
-    if missing:
-        _train(looks, training, start, source, list(steps), missing, observe)
+    if any(arrays is None for arrays in found.values()):
+        _train(looks, training, start, source, found, look, None)
     done = [arrays for arrays in found.values() if arrays is not None]
     return {name: np.stack([arrays[name] for arrays in done]) for name in done[0]}
+
+
+def train_to(
+    looks: TrainedLooks,
+    training: Training,
+    start: Callable[[], TrainState],
+    source: Callable[[], DeviceData | Feed],
+    steps: Sequence[int],
+    look: Look,
+    *,
+    save_every: int | None = None,
+) -> TrainState:
+    """Train as :func:`train_at`, and return the ensemble after the last step: from its checkpoint where it is there.
+
+    Args:
+        looks, training, start, source, steps, look: as for :func:`train_at`.
+        save_every: steps between checkpoints; None for a tenth of the training.
+
+    Returns:
+        The state after the last step.
+
+    Raises:
+        Diverged, Preempted: as :func:`train_at`.
+    """
+    return _train(looks, training, start, source, {step: looks.load(step) for step in steps}, look, save_every)
 
 
 def _train(
@@ -105,18 +122,26 @@ def _train(
     training: Training,
     start: Callable[[], TrainState],
     source: Callable[[], DeviceData | Feed],
-    steps: list[int],
-    missing: list[int],
-    observe: Look,
-) -> None:
-    """Train to the last step, observing at every chosen one."""
-    state, total = start(), steps[-1]
+    found: dict[int, dict[str, np.ndarray] | None],
+    look: Look,
+    save_every: int | None,
+) -> TrainState:
+    """Train to the last step, and fill in the looks that are None."""
+    missing = [step for step, arrays in found.items() if arrays is None]
+    state, total = start(), max(found)
+
+    def observe(state: TrainState, step: int) -> dict[str, np.ndarray]:
+        arrays = found[step]
+        if arrays is None:
+            arrays = found[step] = looks.save(step, look(state, step))
+        shapes = (), (training.num_members,)
+        return {name: a for name, a in arrays.items() if a.shape in shapes and a.dtype.kind in "biuf"}
+
     if 0 in missing:
         observe(state, 0)
     if total == 0:
-        return
-    chosen = [step for step in steps if step > 0]
-    every = max(_LEAST_STEPS, total // _CHECKPOINTS)
+        return state
+    every = save_every or max(_LEAST_STEPS, total // _CHECKPOINTS)
     with Checkpoints.open(
         looks.folder / "checkpoints", identity=looks.identity, every=every, keep_latest=1
     ) as checkpoints:
@@ -127,7 +152,7 @@ def _train(
             fit(training, state, source(), num_steps=early[-1], evaluate=observe, evaluate_at=early)
             state = start()
         with MetricLog(looks.folder, progress=True) as log:
-            fit(
+            return fit(
                 training,
                 state,
                 source(),
@@ -135,7 +160,7 @@ def _train(
                 checkpoints=checkpoints,
                 log=log,
                 evaluate=observe,
-                evaluate_at=chosen,
+                evaluate_at=[step for step in found if step > 0],
                 log_every=max(1, total // _LOG_LINES),
             )
 

@@ -1,5 +1,8 @@
 """How much of the task does a little reconstruction error buy?
 
+Paper: Theorem 1
+Time: 30 seconds
+
 Theorem 1 of Balestriero & LeCun (2024), arXiv 2402.11337: one linear encoder with a supervised head and, with weight
 lambda, a reconstruction head. lambda -> infinity is PCA, lambda -> 0 is ordinary least squares (OLS; reduced-rank
 regression, RRR, at k below the number of classes). In between lies the best possible trade-off of the two errors. For
@@ -7,7 +10,7 @@ chosen numbers of features k this reports, in-sample and on test images:
 
 * the trade-off curve, and the r2 that 1% more reconstruction error than PCA's buys (the lambda that spends the 1% is
   found on the training images; the test images only measure);
-* the lambda that is best on a validation split, measured on the test images;
+* the lambda that is best on validation images, measured on the test images;
 * how far the encoder turns away from PCA (principal angles), and the test of the theorem's remark: the encoder does not
   depend on lambda at k exactly when the first k principal components explain as much of the labels as any k linear
   features can (from k = number of classes - 1 on: as all pixels).
@@ -26,106 +29,118 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from tqdm import tqdm
 
 import mae_align as ma
-from experiments.harness.cli import launch
-from experiments.harness.data import load_together
-from experiments.harness.folder import RunFolder, atomic_path, netcdf3_ready
-from experiments.lambda_sweep.report import lambda_figure, report_rows, summarise, table_text, trade_off_figure
+from experiments.harness.cli import launch_experiment
+from experiments.harness.config import Bounds, Counts, Groups, Positive, RunConfig, Workers
+from experiments.harness.data import Split, check_groups
+from experiments.harness.run import Run
+from experiments.lambda_sweep.report import lambda_figure, report_rows, shown, trade_off_figure, verdict
 from mae_align.closed_form.autoencoder import denoising_loss, supervised_solution
 from mae_align.closed_form.compare import principal_angles
 from mae_align.closed_form.factorize import PrimalProblem, factorize
 from mae_align.closed_form.features import feature_basis
 from mae_align.corruption import CorruptionMoments
-from mae_align.data import validation_split
-from mae_align.runtime.devices import solve_context, worker_count
-from mae_align.runtime.files import PointStore, fingerprint
+from mae_align.runtime.devices import solve_context
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     """Settings of the lambda sweep."""
 
-    data: str = "digits"
-    """Data set: digits, idx:DIR, npz:FILE, folder:DIR, tfds:NAME or prepared:DIR."""
-    image_size: int | None = None
-    """Resize images to squares of this side, in pixels; none keeps them."""
-    ks: tuple[int, ...] = (4, 8, 16, 32)
+    ks: Counts = (4, 8, 16, 32)
     """Numbers of features; each below the rank of the images."""
-    lambdas: tuple[float, ...] = tuple(float(f"{x:.3g}") for x in np.geomspace(1e-2, 1e3, 41))
+    lambdas: Annotated[tuple[float, ...], Bounds(least=0, unique=True, infinite=True)] = tuple(
+        float(f"{x:.3g}") for x in np.geomspace(1e-2, 1e3, 41)
+    )
     """Weights of reconstruction, relative: lambda tr Sxx / tr Syy. The ends 0 and infinity are always added.
 
     Between two of them the trade-off curve is taken as straight, so that a coarse grid understates what a budget buys.
     """
-    budget: float = 1.0
+    budget: Positive = 1.0
     """Extra reconstruction error whose worth in r2 is reported, in percent of PCA's error."""
-    validation_fraction: float = 0.2
-    """Share of the training images on which the best lambda is chosen."""
-    groups: int = 20
+    groups: Groups = 20
     """Groups of test images whose spread gives the standard errors."""
-    pixel_noise: float | None = None
+    pixel_noise: Annotated[float | None, Bounds(least=0)] = None
     """Variance of the measurement noise of a pixel; none: quantisation noise, 1/12 for 8-bit images."""
-    seed: int = 0
-    """Of the splits."""
-    workers: int | None = None
+    workers: Workers = None
     """Threads; none for one per core."""
-    out: str | None = None
-    """Run folder; none for runs/lambda_sweep-DATA-HASH."""
 
 
 PRESETS = {
     "laptop": Config(),
     "paper": Config(ks=(8, 16, 32, 64, 128), lambdas=tuple(float(f"{x:.3g}") for x in np.geomspace(1e-3, 1e4, 85))),
 }
+_AT = {
+    "budget": "where the budget of reconstruction error is spent",
+    "zero": "at lambda -> 0+ (OLS, or RRR)",
+    "best": "at best_lam_relative",
+}
+COLUMNS = {
+    "k": "number of features",
+    "lam": "weight of reconstruction",
+    "angle_median": "median of the principal angles to PCA at the same k [degrees]",
+    "angle_largest": "largest principal angle to PCA at the same k [degrees]",
+    "eval_reconstruction_mse": "reconstruction error on test images, of a decoder fitted on training images "
+    "[squared pixel values]",
+    "r2_pca": "r2 of a linear probe on k principal components, in-sample",
+    "eval_r2_pca": "r2 of a linear probe on k principal components, on test images",
+    "best_lam_relative": "lambda tr Sxx / tr Syy that is best on validation images; inf is PCA",
+    "shortfall": "in-sample r2 at lambda -> 0+ minus that of PCA",
+    "angle_zero_to_pca": "largest angle between the spans at lambda -> 0+ and infinity [degrees]",
+    "depends_on_lambda": "whether the encoder depends on lambda: whether there is a shortfall",
+    **{
+        f"{name}_{column}": f"{text}, {where}{unit}"
+        for name, where in _AT.items()
+        for column, text, unit in (
+            ("excess_percent", "reconstruction error above PCA's on training images", " [%]"),
+            ("eval_excess_percent", "reconstruction error above PCA's on test images", " [%]"),
+            ("gain", "r2 minus that of PCA, in-sample", ""),
+            ("eval_gain", "r2 minus that of PCA, on test images", ""),
+            ("eval_gain_se", "standard error of eval_gain, paired over groups of test images", ""),
+        )
+    },
+}
 
 
-def main(config: Config) -> None:
-    """Run the sweep of a configuration.
+def main(config: Config, run: Run[Split]) -> None:
+    """Sweep lambda, and say what a budget of reconstruction error buys.
 
     Raises:
-        InputError: bad settings or data, before any long work.
+        InputError: settings that do not fit the data, before any long work.
     """
-    _check_settings(config)
-    data = load_together(config.data, image_size=config.image_size, seed=config.seed)
+    data = run.data
     _check_ks(config, math.prod(data.image_shape), "number of pixel values")
-    split = validation_split(data, config.validation_fraction, config.seed)
+    check_groups(config.groups, len(data.test_labels))
     q = data.num_classes
-    fitted = ma.Moments.from_arrays(split.train_images, split.train_labels, num_classes=q)
-    chosen_on = ma.Moments.from_arrays(split.test_images, split.test_labels, num_classes=q)
-    test = ma.Moments.from_arrays(data.test_images, data.test_labels, num_classes=q, groups=config.groups)
+    fitted, test = data.moments(groups=config.groups)
+    chosen_on = ma.Moments.from_arrays(data.validation_images, data.validation_labels, num_classes=q)
     train = fitted.merge(chosen_on)
     problem = factorize(train, pixel_noise=config.pixel_noise)
     choice = factorize(fitted, pixel_noise=config.pixel_noise)
     _check_ks(config, min(problem.rank, choice.rank), "rank of these images")
-    if (test.counts == 0).any():
-        raise ma.InputError(f"--groups {config.groups}: {test.count} test images leave a group empty, give fewer")
-    folder = RunFolder.open("lambda_sweep", config.data, config, config.out, ignore=("out", "workers"))
-    validation = _sweep(config, fitted, chosen_on, choice, folder, "choice")
-    result = _sweep(config, train, test, problem, folder, "test")
-    spans = _spans(config, train, test, problem, result.lam.values, folder)
+    validation = _sweep(config, fitted, chosen_on, choice, run, "choice")
+    result = _sweep(config, train, test, problem, run, "test")
+    spans = _spans(config, train, test, problem, result.lam.values, run)
     result = result.assign({name: (("lam_relative", "k"), values) for name, values in spans.items()})
     result.attrs["r2_full_rank"] = float((problem.t0**2).sum() / np.trace(problem.syy))
-    folder.save_dataset("trade_off", result.drop_vars("eval_influence"))
+    run.dataset("trade_off", result.drop_vars("eval_influence"))
     # By group: any two cells can be compared later with the standard error of their difference.
-    with atomic_path(folder.path / "influence.nc") as file:
-        netcdf3_ready(result[["eval_influence"]]).to_netcdf(file, engine="scipy")
+    run.folder.save_netcdf("influence", result[["eval_influence"]])
     rows = report_rows(result, validation, config.budget)
-    folder.save_table("summary", rows)
-    figures = [
-        folder.save_figure("trade_off", trade_off_figure(result, config.budget)),
-        folder.save_figure("against_lambda", lambda_figure(result)),
-    ]
-    head = (
-        f"Lambda sweep on {data.name}: {train.count} training and {test.count} test images, rank {problem.rank}, "
-        f"pixel noise {problem.pixel_noise:.3g}"
+    run.table("summary", rows, show=shown(rows, config.budget))
+    run.figure("trade_off", trade_off_figure(result, config.budget))
+    run.figure("against_lambda", lambda_figure(result))
+    run.notes.append(
+        f"Rank {problem.rank}, pixel noise {problem.pixel_noise:.3g}; all pixels explain r2 "
+        f"{result.attrs['r2_full_rank']:.4f} in-sample."
     )
-    text = "\n".join(summarise(rows, config.budget, result.attrs["r2_full_rank"]))
-    folder.summary(f"{head}\n\n{table_text(rows, config.budget)}\n\nFigures: {figures[0]}  {figures[1]}\n\n{text}")
+    run.verdict(*verdict(rows, config.budget))
 
 
 def relative_grid(lambdas: tuple[float, ...]) -> list[float]:
@@ -139,7 +154,7 @@ def relative_grid(lambdas: tuple[float, ...]) -> list[float]:
 
 
 def _sweep(
-    config: Config, moments: ma.Moments, held_out: ma.Moments, problem: PrimalProblem, folder: RunFolder, name: str
+    config: Config, moments: ma.Moments, held_out: ma.Moments, problem: PrimalProblem, run: Run[Split], name: str
 ) -> xr.Dataset:
     """Curves over lam_relative (the requested weights) and the chosen k."""
     relative = relative_grid(config.lambdas)
@@ -150,7 +165,7 @@ def _sweep(
         eval_moments=held_out,
         max_k=max(config.ks),
         pixel_noise=config.pixel_noise,
-        run=ma.RunOptions(workers=config.workers, progress=True, store=folder.points / name),
+        run=ma.RunOptions(workers=config.workers, progress=True, store=run.folder.points / name),
     )
     named = swept.assign_coords(lam_relative=("lam", relative, swept.lam_relative.attrs))
     return named.swap_dims(lam="lam_relative").sel(k=list(config.ks))
@@ -162,7 +177,7 @@ def _spans(
     test: ma.Moments,
     problem: PrimalProblem,
     lambdas: np.ndarray,
-    folder: RunFolder,
+    run: Run[Split],
 ) -> dict[str, np.ndarray]:
     """What needs the encoders themselves, [lambdas, ks] each.
 
@@ -170,21 +185,18 @@ def _spans(
         angle_median, angle_largest: principal angles to PCA at the same k, degrees. eval_reconstruction_mse: of a
         decoder fitted on training images, squared pixel units, measurement noise included as in reconstruction_mse.
     """
-    settings = {"ks": config.ks, "pixel_noise": problem.pixel_noise}
-    store = PointStore(folder.points / "spans", fingerprint([*train.state, *test.state], settings))
     held = test.about(problem.mean_x, problem.mean_y).sxx + problem.pixel_noise * np.eye(train.num_pixels)
-
     most = max(config.ks)
     pca = feature_basis(problem, supervised_solution(problem, math.inf, most).encoder)
-    found = []
-    for lam in tqdm(lambdas.tolist(), desc="encoders", unit="lambda"):
-        key = f"lam{lam!r}"
-        arrays = store.load(key)
-        if arrays is None:
-            arrays = _at_lambda(supervised_solution(problem, lam, most), problem, pca, held, config.ks)
-            store.save(key, arrays)
-        found.append(arrays)
-    return {name: np.stack([arrays[name] for arrays in found]) for name in found[0]}
+    found = run.each(
+        {f"lam{lam!r}": lam for lam in lambdas.tolist()},
+        lambda key, lam: run.arrays(
+            key, lambda: _at_lambda(supervised_solution(problem, lam, most), problem, pca, held, config.ks)
+        ),
+        unit="lambda",
+    )
+    names = next(iter(found.values()))
+    return {name: np.stack([arrays[name] for arrays in found.values()]) for name in names}
 
 
 def _at_lambda(
@@ -206,26 +218,12 @@ def _at_lambda(
     }
 
 
-def _check_settings(config: Config) -> None:
-    """Refuse numbers out of range before the data is read."""
-    for lam in config.lambdas:
-        if not lam >= 0:
-            raise ma.InputError(f"--lambdas {lam:g}: give relative weights of at least 0")
-    if not (math.isfinite(config.budget) and config.budget > 0):
-        raise ma.InputError(f"--budget {config.budget:g}: give a percentage over 0")
-    if config.groups < 2:
-        raise ma.InputError(f"--groups {config.groups}: standard errors need at least 2")
-    worker_count(config.workers)
-    if len(set(config.ks)) < len(config.ks):
-        raise ma.InputError(f"--ks {' '.join(map(str, config.ks))} repeats a value: give each once")
-
-
 def _check_ks(config: Config, limit: int, what: str) -> None:
     """Refuse a k at which PCA leaves no error to trade."""
     for k in config.ks:
-        if not 1 <= k < limit:
-            raise ma.InputError(f"--ks {k}: give numbers of at least 1 below {limit}, the {what}")
+        if k >= limit:
+            raise ma.InputError(f"--ks {k}: give numbers below {limit}, the {what}")
 
 
 if __name__ == "__main__":
-    launch(main, Config, PRESETS)
+    launch_experiment(main, Config, PRESETS, COLUMNS)

@@ -1,12 +1,13 @@
-"""Table, figures and plain sentences of the lambda sweep."""
+"""Table, figures and sentences of the lambda sweep."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -103,62 +104,47 @@ def _gain(at: xr.Dataset, weights: np.ndarray, name: str) -> Row:
     }
 
 
-def table_text(rows: Sequence[Row], budget: float) -> str:
-    """The rows as plain text."""
-    lines = [
-        f"Gain of r2 over PCA for {budget:g}% more reconstruction error, and at the OLS/RRR end (lambda -> 0+)",
-        f"{'':>5} {'r2 of PCA':^17} | {f'at +{budget:g}%':^29} | {'OLS/RRR end':^41}",
-        f"{'k':>5} {'train':>8} {'test':>8} | {'train':>8} {'test':>20} | {'train':>8} {'test':>20} {'costs':>11}",
-    ]
-    for row in rows:
-        lines.append(
-            f"{row['k']:>5} {row['r2_pca']:>8.4f} {row['eval_r2_pca']:>8.4f} | {row['budget_gain']:>+8.4f} "
-            f"{_pm(row, 'budget'):>20} | {row['zero_gain']:>+8.4f} {_pm(row, 'zero'):>20} "
-            f"{row['zero_excess_percent']:>+10.1f}%"
-        )
-    return "\n".join(lines)
+def shown(rows: Sequence[Row], budget: float) -> pd.DataFrame:
+    """The table of the summary: gains of r2 over PCA at the budget, at the chosen lambda and at the OLS/RRR end."""
+    heads = {"budget": f"+{budget:g}%", "best": "chosen", "zero": "0+"}
+    table = pd.DataFrame({"k": [row["k"] for row in rows]})
+    table["PCA: train"] = [f"{row['r2_pca']:.4f}" for row in rows]
+    table["test"] = [f"{row['eval_r2_pca']:.4f}" for row in rows]
+    for name, head in heads.items():
+        if name == "best":
+            table["chosen lambda"] = [f"{row['best_lam_relative']:g}" for row in rows]
+        else:
+            table[f"{head}: train"] = [f"{row[f'{name}_gain']:+.4f}" for row in rows]
+        table[f"{head}: test"] = [_pm(row, name) for row in rows]
+        if name != "budget":
+            table[f"{head}: costs [%]"] = [f"{row[f'{name}_excess_percent']:.1f}" for row in rows]
+    return table
 
 
 def _pm(row: Row, name: str) -> str:
     return f"{row[f'{name}_eval_gain']:+.4f} +- {row[f'{name}_eval_gain_se']:.4f}"
 
 
-def _verdict(row: Row, name: str) -> str:
+def _at_k(row: Row, name: str) -> str:
     """The difference on test images in words."""
-    if abs(row[f"{name}_eval_gain"]) < 2 * row[f"{name}_eval_gain_se"]:
-        return f"no detectable difference ({_pm(row, name)})"
-    return _pm(row, name)
+    if name == "best" and math.isinf(row["best_lam_relative"]):
+        return f"k = {row['k']}: PCA itself"
+    undetected = abs(row[f"{name}_eval_gain"]) < 2 * row[f"{name}_eval_gain_se"]
+    return f"k = {row['k']}: {f'no detectable difference ({_pm(row, name)})' if undetected else _pm(row, name)}"
 
 
-def summarise(rows: Sequence[Row], budget: float, r2_full_rank: float) -> Iterator[str]:
-    """Plain sentences: what the budget buys, the chosen lambda, the invariance test."""
-    yield f"What {budget:g}% more reconstruction error than PCA's buys, in r2 (test: +- paired standard error):"
-    for row in rows:
-        yield (
-            f"  k = {row['k']}: {row['r2_pca']:.3f} -> {row['r2_pca'] + row['budget_gain']:.3f} in-sample, for "
-            f"{row['budget_excess_percent']:.2f}%; on test images {row['eval_r2_pca']:.3f} -> "
-            f"{row['eval_r2_pca'] + row['budget_eval_gain']:.3f}, {_verdict(row, 'budget')}, for "
-            f"{row['budget_eval_excess_percent']:.2f}%"
-        )
-    yield "Relative lambda chosen on validation images, against PCA on test images:"
-    for row in rows:
-        if math.isinf(row["best_lam_relative"]):
-            yield f"  k = {row['k']}: infinity, which is PCA itself"
-            continue
-        yield (
-            f"  k = {row['k']}: {row['best_lam_relative']:g}{' (OLS/RRR)' if row['best_lam_relative'] == 0 else ''}, "
-            f"{_verdict(row, 'best')}, for {row['best_eval_excess_percent']:.1f}% more reconstruction error"
-        )
-    yield (
-        "Does the encoder depend on lambda? Only where PCA falls short of the best r2 that k linear features reach "
-        f"in-sample (all pixels: {r2_full_rank:.4f}):"
-    )
-    for row in rows:
-        yield (
-            f"  k = {row['k']}: {'yes' if row['depends_on_lambda'] else 'no'}; PCA falls short by "
-            f"{row['shortfall']:.2g}, largest angle between the spans at lambda = 0+ and infinity "
-            f"{row['angle_zero_to_pca']:.2g} degrees"
-        )
+def verdict(rows: Sequence[Row], budget: float) -> list[str]:
+    """Three sentences: what the budget buys, what the chosen lambda does, whether the encoder depends on lambda."""
+    depends = [str(row["k"]) for row in rows if row["depends_on_lambda"]]
+    others = [str(row["k"]) for row in rows if not row["depends_on_lambda"]]
+    parts = [f"depends on lambda at k = {', '.join(depends)}, where PCA falls short of the best r2 of k features"]
+    parts = (parts if depends else []) + ([f"does not at k = {', '.join(others)}"] if others else [])
+    return [
+        f"{budget:g}% more reconstruction error than PCA's buys r2 on test images (+- paired standard error): "
+        f"{'; '.join(_at_k(row, 'budget') for row in rows)}.",
+        f"The lambda chosen on validation images, against PCA: {'; '.join(_at_k(row, 'best') for row in rows)}.",
+        f"The encoder {'; it '.join(parts)}.",
+    ]
 
 
 def trade_off_figure(result: xr.Dataset, budget: float) -> Figure:

@@ -18,24 +18,9 @@ import numpy as np
 from experiments.learning_dynamics.spectrum import Spectrum
 from mae_align.runtime.errors import InputError
 
+_HALF = 0.5
 # Images whose coordinates are held at a time.
 _ROWS = 2048
-
-
-class DirectionErrors(NamedTuple):
-    """Error and energy along each direction, means over images, squared pixel units.
-
-    Attributes:
-        error: [r] of x_hat - x. energy: [r] of x - mean.
-    """
-
-    error: np.ndarray
-    energy: np.ndarray
-
-    @property
-    def share(self) -> np.ndarray:
-        """[r] residuals error / energy; NaN where these images do not vary."""
-        return np.where(self.energy > 0, self.error / np.where(self.energy > 0, self.energy, 1.0), np.nan)
 
 
 class HalfTimes(NamedTuple):
@@ -50,27 +35,6 @@ class HalfTimes(NamedTuple):
     censored: np.ndarray
 
 
-def log_steps(last: int, count: int) -> np.ndarray:
-    """Steps to look at: 0, and about ``count`` from 1 to the last, evenly spread on a logarithmic axis.
-
-    Args:
-        last: at least 1. count: at least 2; fewer come out where steps coincide.
-
-    Returns:
-        [T] int64 ascending.
-
-    Raises:
-        InputError: numbers that are too small.
-
-    Example:
-        >>> log_steps(100, 5).tolist()
-        [0, 1, 3, 10, 32, 100]
-    """
-    if last < 1 or count < 2:
-        raise InputError(f"{count} records of {last} steps: give at least one step and two records")
-    return np.unique(np.concatenate([[0], np.geomspace(1, last, count).round()])).astype(np.int64)
-
-
 def direction_energy(images: np.ndarray, spectrum: Spectrum) -> np.ndarray:
     """Mean square along each direction, of the images as they are: mean over n of (c_i^T x_n)^2.
 
@@ -78,7 +42,8 @@ def direction_energy(images: np.ndarray, spectrum: Spectrum) -> np.ndarray:
     reconstructions and images it is the error.
 
     Args:
-        images: [n, h, w, c]. spectrum: whose directions.
+        images: [n, h, w, c].
+        spectrum: whose directions.
 
     Returns:
         [r] float64, squared pixel units. Cost n d r.
@@ -102,33 +67,21 @@ def direction_energy(images: np.ndarray, spectrum: Spectrum) -> np.ndarray:
     return found / len(images)
 
 
-def direction_errors(images: np.ndarray, reconstructed: np.ndarray, spectrum: Spectrum) -> DirectionErrors:
-    """What a reconstruction misses along each direction.
+def shares(error: np.ndarray, energy: np.ndarray) -> np.ndarray:
+    """Residuals: error over energy, NaN where there is no energy.
 
     Args:
-        images: x [n, h, w, c], the training images or others. reconstructed: x_hat likewise.
-        spectrum: of the training images; energies are about its mean.
+        error: [r] mean square of x_hat - x along each direction.
+        energy: [r] that of x - mean.
 
     Returns:
-        float64 [r] each. Cost 2 n d r.
-
-    Raises:
-        InputError: shapes that do not fit.
+        [r] float64.
 
     Example:
-        >>> from mae_align.moments.moments import Moments
-        >>> x = np.random.default_rng(0).normal(size=(20, 2, 2, 1))
-        >>> s = Spectrum.of(Moments.from_arrays(x))
-        >>> mean_image = np.broadcast_to(s.mean.reshape(2, 2, 1), x.shape)
-        >>> direction_errors(x, mean_image, s).share.round(6).tolist()
-        [1.0, 1.0, 1.0, 1.0]
+        >>> shares(np.array([1.0, 1.0]), np.array([2.0, 0.0])).tolist()
+        [0.5, nan]
     """
-    if images.shape != reconstructed.shape:
-        raise InputError(f"images {list(images.shape)} and reconstructions {list(reconstructed.shape)}: give one each")
-    # In float64: what is left of large pixel values is small.
-    missed = reconstructed.astype(np.float64) - images
-    centred = images.astype(np.float64) - spectrum.mean.reshape(spectrum.image_shape)
-    return DirectionErrors(direction_energy(missed, spectrum), direction_energy(centred, spectrum))
+    return np.where(energy > 0, error / np.where(energy > 0, energy, 1.0), np.nan)
 
 
 def variance_groups(values: np.ndarray, count: int = 10) -> np.ndarray:
@@ -138,7 +91,8 @@ def variance_groups(values: np.ndarray, count: int = 10) -> np.ndarray:
     with more than a group's share leaves the groups beside it empty.
 
     Args:
-        values: [r] variances, descending. count: number of groups.
+        values: [r] variances, descending.
+        count: number of groups.
 
     Returns:
         [r] int64 in 0..count - 1, ascending.
@@ -156,36 +110,39 @@ def variance_groups(values: np.ndarray, count: int = 10) -> np.ndarray:
     return np.minimum((middle * count).astype(np.int64), count - 1)
 
 
-def group_shares(errors: DirectionErrors, groups: np.ndarray, count: int) -> np.ndarray:
+def group_shares(error: np.ndarray, energy: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
     """Residual of each group of directions: error over energy, both summed over the group.
 
     Args:
-        errors: of :func:`direction_errors`. groups: [r] of :func:`variance_groups`. count: number of groups.
+        error: [r] mean square of x_hat - x along each direction.
+        energy: [r] that of x - mean.
+        groups: [r] of :func:`variance_groups`.
+        count: number of groups.
 
     Returns:
         [count], NaN for empty groups.
 
     Example:
-        >>> group_shares(DirectionErrors(np.array([1.0, 1.0]), np.array([3.0, 1.0])), np.array([1, 1]), 2).tolist()
+        >>> group_shares(np.array([1.0, 1.0]), np.array([3.0, 1.0]), np.array([1, 1]), 2).tolist()
         [nan, 0.5]
     """
-    error, energy = (np.bincount(groups, part, minlength=count) for part in errors)
-    return np.where(energy > 0, error / np.where(energy > 0, energy, 1.0), np.nan)
+    return shares(*(np.bincount(groups, part, minlength=count) for part in (error, energy)))
 
 
-def half_times(steps: np.ndarray, shares: np.ndarray, *, level: float = 0.5) -> HalfTimes:
-    """When residuals first fall to a level, interpolated in the logarithm of the step.
+def half_times(steps: np.ndarray, residuals: np.ndarray) -> HalfTimes:
+    """When residuals first fall to 1/2, interpolated in the logarithm of the step.
 
-    Between steps a < b with residuals over and under the level: log t = log a + (log b - log a) (r_a - level) /
-    (r_a - r_b); from step 0, where there is no logarithm, t itself is interpolated. A residual at the level from the
-    first step on has its half-time there.
+    Between steps a < b with residuals over and under 1/2: log t = log a + (log b - log a) (r_a - 1/2) / (r_a - r_b);
+    from step 0, where there is no logarithm, t itself is interpolated. A residual of 1/2 from the first step on has its
+    half-time there.
 
     Args:
-        steps: [T] ascending, from 0 on. shares: [..., T, r] residuals. level: between 0 and 1.
+        steps: [T] ascending, from 0 on.
+        residuals: [..., T, r].
 
     Returns:
         Half-times [..., r]; directions that never get there are censored at the last step. A residual that is not a
-        number before it gets there (a run that diverged) makes NaN.
+        number before it gets there makes NaN.
 
     Raises:
         InputError: steps that do not ascend, or shapes that do not fit.
@@ -195,19 +152,17 @@ def half_times(steps: np.ndarray, shares: np.ndarray, *, level: float = 0.5) -> 
         >>> found.time.round(6).tolist(), found.censored.tolist()
         ([10.0, 100.0], [False, True])
     """
-    t, r = np.asarray(steps, np.float64), np.asarray(shares, np.float64)
+    t, r = np.asarray(steps, np.float64), np.asarray(residuals, np.float64)
     if t.ndim != 1 or len(t) < 2 or t[0] < 0 or (np.diff(t) <= 0).any() or r.ndim < 2 or r.shape[-2] != len(t):
         raise InputError(f"steps {list(t.shape)} and residuals {list(r.shape)}: give ascending [T] and [..., T, r]")
-    if not 0.0 < level < 1.0:
-        raise InputError(f"level={level}: give a residual between 0 and 1")
-    below = r <= level
+    below = r <= _HALF
     reached = below.any(-2)
     first = below.argmax(-2)
     before = np.maximum(first - 1, 0)
     upper, lower = (np.take_along_axis(r, i[..., None, :], -2)[..., 0, :] for i in (before, first))
     a, b = t[before], t[first]
     # From 1 at the step before to 0 at the step of the crossing.
-    fall = np.where(upper > lower, (upper - level) / np.where(upper > lower, upper - lower, 1.0), 1.0)
+    fall = np.where(upper > lower, (upper - _HALF) / np.where(upper > lower, upper - lower, 1.0), 1.0)
     from_zero = a == 0
     logs = [np.log(np.where(from_zero, 1.0, x)) for x in (a, b)]
     between = np.where(from_zero, b * fall, np.exp(logs[0] + (logs[1] - logs[0]) * fall))

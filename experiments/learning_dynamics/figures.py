@@ -16,8 +16,10 @@ from matplotlib.ticker import LogFormatterSciNotation
 
 from experiments.harness.figures import PALETTE, legend_below, ordered_colors, panels
 from experiments.learning_dynamics.analysis import Cell
-from experiments.learning_dynamics.cells import GROUPS, Images, Learner
 from experiments.learning_dynamics.half_time_laws import Law
+from experiments.learning_dynamics.learners import Learner
+from experiments.learning_dynamics.scene import GROUPS
+from experiments.learning_dynamics.spectrum import Images
 
 _NAMES = {
     Learner.linear_descent: "linear, gradient descent",
@@ -30,15 +32,11 @@ _NAMES = {
 
 
 def residual_figure(cells: Sequence[Cell], title: str) -> Figure:
-    """Residual of each direction over steps, mean over seeds, dark to light from the largest eigenvalue on.
-
-    Args:
-        cells: a panel each. title: above.
-    """
+    """Residual of each direction over steps, mean over seeds, dark to light from the largest eigenvalue on."""
     figure, axes = panels(1, len(cells), width=2.1, height=2.2, sharey=True)
-    norm = LogNorm(1, max(len(cell.arrays["values"]) for cell in cells))
+    norm = LogNorm(1, max(len(cell.arrays["eigenvalue"]) for cell in cells))
     for axis, cell in zip(axes[0], cells, strict=True):
-        residual = cell.arrays["seen"].mean(0)
+        residual = cell.arrays["residual"].mean(0)
         for i, color in enumerate(_by_norm(norm, np.arange(1, residual.shape[1] + 1))):
             axis.plot(_shifted(cell), residual[:, i], color=color, lw=0.7)
         axis.axhline(0.5, color="0.4", lw=0.7, ls="--")
@@ -57,9 +55,6 @@ def spectrum_figure(cells: Sequence[Cell], latent: int, title: str) -> Figure:
     """Energy of the reconstruction along every direction, early to late dark to light; the data's in black.
 
     The published figure. Energy alone can be right with the wrong content: residuals are beside it.
-
-    Args:
-        cells: a panel each. latent: size of the code, marked. title: above.
     """
     figure, axes = panels(1, len(cells), width=2.1, height=2.3, sharey=True)
     for axis, cell in zip(axes[0], cells, strict=True):
@@ -93,22 +88,21 @@ def half_time_figure(cells: Sequence[Cell], title: str) -> Figure:
     """Half-time against eigenvalue, every seed a point, with the fitted power law and the best exponential one.
 
     Directions that are not half learned are open triangles at the last step.
-
-    Args:
-        cells: a panel each. title: above.
     """
     figure, axes = panels(1, len(cells), width=2.1, height=2.3, sharey=False)
     for axis, cell in zip(axes[0], cells, strict=True):
-        values = cell.arrays["values"]
+        values = cell.arrays["eigenvalue"]
         _points(axis, cell, [PALETTE[0]] * len(values))
         if cell.laws is not None:
             grid = np.geomspace(values.min(), values.max(), 100)
             power, other = cell.laws.fits[Law.power], cell.laws.fits[Law.exponential]
-            axis.plot(grid, np.exp(power.intercept + power.slope * np.log(grid)), color=PALETTE[1], lw=1.2)
-            axis.plot(grid, np.exp(other.intercept + other.slope * grid / values.max()), color="0.5", lw=1, ls=":")
-            text = f"a = {cell.laws.exponent:.2f} ({cell.laws.low:.2f}, {cell.laws.high:.2f})\nR2 {power.r2:.3f}"
+            axis.plot(grid, np.exp(power.intercept[0] + power.slope[0] * np.log(grid)), color=PALETTE[1], lw=1.2)
+            axis.plot(
+                grid, np.exp(other.intercept[0] + other.slope[0] * grid / values.max()), color="0.5", lw=1, ls=":"
+            )
+            text = f"a = {cell.laws.exponent:.2f} ({cell.laws.low:.2f}, {cell.laws.high:.2f})\nR2 {power.r2[0]:.3f}"
             axis.text(0.97, 0.97, text, transform=axis.transAxes, ha="right", va="top", fontsize=7)
-        reference = cell.arrays.get("reference_half_times")
+        reference = cell.arrays.get("flow_half_time")
         if reference is not None:
             axis.plot(np.tile(values, len(reference)), reference.ravel(), "k+", ms=3)
         axis.set_title(_NAMES[cell.learner], fontsize=8)
@@ -127,19 +121,15 @@ def half_time_figure(cells: Sequence[Cell], title: str) -> Figure:
 
 
 def groups_figure(cells: Sequence[Cell], title: str) -> Figure:
-    """Residual of groups of directions with a tenth of the variance each (above), loss and probe accuracy (below).
-
-    Args:
-        cells: a column each. title: above.
-    """
+    """Residual of groups of directions with a tenth of the variance each (above), loss and probe accuracy (below)."""
     figure, axes = panels(2, len(cells), width=2.1, height=1.9, sharey="row", sharex="col")
     for column, cell in zip(axes.T, cells, strict=True):
-        groups = cell.arrays["groups"].mean(0)
+        groups = cell.arrays["group_residual"].mean(0)
         for g, color in enumerate(ordered_colors(GROUPS)):
             if np.isfinite(groups[:, g]).all():
                 column[0].plot(_shifted(cell), groups[:, g], color=color, label=f"{g + 1}")
         column[0].set_title(_NAMES[cell.learner], fontsize=8)
-        for name, label, color in (("accuracy", "probe accuracy", PALETTE[1]), ("held_out_loss", "loss", PALETTE[0])):
+        for name, label, color in (("test_accuracy", "probe accuracy", PALETTE[1]), ("test_loss", "loss", PALETTE[0])):
             _band(column[1], cell, cell.arrays[name], color, f"{label} (test)")
         _steps_axis(column[1])
     axes[0, 0].set_ylabel("residual", fontsize=7)
@@ -153,19 +143,17 @@ def groups_figure(cells: Sequence[Cell], title: str) -> Figure:
 
 
 def frequency_figure(cells: Sequence[Cell], widths: Sequence[float], title: str) -> Figure:
-    """Errors by spatial frequency of the image (above) and by response frequency of the map (below): not the same.
-
-    Args:
-        cells: a column each. widths: of the response filter. title: above.
-    """
+    """Errors by spatial frequency of the image (above) and by response frequency of the map (below): not the same."""
     figure, axes = panels(2, len(cells), width=2.1, height=1.9, sharey=True, sharex="col")
     for column, cell in zip(axes.T, cells, strict=True):
-        bands = cell.arrays["bands"]
+        bands = cell.arrays["band_error"]
         for b, color in enumerate(ordered_colors(bands.shape[-1])):
             _band(column[0], cell, bands[..., b], color, f"{b + 1}")
         for w, (width, color) in enumerate(zip(widths, PALETTE, strict=False)):
             for part, style in (("low", "-"), ("high", "--")):
-                _band(column[1], cell, cell.arrays[part][..., w], color, f"{part}, {width:g}", style)
+                _band(
+                    column[1], cell, cell.arrays[f"response_{part}_error"][..., w], color, f"{part}, {width:g}", style
+                )
         column[0].set_title(_NAMES[cell.learner], fontsize=8)
         _steps_axis(column[1])
         for axis in column:
@@ -180,11 +168,7 @@ def frequency_figure(cells: Sequence[Cell], widths: Sequence[float], title: str)
 
 
 def intervention_figure(cells: Sequence[Cell], title: str) -> Figure:
-    """Half-time against eigenvalue under each intervention, coloured by the frequency of the direction.
-
-    Args:
-        cells: of learners that were trained on changed images, the original ones among them. title: above.
-    """
+    """Half-time against eigenvalue under each intervention, coloured by the frequency of the direction."""
     learners = list(dict.fromkeys(cell.learner for cell in cells))
     kinds = [kind for kind in Images if any(cell.images is kind for cell in cells)]
     figure, axes = panels(len(learners), len(kinds), width=1.6, height=1.7)
@@ -200,10 +184,9 @@ def intervention_figure(cells: Sequence[Cell], title: str) -> Figure:
             _points(axis, cell, _by_norm(norm, cell.arrays["frequency"]))
             _logarithmic(axis)
             if kind is Images.whitened:
-                middle = float(cell.arrays["values"].mean())
+                middle = float(cell.arrays["eigenvalue"].mean())
                 axis.set_xlim(middle / 10, middle * 10)
-                if np.isfinite(cell.seen.time).any():
-                    axis.set_ylim(np.nanmin(cell.seen.time) / 3, np.nanmax(cell.seen.time) * 3)
+                axis.set_ylim(np.nanmin(cell.seen.time) / 3, np.nanmax(cell.seen.time) * 3)
             if learner is learners[0]:
                 axis.set_title(kind.value, fontsize=8)
             if learner is learners[-1] or by_key.get((learners[-1], kind)) is None:
@@ -217,11 +200,7 @@ def intervention_figure(cells: Sequence[Cell], title: str) -> Figure:
 
 
 def set_apart_figure(cells: Sequence[Cell], title: str) -> Figure:
-    """Rank correlation of half-time with eigenvalue given frequency, and the other way round, with intervals.
-
-    Args:
-        cells: a row each. title: above.
-    """
+    """Rank correlation of half-time with eigenvalue given frequency, and the other way round, with intervals."""
     learners = list(dict.fromkeys(cell.learner for cell in cells))
     rows = max(sum(cell.learner is x for cell in cells) for x in learners)
     figure, axes = panels(1, len(learners), width=2.3, height=0.9 + 0.3 * rows, sharex=True)
@@ -257,7 +236,7 @@ def set_apart_figure(cells: Sequence[Cell], title: str) -> Figure:
 
 def _points(axis: Axes, cell: Cell, colors: Sequence[Any]) -> None:
     """Half-times of all seeds; censored ones open."""
-    values, shade = cell.arrays["values"], np.asarray([to_rgba(c) for c in colors])
+    values, shade = cell.arrays["eigenvalue"], np.asarray([to_rgba(c) for c in colors])
     for time, censored in zip(*cell.seen, strict=True):
         axis.scatter(values[~censored], time[~censored], s=6, c=shade[~censored], linewidths=0, alpha=0.8)
         axis.scatter(

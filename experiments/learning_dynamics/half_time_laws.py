@@ -38,32 +38,41 @@ class Law(enum.Enum):
     rank = "exponential in the rank"
 
 
-class Fit(NamedTuple):
-    """A censored regression log t = intercept + slope x.
+class Fits(NamedTuple):
+    """Censored regressions log t = intercept + slope x, one for each set of weights.
 
     Attributes:
-        intercept, slope: of the line. sigma: standard deviation of log t about it. r2: 1 - sigma^2 / sigma0^2 with
-            sigma0 of the line without slope: the usual one where nothing is censored. aic: 2 (3 - log likelihood).
+        intercept: [B] of the line.
+        slope: [B].
+        sigma: [B] standard deviation of log t about the line.
+        r2: [B] 1 - sigma^2 / sigma0^2 with sigma0 of the line without slope: the usual one where nothing is censored.
+        aic: [B] 2 (3 - log likelihood).
     """
 
-    intercept: float
-    slope: float
-    sigma: float
-    r2: float
-    aic: float
+    intercept: np.ndarray
+    slope: np.ndarray
+    sigma: np.ndarray
+    r2: np.ndarray
+    aic: np.ndarray
 
 
 class LawComparison(NamedTuple):
     """The laws held against each other on the half-times of one setting.
 
     Attributes:
-        fits: by law. exponent: a of half-time ~ eigenvalue^-a. low, high: ends of its bootstrap interval.
+        fits: by law, of the data first and then of the bootstrap samples.
+        exponent: a of half-time ~ eigenvalue^-a.
+        low: end of its bootstrap interval.
+        high: the other one.
         aic_gain: AIC of the best exponential law minus that of the power law: positive where the power law is better.
-        gain_low, gain_high: ends of its interval. num_directions: r. num_censored: mean number over seeds.
+        gain_low: end of its interval.
+        gain_high: the other one.
+        num_directions: r.
+        num_censored: mean number over seeds.
         resamples: bootstrap samples in which all laws could be fitted.
     """
 
-    fits: dict[Law, Fit]
+    fits: dict[Law, Fits]
     exponent: float
     low: float
     high: float
@@ -79,8 +88,10 @@ class PartialRanks(NamedTuple):
     """Rank correlations of half-times with eigenvalue and frequency.
 
     Attributes:
-        eigenvalue, frequency: Spearman's correlation with each alone. eigenvalue_given, frequency_given: the partial
-            one, the other quantity held fixed. NaN where a quantity does not vary. Each with the ends of its interval.
+        eigenvalue: Spearman's correlation with it alone, and the ends of its interval; NaN where it does not vary.
+        frequency: likewise.
+        eigenvalue_given: the partial correlation, the frequency held fixed.
+        frequency_given: the eigenvalue held fixed.
         between: Spearman's correlation of eigenvalue and frequency themselves.
     """
 
@@ -95,7 +106,8 @@ def law_inputs(law: Law, values: np.ndarray) -> np.ndarray:
     """What log t is linear in: log s, s / s_1 or the rank 1, 2, ...
 
     Args:
-        law: which. values: [r] eigenvalues s > 0.
+        law: which.
+        values: [r] eigenvalues s > 0.
 
     Example:
         >>> (
@@ -112,14 +124,16 @@ def law_inputs(law: Law, values: np.ndarray) -> np.ndarray:
     return rankdata(-s, method="average")
 
 
-def fit_censored(x: np.ndarray, times: HalfTimes, weights: np.ndarray | None = None) -> Fit:
-    """The line of greatest likelihood.
+def fit_censored(x: np.ndarray, times: HalfTimes, weights: np.ndarray) -> Fits:
+    """The lines of greatest likelihood.
 
     Args:
-        x: [n]. times: [n], positive. weights: [n] >= 0, of the terms of the likelihood; None for 1.
+        x: [n].
+        times: [n], positive.
+        weights: [B, n] >= 0, of the terms of each likelihood.
 
     Returns:
-        The fit; NaN where fewer than two different x are observed. Cost: a few dozen Newton steps.
+        The fits; NaN where fewer than two different x are observed. Cost: a few dozen Newton steps for all together.
 
     Raises:
         InputError: shapes that differ, times that are not positive.
@@ -127,12 +141,35 @@ def fit_censored(x: np.ndarray, times: HalfTimes, weights: np.ndarray | None = N
     Example:
         >>> x = np.arange(5.0)
         >>> times = HalfTimes(np.exp(2 * np.minimum(x, 3) + [0.1, -0.1, -0.1, 0.1, 0.0]), x > 3)
-        >>> round(fit_censored(x, times).slope, 3)
-        2.0...
+        >>> fit_censored(x, times, np.ones((1, 5))).slope.round(3).tolist()
+        [2.0...]
     """
-    w = np.ones(np.shape(x)) if weights is None else np.asarray(weights, np.float64)
-    found = _fits(np.asarray(x, np.float64), times, w[None])
-    return Fit(*(float(part[0]) for part in found))
+    if x.ndim != 1 or times.time.shape != x.shape or not (np.isfinite(times.time) & (times.time > 0)).all():
+        raise InputError(f"x {list(x.shape)} and half-times {list(times.time.shape)}: give [n] and positive [n]")
+    if times.censored.all() or np.ptp(x) <= 1e-12 * np.abs(x).max(initial=0.0):
+        return Fits(*(np.full(len(weights), np.nan) for _ in range(5)))
+    y = np.log(times.time)
+    (mx, sx), (my, sy) = ((float(a.mean()), float(a.std()) or 1.0) for a in (x, y))
+    design = np.stack([np.ones_like(x), (x - mx) / sx], axis=1)
+    seen = (weights > 0) & ~times.censored
+    # Two different x at least, or a line has no slope.
+    some = [
+        np.where(seen, x, fill).max(1) if fill < 0 else np.where(seen, x, fill).min(1) for fill in (-np.inf, np.inf)
+    ]
+    possible = some[0] > some[1]
+    fitted = weights[possible]
+    line, level = (_newton(z, (y - my) / sy, times.censored, fitted) for z in (design, design[:, :1]))
+    likelihood = line[1] - math.log(sy) * (fitted * ~times.censored).sum(1)
+    gamma = line[0][:, -1]
+    slope = line[0][:, 1] / gamma * sy / sx
+    intercept = my + line[0][:, 0] / gamma * sy - slope * mx
+    r2 = 1.0 - (level[0][:, -1] / gamma) ** 2
+    parts = []
+    for part in (intercept, slope, sy / gamma, r2, 2.0 * (3.0 - likelihood)):
+        whole = np.full(len(weights), np.nan)
+        whole[possible] = part
+        parts.append(whole)
+    return Fits(*parts)
 
 
 def compare_laws(
@@ -144,8 +181,11 @@ def compare_laws(
     the weight 1 / number of seeds, and AIC is that of one run. Resamples draw seeds and, apart from them, directions.
 
     Args:
-        values: [r] eigenvalues. times: [E, r] of E seeds; NaN ones are left out.
-        resamples, level, seed: of the bootstrap.
+        values: [r] eigenvalues.
+        times: [E, r] of E seeds; NaN ones are left out.
+        resamples: of the bootstrap.
+        level: of its intervals.
+        seed: of its draws.
 
     Returns:
         Fits and intervals. Cost: a second for 500 resamples of 3 x 64 half-times.
@@ -173,11 +213,9 @@ def compare_laws(
     drawn = [_counts(rng, n, resamples) for n in (seeds, r)]
     counts = [np.concatenate([np.ones((1, n)), c]) for n, c in zip((seeds, r), drawn, strict=True)]
     weights = (counts[0][:, :, None] * counts[1][:, None, :]).reshape(resamples + 1, -1) * known / seeds
-    found = {law: _fits(np.tile(law_inputs(law, s), seeds), flat, weights) for law in Law}
-    aic = {law: parts[4] for law, parts in found.items()}
-    gain = np.fmin(aic[Law.exponential], aic[Law.rank]) - aic[Law.power]
-    exponent = -found[Law.power][1]
-    fits = {law: Fit(*(float(part[0]) for part in parts)) for law, parts in found.items()}
+    fits = {law: fit_censored(np.tile(law_inputs(law, s), seeds), flat, weights) for law in Law}
+    gain = np.fmin(fits[Law.exponential].aic, fits[Law.rank].aic) - fits[Law.power].aic
+    exponent = -fits[Law.power].slope
     return LawComparison(
         fits,
         float(exponent[0]),
@@ -205,7 +243,12 @@ def partial_ranks(
     Spearman's correlations, r_ts.f = (r_ts - r_tf r_sf) / sqrt((1 - r_tf^2)(1 - r_sf^2)). Resamples draw directions.
 
     Args:
-        values: [r] eigenvalues. frequencies: [r]. times: [E, r] of E seeds, finite. resamples, level, seed: bootstrap.
+        values: [r] eigenvalues.
+        frequencies: [r].
+        times: [E, r] of E seeds, finite.
+        resamples: of the bootstrap.
+        level: of its intervals.
+        seed: of its draws.
 
     Returns:
         Correlations with intervals; where one of the two does not vary, nothing is held fixed: the partial correlation
@@ -257,36 +300,6 @@ def _partial(wanted: np.ndarray, other: np.ndarray, between: np.ndarray) -> np.n
 def _counts(rng: np.random.Generator, n: int, resamples: int) -> np.ndarray:
     """[resamples, n] how often each of n things is drawn in a bootstrap sample."""
     return rng.multinomial(n, np.full(n, 1.0 / n), size=resamples).astype(np.float64)
-
-
-def _fits(x: np.ndarray, times: HalfTimes, weights: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Intercept, slope, sigma, r2 and AIC, each [B], for weights [B, n]."""
-    if x.ndim != 1 or times.time.shape != x.shape or not (np.isfinite(times.time) & (times.time > 0)).all():
-        raise InputError(f"x {list(x.shape)} and half-times {list(times.time.shape)}: give [n] and positive [n]")
-    if times.censored.all() or np.ptp(x) <= 1e-12 * np.abs(x).max(initial=0.0):
-        return tuple(np.full(len(weights), np.nan) for _ in range(5))
-    y = np.log(times.time)
-    (mx, sx), (my, sy) = ((float(a.mean()), float(a.std()) or 1.0) for a in (x, y))
-    design = np.stack([np.ones_like(x), (x - mx) / sx], axis=1)
-    seen = (weights > 0) & ~times.censored
-    # Two different x at least, or a line has no slope.
-    some = [
-        np.where(seen, x, fill).max(1) if fill < 0 else np.where(seen, x, fill).min(1) for fill in (-np.inf, np.inf)
-    ]
-    possible = some[0] > some[1]
-    fitted = weights[possible]
-    line, level = (_newton(z, (y - my) / sy, times.censored, fitted) for z in (design, design[:, :1]))
-    likelihood = line[1] - math.log(sy) * (fitted * ~times.censored).sum(1)
-    gamma = line[0][:, -1]
-    slope = line[0][:, 1] / gamma * sy / sx
-    intercept = my + line[0][:, 0] / gamma * sy - slope * mx
-    r2 = 1.0 - (level[0][:, -1] / gamma) ** 2
-    parts = []
-    for part in (intercept, slope, sy / gamma, r2, 2.0 * (3.0 - likelihood)):
-        whole = np.full(len(weights), np.nan)
-        whole[possible] = part
-        parts.append(whole)
-    return tuple(parts)
 
 
 def _newton(z: np.ndarray, y: np.ndarray, censored: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -16,59 +16,20 @@ so that half-times are exactly proportional to 1/s. From a small random start W2
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from scipy.integrate import solve_ivp
 
+from experiments.learning_dynamics.dynamics import half_times
+from experiments.learning_dynamics.spectrum import Spectrum
 from mae_align.runtime.devices import solve_context
 from mae_align.runtime.errors import InputError
+from mae_align.train.ensemble import Training, TrainState
 
-
-def logistic_strength(times: np.ndarray, values: np.ndarray, start: np.ndarray | float, num_pixels: int) -> np.ndarray:
-    """Strength u_i(t) of each direction from a balanced, aligned start.
-
-    Args:
-        times: [T] learning rate times steps. values: [r] eigenvalues s. start: u0 in (0, 1), [r] or one for all.
-        num_pixels: d, over which the loss is a mean.
-
-    Returns:
-        [T, r] float64 in (0, 1].
-
-    Raises:
-        InputError: a start outside (0, 1).
-
-    Example:
-        >>> logistic_strength(np.array([0.0, 1e9]), np.ones(1), 0.25, 4).round(6).tolist()
-        [[0.25], [1.0]]
-    """
-    odds = _odds_against(start)
-    return 1.0 / (1.0 + odds * np.exp(-4.0 * np.asarray(times)[:, None] * np.asarray(values) / num_pixels))
-
-
-def logistic_half_time(
-    values: np.ndarray, start: np.ndarray | float, num_pixels: int, *, level: float = 0.5
-) -> np.ndarray:
-    """When the residual (1 - u)^2 of each direction reaches a level.
-
-    d / (4 s) log((1/u0 - 1) v / (1 - v)) with v = 1 - sqrt(level).
-
-    Args:
-        values: [r] eigenvalues s. start: u0 in (0, 1), [r] or one for all. num_pixels: d. level: in (0, 1).
-
-    Returns:
-        [r] times, learning rate times steps; negative where the start is past it.
-
-    Raises:
-        InputError: a start or level outside (0, 1).
-
-    Example:
-        >>> t = logistic_half_time(np.array([2.0, 1.0]), 0.01, 4)
-        >>> round(float(t[1] / t[0]), 9)
-        2.0
-    """
-    if not 0.0 < level < 1.0:
-        raise InputError(f"level={level}: give a residual between 0 and 1")
-    reached = 1.0 - np.sqrt(level)
-    return num_pixels / (4.0 * np.asarray(values)) * np.log(_odds_against(start) * reached / (1.0 - reached))
+# Evaluations of the flow per unit of descent rate and step: the steps of the integrator are bounded by its stability,
+# as those of descent are.
+_EVALUATIONS = 9.25
 
 
 def linear_flow(
@@ -77,8 +38,11 @@ def linear_flow(
     """Residuals of all directions along the flow from any start, integrated in eigen-coordinates.
 
     Args:
-        times: [T] ascending from 0, learning rate times steps. values: [r] eigenvalues s.
-        encoder: [k, r] W1 C at time 0. decoder: [r, k] C^T W2 at time 0. num_pixels: d.
+        times: [T] ascending from 0, learning rate times steps.
+        values: [r] eigenvalues s.
+        encoder: [k, r] W1 C at time 0.
+        decoder: [r, k] C^T W2 at time 0.
+        num_pixels: d, over which the loss is a mean.
 
     Returns:
         [T, r] float64: E(c_i^T (W2 W1 x - x))^2 / s_i = sum_j (delta_ij - M_ij)^2 s_j / s_i with M = C^T W2 W1 C. Cost:
@@ -90,7 +54,7 @@ def linear_flow(
     Example:
         >>> start = np.diag([0.1, 0.1])
         >>> flow = linear_flow(np.array([0.0, 3.0]), np.array([2.0, 1.0]), start, start, 4)
-        >>> u = logistic_strength(np.array([0.0, 3.0]), np.array([2.0, 1.0]), 0.01, 4)
+        >>> u = 1 / (1 + 99 * np.exp(-4 * np.array([[0.0, 0.0], [6.0, 3.0]]) / 4))
         >>> bool(np.abs(flow - (1 - u) ** 2).max() < 1e-6)
         True
     """
@@ -116,6 +80,54 @@ def linear_flow(
     return np.stack([_residual(x[:size].reshape(shape), x[size:].reshape(shape), s) for x in states.T])
 
 
+def flow_cost(descent_rate: float, steps: int, latent: int, rank: int, members: int) -> float:
+    """Multiply-adds of :func:`flow_half_times`, about: 8 k^2 r for each evaluation of the flow.
+
+    Args:
+        descent_rate: in units of d / largest eigenvalue.
+        steps: of descent.
+        latent: k.
+        rank: r.
+        members: networks.
+
+    Example:
+        >>> f"{flow_cost(0.1, 2000, 24, 60, 3):.1e}"
+        '1.5e+09'
+    """
+    return _EVALUATIONS * descent_rate * steps * 8 * latent**2 * rank * members
+
+
+def flow_half_times(
+    training: Training, state: TrainState, spectrum: Spectrum, steps: np.ndarray, rate: float
+) -> np.ndarray:
+    """Half-times of the gradient flow from each network's own start.
+
+    Args:
+        training: of linear networks.
+        state: before the first step.
+        spectrum: of their images.
+        steps: [T], from 0 on, at which residuals are taken.
+        rate: of descent.
+
+    Returns:
+        [E, r] in steps; NaN beyond the last step. Cost: :func:`flow_cost`.
+    """
+    found = []
+    for member in range(training.num_members):
+        model: Any = training.model(state, member)
+        encoder, decoder = (np.asarray(layer.kernel[...], np.float64) for layer in (model.down[0], model.up[0]))
+        shares = linear_flow(
+            rate * steps,
+            spectrum.values,
+            encoder.T @ spectrum.vectors,
+            spectrum.vectors.T @ decoder.T,
+            spectrum.num_pixels,
+        )
+        half = half_times(steps, shares)
+        found.append(np.where(half.censored, np.nan, half.time))
+    return np.stack(found)
+
+
 def _solved(slope, times: np.ndarray, start: np.ndarray) -> np.ndarray:
     # One BLAS thread: these products are small.
     with solve_context("float64"):
@@ -128,10 +140,3 @@ def _residual(a: np.ndarray, b: np.ndarray, s: np.ndarray) -> np.ndarray:
     """From W1 [k, r] and W2^T [k, r]."""
     missed = np.eye(len(s)) - b.T @ a
     return (missed**2) @ s / s
-
-
-def _odds_against(start: np.ndarray | float) -> np.ndarray:
-    u0 = np.asarray(start, np.float64)
-    if not ((u0 > 0) & (u0 < 1)).all():
-        raise InputError("a start outside (0, 1): give strengths between 0 and 1")
-    return 1.0 / u0 - 1.0

@@ -25,8 +25,8 @@ class ResponseErrors(NamedTuple):
     """Errors by response frequency.
 
     Attributes:
-        low, high: [w] squared relative errors e_low^2 and e_high^2, one per width of the filter; NaN where the target
-            has nothing there.
+        low: [w] squared relative errors e_low^2, one per width of the filter; NaN where the target has nothing there.
+        high: [w] e_high^2.
     """
 
     low: np.ndarray
@@ -38,7 +38,8 @@ class ResponseFilter:
     """The averaging over neighbouring inputs, for several widths.
 
     Attributes:
-        widths: [w] standard deviations of the weights, in units of inputs. weights: [w, n, n], rows add up to 1.
+        widths: [w] standard deviations of the weights, in units of inputs.
+        weights: [w, n, n], rows add up to 1.
     """
 
     widths: np.ndarray
@@ -105,7 +106,8 @@ class ResponseFilter:
         """Relative errors of a map at low and at high response frequencies.
 
         Args:
-            targets: [n, ...] y_i at the points. outputs: [n, ...] h_i.
+            targets: [n, ...] y_i at the points.
+            outputs: [n, ...] h_i.
 
         Returns:
             Squared errors: 1 where the outputs are 0, 0 where they are the targets. Cost 2 w n^2 p.

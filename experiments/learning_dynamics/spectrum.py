@@ -3,11 +3,13 @@
 With the covariance Sxx = C diag(s) C^T of the training images, every set here is the linear image ``x' = B (x - mean)``
 of the given one, so that its covariance B Sxx B^T and its directions are known without another pass over the data::
 
-    untouched          B = I                                       s, C
-    keep_top           B = C_m C_m^T                               s_1..s_m, C_m
-    reassign           B = C_m diag(sqrt(s' / s)) C_m^T            s'_1..s'_m, C_m (whitened, reversed, ...)
-    rotate_pixels      B = Q, orthogonal at random                 s, Q C
-    shuffle_pixels     B = P, a permutation of the places          s, P C
+    original           B = I                                       s, C
+    top                B = C_m C_m^T                               s_1..s_m, C_m
+    whitened           B = C_m diag(1 / sqrt(s)) C_m^T             1, C_m
+    reversed           B = C_m diag(sqrt(s' / s)) C_m^T            s_m..s_1, C_m
+    permuted           likewise                                    s_1..s_m dealt out at random, C_m
+    rotated            B = Q, orthogonal at random                 s, Q C
+    shuffled           B = P, a permutation of the places          s, P C
 
 In natural images eigenvalue and spatial frequency go together. Changing s' on the same directions, or moving pixels
 under the same eigenvalues, sets the two apart.
@@ -16,6 +18,7 @@ under the same eigenvalues, sets the two apart.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 
 import numpy as np
@@ -33,8 +36,10 @@ class Spectrum:
     """Principal directions of centred images, by descending eigenvalue; directions without variance are left out.
 
     Attributes:
-        image_shape: (h, w, c); d = h w c. mean: [d]. vectors: [d, r] orthonormal columns. values: [r] > 0, variances in
-            squared pixel units.
+        image_shape: (h, w, c); d = h w c.
+        mean: [d].
+        vectors: [d, r] orthonormal columns.
+        values: [r] > 0, variances in squared pixel units.
 
     Example:
         >>> x = np.zeros((4, 1, 2, 1))
@@ -85,28 +90,15 @@ class Spectrum:
         return len(self.values)
 
     def first(self, count: int) -> Spectrum:
-        """The first directions alone.
-
-        Args:
-            count: number of directions, at least 1; all of them where there are fewer.
-        """
+        """The first directions alone; all of them where there are fewer."""
         return dataclasses.replace(self, vectors=self.vectors[:, :count], values=self.values[:count])
 
-    def coordinates(self, images: np.ndarray) -> np.ndarray:
-        """Coordinates along the directions, C^T (x - mean).
-
-        Args:
-            images: [n, h, w, c].
-
-        Returns:
-            [n, r] float64. Cost n d r.
+    def centred(self, images: np.ndarray) -> np.ndarray:
+        """Images as rows about the mean, [n, d] float64.
 
         Raises:
             InputError: images of another shape.
         """
-        return self._centred(images) @ self.vectors
-
-    def _centred(self, images: np.ndarray) -> np.ndarray:
         if images.ndim != 4 or images.shape[1:] != self.image_shape:
             raise InputError(
                 f"images have shape {list(images.shape)}: give [n, {', '.join(map(str, self.image_shape))}]"
@@ -119,8 +111,10 @@ class ImageMap:
     """A linear map of centred images, scaled so that the mean variance of a pixel is 1, and the spectrum that it gives.
 
     Attributes:
-        source: spectrum of the images it takes. matrix: [d, d]. spectrum: of the images it gives, about 0, of
-            eigenvalues that add up to d: in units in which the mean image as reconstruction has a loss of 1.
+        source: spectrum of the images it takes.
+        matrix: [d, d].
+        spectrum: of the images it gives, about 0, of eigenvalues that add up to d: in units in which the mean image as
+            reconstruction has a loss of 1.
     """
 
     source: Spectrum
@@ -140,101 +134,68 @@ class ImageMap:
             InputError: images of another shape.
         """
         parts = [
-            (self.source._centred(images[start : start + _ROWS]) @ self.matrix.T).astype(np.float32)
+            (self.source.centred(images[start : start + _ROWS]) @ self.matrix.T).astype(np.float32)
             for start in range(0, len(images), _ROWS)
         ]
         return np.concatenate(parts).reshape(images.shape)
 
 
-def untouched(spectrum: Spectrum) -> ImageMap:
-    """The images themselves, centred and scaled.
+class Images(enum.Enum):
+    """What is made of the images before anything is trained on them."""
+
+    original = "original"
+    top = "top"
+    whitened = "whitened"
+    reversed = "reversed"
+    permuted = "permuted"
+    rotated = "rotated"
+    shuffled = "shuffled"
+
+
+def image_map(kind: Images, spectrum: Spectrum, count: int, seed: int) -> ImageMap:
+    """What an intervention makes of images of a spectrum.
 
     Args:
-        spectrum: of the images.
+        kind: which.
+        spectrum: of the stored images.
+        count: m, directions that interventions on the spectrum keep.
+        seed: of those that draw numbers.
 
-    Example:
-        >>> x = np.random.default_rng(0).normal(size=(50, 2, 2, 1))
-        >>> round(float(untouched(Spectrum.of(Moments.from_arrays(x))).spectrum.values.sum()), 9)
-        4.0
-    """
-    return _scaled(spectrum, np.eye(spectrum.num_pixels), spectrum.vectors, spectrum.values)
-
-
-def keep_top(spectrum: Spectrum, count: int) -> ImageMap:
-    """Projection on the first directions: what :func:`reassign` is to be compared with.
-
-    Args:
-        spectrum: of the images. count: m, number of directions that stay.
+    Returns:
+        The map; original images are centred and scaled only.
 
     Raises:
-        InputError: not 1..r directions.
+        InputError: more directions than the images vary in.
 
     Example:
-        >>> x = np.random.default_rng(0).normal(size=(50, 2, 2, 1))
-        >>> keep_top(Spectrum.of(Moments.from_arrays(x)), 3).spectrum.rank
-        3
-    """
-    return reassign(spectrum, spectrum.values[: _checked(spectrum, count)])
-
-
-def whiten(spectrum: Spectrum, count: int) -> ImageMap:
-    """The first directions with one variance for all: only their frequency tells them apart.
-
-    Args:
-        spectrum: of the images. count: m, number of directions that stay.
-
-    Raises:
-        InputError: not 1..r directions.
-
-    Example:
-        >>> x = np.random.default_rng(0).normal(size=(50, 2, 2, 1))
-        >>> whiten(Spectrum.of(Moments.from_arrays(x)), 2).spectrum.values.round(9).tolist()
+        >>> s = Spectrum.of(Moments.from_arrays(np.random.default_rng(0).normal(size=(50, 2, 2, 1))))
+        >>> image_map(Images.whitened, s, 2, seed=0).spectrum.values.round(9).tolist()
         [2.0, 2.0]
     """
-    return reassign(spectrum, np.ones(_checked(spectrum, count)))
-
-
-def reverse_spectrum(spectrum: Spectrum, count: int) -> ImageMap:
-    """The first directions with their eigenvalues in reverse order: the finest carry most.
-
-    Args:
-        spectrum: of the images. count: m, number of directions that stay.
-
-    Raises:
-        InputError: not 1..r directions.
-
-    Example:
-        >>> x = np.random.default_rng(0).normal(size=(50, 2, 2, 1))
-        >>> s = Spectrum.of(Moments.from_arrays(x))
-        >>> bool(np.allclose(reverse_spectrum(s, 4).spectrum.vectors, s.vectors[:, ::-1]))
-        True
-    """
-    return reassign(spectrum, spectrum.values[: _checked(spectrum, count)][::-1])
-
-
-def permute_spectrum(spectrum: Spectrum, count: int, seed: int) -> ImageMap:
-    """The first directions with their eigenvalues dealt out at random: eigenvalue and frequency are uncorrelated.
-
-    Args:
-        spectrum: of the images. count: m, number of directions that stay. seed: of the permutation.
-
-    Raises:
-        InputError: not 1..r directions.
-
-    Example:
-        >>> x = np.random.default_rng(0).normal(size=(50, 2, 2, 1))
-        >>> permute_spectrum(Spectrum.of(Moments.from_arrays(x)), 4, seed=0).spectrum.rank
-        4
-    """
-    values = spectrum.values[: _checked(spectrum, count)]
-    return reassign(spectrum, np.random.default_rng(seed).permutation(values))
+    top = spectrum.values[:count]
+    match kind:
+        case Images.original:
+            return _scaled(spectrum, np.eye(spectrum.num_pixels), spectrum.vectors, spectrum.values)
+        case Images.top:
+            return reassign(spectrum, top)
+        case Images.whitened:
+            return reassign(spectrum, np.ones(count))
+        case Images.reversed:
+            return reassign(spectrum, top[::-1])
+        case Images.permuted:
+            return reassign(spectrum, np.random.default_rng(seed).permutation(top))
+        case Images.rotated:
+            return rotate_pixels(spectrum, seed)
+        case Images.shuffled:
+            return shuffle_pixels(spectrum, seed)
 
 
 def reassign(spectrum: Spectrum, values: np.ndarray) -> ImageMap:
     """The first m directions with other variances, the rest gone: B = C_m diag(sqrt(s' / s)) C_m^T.
 
     Args:
-        spectrum: of the images. values: [m] > 0, the new variance of each of the first m directions, up to one factor.
+        spectrum: of the images.
+        values: [m] > 0, the new variance of each of the first m directions, up to one factor.
 
     Returns:
         The map; its spectrum is sorted by the new variances, equal ones in the old order.
@@ -248,7 +209,9 @@ def reassign(spectrum: Spectrum, values: np.ndarray) -> ImageMap:
         [3.0, 1.0]
     """
     new = np.asarray(values, np.float64)
-    m = _checked(spectrum, len(new))
+    m = len(new)
+    if not 1 <= m <= spectrum.rank:
+        raise InputError(f"{m} directions: these images have variance in {spectrum.rank}, give 1 to {spectrum.rank}")
     if not (np.isfinite(new) & (new > 0)).all():
         raise InputError("a variance is not positive: give finite numbers over 0")
     vectors = spectrum.vectors[:, :m]
@@ -261,12 +224,16 @@ def rotate_pixels(spectrum: Spectrum, seed: int) -> ImageMap:
     """A random rotation of pixel space: the same eigenvalues, directions of no particular frequency.
 
     Args:
-        spectrum: of the images. seed: of the orthogonal matrix, uniform (Haar). Cost d^3.
+        spectrum: of the images.
+        seed: of the orthogonal matrix, uniform (Haar).
+
+    Returns:
+        The map. Cost d^3.
 
     Example:
         >>> x = np.random.default_rng(0).normal(size=(50, 2, 2, 1))
         >>> s = Spectrum.of(Moments.from_arrays(x))
-        >>> bool(np.allclose(rotate_pixels(s, 0).spectrum.values, untouched(s).spectrum.values))
+        >>> bool(np.allclose(rotate_pixels(s, 0).spectrum.values, s.values / s.values.mean()))
         True
     """
     d = spectrum.num_pixels
@@ -279,7 +246,11 @@ def shuffle_pixels(spectrum: Spectrum, seed: int) -> ImageMap:
     """One permutation of the places for all images, channels staying together: the same eigenvalues, no neighbourhoods.
 
     Args:
-        spectrum: of the images. seed: of the permutation.
+        spectrum: of the images.
+        seed: of the permutation.
+
+    Returns:
+        The map.
 
     Example:
         >>> x = np.random.default_rng(0).normal(size=(50, 2, 2, 1))
@@ -291,14 +262,6 @@ def shuffle_pixels(spectrum: Spectrum, seed: int) -> ImageMap:
     index = np.arange(spectrum.num_pixels).reshape(height * width, channels)
     order = index[np.random.default_rng(seed).permutation(height * width)].reshape(-1)
     return _moved(spectrum, np.eye(spectrum.num_pixels)[order])
-
-
-def _checked(spectrum: Spectrum, count: int) -> int:
-    if not 1 <= count <= spectrum.rank:
-        raise InputError(
-            f"{count} directions: these images have variance in {spectrum.rank}, give 1 to {spectrum.rank}"
-        )
-    return count
 
 
 def _moved(spectrum: Spectrum, orthogonal: np.ndarray) -> ImageMap:

@@ -1,10 +1,15 @@
 """Which mask ratio and patch size make reconstruction learn what a task needs?
 
-The main job, and Fig. 7 of the paper. For every patch size, mask ratio and number of features k: the linear masked
-autoencoder in closed form (Theorem 3 of Balestriero & LeCun, 2024), and how much of the task a linear probe on its
-features explains, in-sample and on held-out images. The best cell is chosen on a validation split and reported on the
-test images, with the standard error of its difference to no mask on the same images. Linear joint embedding of two
-masked views stands beside it.
+Paper: Fig. 7
+Time: 10 seconds
+
+The main job. For every patch size, mask ratio and number of features k: the linear masked autoencoder in closed form
+(Theorem 3 of Balestriero & LeCun, 2024), and how much of the task a linear probe on its features explains, in-sample
+and on held-out images. The best cell is chosen on validation images; then everything is fitted on training and
+validation images together and reported on the test images. Linear joint embedding of two masked views stands beside it.
+
+One test decides what the summary and the heat map call better or worse than no mask: the paired differences on test
+images of all masks, and of joint embedding, at all --ks, in simultaneous 95% intervals.
 
     python -m experiments.masking_sweep                                   # bundled digits: seconds on 2 CPU cores
     python -m experiments.masking_sweep --data idx:DIR --ks 8 32 128      # Fashion-MNIST: about a minute
@@ -13,7 +18,7 @@ masked views stands beside it.
 
 The last form starts from files of ``python -m experiments.stream_moments``, for data that is read once or elsewhere.
 Without validation moments nothing can be chosen on held-out images: the table then chooses and measures in-sample and
-says so; with test moments the figures and curves.nc hold the held-out curves all the same.
+says so; with test moments the heat map, curves.nc and the count of better and worse masks are held-out all the same.
 
 The ``paper`` preset follows the published preprocessing (jitter of 0.001 std, no pixel noise floor, patches 1, 2, 4,
 ten ratios from 0 to 0.99, every k); its numbers are in docs/results.md. Interrupted, the same command goes on where it
@@ -25,26 +30,26 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from typing import Annotated
 
 import numpy as np
 import xarray as xr
 
 import mae_align as ma
-from experiments.harness.cli import launch
-from experiments.harness.data import DataChoices, Inputs, MomentFiles, load_together
-from experiments.harness.folder import RunFolder, atomic_path, netcdf3_ready
+from experiments.harness.cli import launch_experiment
+from experiments.harness.config import Bounds, Counts, Groups, NotNegative, Ratios, RunConfig, Workers
+from experiments.harness.data import Split, check_groups
+from experiments.harness.run import Run
+from experiments.masking_sweep.inputs import Files, Images, Inputs, Summary
 from experiments.masking_sweep.report import (
-    change_figure,
-    heat_map,
+    chosen_rows,
+    difference_rows,
+    figures,
     saturation,
-    summarise,
-    table_text,
-    verdict_rows,
+    shown,
+    verdict,
 )
 from mae_align.closed_form.grid import GridSpec
-from mae_align.data.patches import ImageShape
-from mae_align.moments.samples import Samples
-from mae_align.runtime.devices import worker_count
 from mae_align.runtime.processes import refused_together
 
 
@@ -64,45 +69,35 @@ _FAMILIES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     """Settings of the masking sweep."""
 
-    data: str = "digits"
-    """Data set: digits, idx:DIR, npz:FILE, folder:DIR, tfds:NAME or prepared:DIR."""
     train_moments: str | None = None
     """Moment file of the training images, in the place of a data set."""
     validation_moments: str | None = None
     """Moment file of the validation images, on which the best cell is chosen; none: no choice on held-out images."""
     test_moments: str | None = None
     """Moment file of the test images, in at least 2 groups; none: in-sample curves alone."""
-    patch_sizes: tuple[int, ...] = (1, 2, 4)
+    patch_sizes: Counts = (1, 2, 4)
     """Sides of square patches, in pixels. Where one does not divide the image, patches at the border are smaller."""
-    mask_ratios: tuple[float, ...] = tuple(round(0.11 * i, 2) for i in range(10))
+    mask_ratios: Ratios = tuple(round(0.11 * i, 2) for i in range(10))
     """Shares of patches to mask, from 0 to 1. No mask (0) is always computed: it is the reference."""
     masking: MaskFamily = MaskFamily.independent
     """Independent patches (the paper), an exact count (masked autoencoders), or a random ratio per image."""
-    ks: tuple[int, ...] = (4, 8, 16, 32)
-    """Numbers of features for the table, the heat map and the summary."""
-    max_k: int | None = None
+    ks: Counts = (4, 8, 16, 32)
+    """Numbers of features for the table, the heat map and the test."""
+    max_k: Annotated[int | None, Bounds(least=1)] = None
     """Largest number of features in the curves; none for the rank of the data."""
-    image_size: int | None = None
-    """Resize images to squares of this side, in pixels; none keeps them."""
-    validation_fraction: float = 0.2
-    """Share of the training images on which the best cell is chosen."""
-    groups: int = 20
+    groups: Groups = 20
     """Groups of test images whose spread gives the standard errors."""
-    pixel_noise: float | None = None
+    pixel_noise: Annotated[float | None, Bounds(least=0)] = None
     """Variance of the measurement noise of a pixel; none: quantisation noise, 1/12 for 8-bit images."""
-    jitter: float = 0.0
+    jitter: NotNegative = 0.0
     """Noise added to the images before anything else, in standard deviations of all pixels (published: 0.001)."""
     held_out: bool = True
     """Whether to choose and report on held-out images; without, only the in-sample curves of the paper."""
-    seed: int = 0
-    """Of the splits and the jitter."""
-    workers: int | None = None
+    workers: Workers = None
     """Threads; none for one per core."""
-    out: str | None = None
-    """Run folder; none for runs/masking_sweep-DATA-HASH."""
 
 
 PRESETS = {
@@ -115,98 +110,103 @@ PRESETS = {
         held_out=False,
     ),
 }
+COLUMNS = {
+    "k": "number of features",
+    "features": "whose features: of a mask, or of joint embedding of two masked views",
+    "patch_size": "side of square patches [pixels]",
+    "mask_ratio": "share of masked patches",
+    "num_patches": "patches of an image",
+    "realized_ratio": "share of masked patches that is drawn on average",
+    "p_eff": "ratio of independent patches of the same closed form",
+    "saturated": "whether a patch has as many pixel values as there are training images: fits them exactly",
+    "change": "r2 of a linear probe minus that without mask, in-sample [percentage points]",
+    "eval_change": "r2 of a linear probe minus that without mask, on test images [percentage points]",
+    "eval_change_se": "standard error of eval_change, paired over groups of test images [percentage points]",
+    "eval_verdict": "better or worse where the simultaneous 95% interval of eval_change leaves out 0",
+    "measured": "images on which r2 and the changes of this table are measured",
+    "r2_no_mask": "r2 of a linear probe on k features without mask",
+    "*_patch": "side of patches of the mask that is best or worst, or of joint embedding, where it is chosen [pixels]",
+    "*_ratio": "share of masked patches of the mask that is best or worst where it is chosen",
+    "*_change": "r2 of a linear probe minus r2_no_mask [percentage points]",
+    "*_se": "standard error of the change, paired over groups of test images [percentage points]",
+    "*_verdict": "as eval_verdict",
+}
 
 
-def main(config: Config) -> None:
-    """Run the sweep of a configuration.
+def load(config: Config) -> Inputs:
+    """The data set, cut up, or the files of moments.
 
     Raises:
-        InputError: bad settings or data, before any long work.
+        InputError: data that cannot be read, or settings that do not go together.
     """
-    inputs, folder = _open(config)
-    validation = None
-    if inputs.choice is not None:
-        validation = _sweep(config, *inputs.choice, folder, "validation")
-    result = _sweep(config, inputs.train, inputs.test, folder, "in_sample" if inputs.test is None else "test")
+    if config.train_moments is not None:
+        if (config.image_size, config.max_train, config.max_test) != (None, None, None) or config.jitter != 0:
+            raise ma.InputError(
+                "--image-size, --max-train, --max-test and --jitter go with --data: moment files are what they are"
+            )
+        with refused_together():
+            return Files.read(config.train_moments, config.validation_moments, config.test_moments)
+    if config.validation_moments is not None or config.test_moments is not None:
+        raise ma.InputError(
+            "--validation-moments and --test-moments go with --train-moments: give all of them as files"
+        )
+    split = Split.load(config)
+    if config.held_out:
+        check_groups(config.groups, len(split.test_labels))
+    return Images(split, config.data, config.held_out, config.groups, config.jitter, config.seed)
+
+
+def main(config: Config, run: Run[Inputs]) -> None:
+    """Sweep the grid, and say which masks help.
+
+    Raises:
+        InputError: settings that do not fit the images, before any long work.
+    """
+    _check(config, run.data)
+    parts = run.data.parts()
+    validation = None if parts.choice is None else _sweep(config, *parts.choice, run, "validation")
+    result = _sweep(config, parts.train, parts.test, run, "in_sample" if parts.test is None else "test")
     influence = [str(name) for name in result if "influence" in str(name)]
-    folder.save_dataset("curves", result.drop_vars(influence))
+    run.dataset("curves", result.drop_vars(influence))
     if influence:
         # By group: any two cells can be compared later with the standard error of their difference.
-        with atomic_path(folder.path / "influence.nc") as file:
-            netcdf3_ready(result[influence]).to_netcdf(file, engine="scipy")
+        run.folder.save_netcdf("influence", result[influence])
     # Fewer images than pixels: the validation sweep has fewer training images, and so a smaller rank.
     most = min(part.sizes["k"] for part in (result, validation) if part is not None)
     ks = [k for k in config.ks if k <= most]
     if not ks:
         raise ma.InputError(f"every --ks is over the rank {most} of these images: give a smaller k")
-    figures = [
-        folder.save_figure("relative_change", change_figure(result)),
-        folder.save_figure("heat_map", heat_map(result, ks)),
-    ]
-    rows = verdict_rows(result, validation, ks)
-    tests = "no" if inputs.test is None else inputs.test.count
-    folder.save_table("summary", rows)
-    lines = [
-        f"Masking sweep on {inputs.name}: {inputs.train.count} training and {tests} test images, "
-        f"rank {result.attrs['rank']}, pixel noise {result.attrs['pixel_noise']:.3g}",
-        "",
-        table_text(rows),
-        "",
-        f"Figures: {figures[0]}  {figures[1]}",
-        "",
-        *summarise(rows),
-    ]
-    if inputs.test is not None and validation is None:
-        lines.append("(no validation moments: held-out curves are in the figures and in curves.nc, without a choice)")
-    lines += saturation(result)
-    if len(ks) < len(config.ks):
-        lines.append(f"(k over the rank {most} of these images left out)")
-    folder.summary("\n".join(lines))
-
-
-def _open(config: Config) -> tuple[Inputs, RunFolder]:
-    """Check everything, then open the run folder and make or read the moments."""
-
-    def folder(label: str) -> RunFolder:
-        return RunFolder.open("masking_sweep", label, config, config.out, ignore=("out", "workers"))
-
-    if config.train_moments is not None:
-        if config.image_size is not None or config.jitter != 0:
-            raise ma.InputError(
-                "--image-size and --jitter go with --data: the pixels of moment files are what they were"
-            )
-        with refused_together():
-            inputs = MomentFiles(config.train_moments, config.validation_moments, config.test_moments).load()
-        _check(config, inputs.train.image_shape)
-        return inputs, folder(f"moments:{config.train_moments}")
-    if config.validation_moments is not None or config.test_moments is not None:
-        raise ma.InputError(
-            "--validation-moments and --test-moments go with --train-moments: give all of them as files"
+    differences, critical = difference_rows(result, ks)
+    run.table("differences", differences)
+    chosen = chosen_rows(result, validation, ks, differences)
+    run.table("summary", chosen, show=shown(chosen))
+    for name, figure in figures(result, ks, differences, critical).items():
+        run.figure(name, figure)
+    rank, noise = result.attrs["rank"], result.attrs["pixel_noise"]
+    run.notes.append(f"Rank {rank}, pixel noise {noise:.3g}.")
+    if parts.test is not None and validation is None:
+        run.notes.append(
+            "No validation moments: the table is in-sample; the count, figures and curves.nc are held-out."
         )
-    data = load_together(config.data, image_size=config.image_size, seed=config.seed)
-    _check(config, data.image_shape)
-    choices = DataChoices(config.held_out, config.validation_fraction, config.groups, config.jitter, config.seed)
-    choices.check(data)
-    opened = folder(config.data)
-    return choices.moments(data), opened
+    if len(ks) < len(config.ks):
+        run.notes.append(f"k over the rank {most} of these images are left out.")
+    run.notes.extend(saturation(result))
+    run.verdict(*verdict(chosen, differences, critical))
 
 
-def _check(config: Config, image_shape: ImageShape) -> None:
+def _check(config: Config, inputs: Inputs) -> None:
     """Refuse settings that do not fit the images before anything is computed or written."""
-    GridSpec.checked(image_shape, config.patch_sizes, [0.0], _ratios(config), [math.inf], _FAMILIES[config.masking])
-    worker_count(config.workers)
+    GridSpec.checked(
+        inputs.image_shape, config.patch_sizes, [0.0], _ratios(config), [math.inf], _FAMILIES[config.masking]
+    )
     if not any(ratio > 0 for ratio in config.mask_ratios):
         raise ma.InputError("--mask-ratios 0: give at least one ratio over 0, no mask is always computed")
-    most = int(np.prod(image_shape))
-    if min(config.ks) < 1 or max(config.ks) > most:
+    most = math.prod(inputs.image_shape)
+    if max(config.ks) > most:
         given = " ".join(map(str, config.ks))
         raise ma.InputError(f"--ks {given}: the images have {most} pixel values, give k in 1..{most}")
     if config.max_k is not None and not max(config.ks) <= config.max_k <= most:
         raise ma.InputError(f"--max-k {config.max_k}: give a number from the largest --ks ({max(config.ks)}) to {most}")
-    if not (math.isfinite(config.jitter) and config.jitter >= 0):
-        raise ma.InputError(f"--jitter {config.jitter}: give a number of at least 0")
-    if config.pixel_noise is not None and not (math.isfinite(config.pixel_noise) and config.pixel_noise >= 0):
-        raise ma.InputError(f"--pixel-noise {config.pixel_noise}: give a variance of at least 0 (pixel_noise)")
 
 
 def _ratios(config: Config) -> list[float]:
@@ -214,9 +214,7 @@ def _ratios(config: Config) -> list[float]:
     return [0.0, *(p for p in config.mask_ratios if p != 0.0)]
 
 
-def _sweep(
-    config: Config, moments: ma.Moments | Samples, held_out: ma.Moments | Samples | None, folder: RunFolder, name: str
-) -> xr.Dataset:
+def _sweep(config: Config, moments: Summary, held_out: Summary | None, run: Run[Inputs], name: str) -> xr.Dataset:
     return ma.masking_sweep(
         moments,
         config.patch_sizes,
@@ -225,9 +223,9 @@ def _sweep(
         eval_moments=held_out,
         max_k=config.max_k,
         pixel_noise=config.pixel_noise,
-        run=ma.RunOptions(workers=config.workers, progress=True, store=folder.points / name),
+        run=ma.RunOptions(workers=config.workers, progress=True, store=run.folder.points / name),
     )
 
 
 if __name__ == "__main__":
-    launch(main, Config, PRESETS)
+    launch_experiment(main, Config, PRESETS, COLUMNS, load)

@@ -1,18 +1,208 @@
-"""Table, figures and plain sentences of the masking sweep."""
+"""Tables, figures, the test and the sentences of the masking sweep."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 
 from experiments.harness.figures import curves_over_k, ordered_colors, panels
 from mae_align.closed_form.held_out import paired_se
 
-Row = dict[str, Any]
+_LEVEL = 0.95
+_FLIPS = 10_000
+_SEED = 0
+MASK, JOINT = "mask", "joint embedding"
+BETTER, WORSE, NEITHER = "better", "worse", "no detectable difference"
+
+
+def simultaneous_limit(influence: np.ndarray) -> float:
+    """How many standard errors a difference must have so that all intervals hold together with 95%.
+
+    Under no difference, the influences psi_gc of a group of images on all differences c could as well have the other
+    sign. The limit is the 95% quantile, over random signs w_g, of max_c |sum_g w_g psi_gc| / se_c, with the standard
+    error of the flipped sample, se_c^2 = G/(G-1) sum_g (w_g psi_gc - mean)^2: for few groups it is as wide as a t
+    interval, and correlated differences need less than independent ones (Westfall & Young, 1993).
+
+    Args:
+        influence: [g, c] influences of the groups, mean 0 over g; columns of zeros count for nothing.
+
+    Returns:
+        The limit; infinity with fewer than two groups.
+
+    Example:
+        >>> one = np.random.default_rng(0).normal(size=(20, 1))
+        >>> round(simultaneous_limit(one - one.mean()), 1)
+        2.1
+    """
+    influence = influence[:, (influence != 0).any(0)]
+    groups = len(influence)
+    if groups < 2 or not influence.size:
+        return math.inf
+    signs = np.random.default_rng(_SEED).choice([-1.0, 1.0], size=(_FLIPS, groups))
+    squares = (influence**2).sum(0)
+    largest = np.empty(_FLIPS)
+    for rows in np.array_split(np.arange(_FLIPS), 20):
+        sums = signs[rows] @ influence
+        # Signs that make all groups equal have no spread: the largest statistic there is.
+        spread = np.maximum(groups / (groups - 1) * (squares - sums**2 / groups), np.finfo(float).tiny)
+        largest[rows] = (np.abs(sums) / np.sqrt(spread)).max(1)
+    return float(np.quantile(largest, _LEVEL))
+
+
+def difference_rows(result: xr.Dataset, ks: Sequence[int]) -> tuple[pd.DataFrame, float]:
+    """Changes of r2 against no mask of every mask and of joint embedding at every k, with the one test of all of them.
+
+    Args:
+        result: of the sweep.
+        ks: numbers of features.
+
+    Returns:
+        One row per difference: percentage points in-sample and, with held-out curves, on these with the paired standard
+        error and the verdict; and how many standard errors detect one, NaN without held-out curves.
+    """
+    held_out = "eval_r2" in result
+    at = result.sel(k=list(ks))
+    plain = at.isel(patch_size=0).sel(mask_ratio=0.0)
+    sizes = at.patch_size.values.tolist()
+    cells: list[tuple[str, Any, float, str, xr.Dataset]] = [
+        (MASK, size, float(ratio), "", at.sel(patch_size=size, mask_ratio=ratio))
+        for size in sizes
+        for ratio in at.mask_ratio.values[at.mask_ratio.values > 0]
+    ]
+    joint = [(JOINT, size, math.nan, "je_", at.sel(patch_size=size)) for size in sizes]
+    cells += [cell for cell in joint if not bool(cell[4].je_r2.isnull().any())]
+    rows, influences = [], []
+    for features, size, ratio, prefix, cell in cells:
+        names = {"features": features, "patch_size": size, "mask_ratio": ratio}
+        columns = {"change": 100 * (cell[f"{prefix}r2"] - plain.r2).values}
+        if held_out:
+            influence = (cell[f"{prefix}eval_influence"] - plain.eval_influence).transpose("group", "k").values
+            influences.append(influence)
+            columns["eval_change"] = 100 * (cell[f"{prefix}eval_r2"] - plain.eval_r2).values
+            columns["eval_change_se"] = 100 * paired_se(influence)
+        rows += [{**names, "k": k, **{n: float(v[i]) for n, v in columns.items()}} for i, k in enumerate(ks)]
+    frame = pd.DataFrame(rows)
+    if not held_out:
+        return frame, math.nan
+    limit = simultaneous_limit(np.concatenate(influences, axis=1))
+    # A standard error that is not a number, or a limit of infinity, detects nothing.
+    found = np.abs(frame.eval_change) > limit * frame.eval_change_se
+    frame["eval_verdict"] = np.where(found, np.where(frame.eval_change > 0, BETTER, WORSE), NEITHER)
+    return frame, limit
+
+
+def chosen_rows(
+    result: xr.Dataset, validation: xr.Dataset | None, ks: Sequence[int], differences: pd.DataFrame
+) -> pd.DataFrame:
+    """One row per k: the best and worst mask and the best joint embedding, chosen on validation, measured on test.
+
+    Without validation curves, the choice and the measurement are in-sample, and the row says so.
+
+    Args:
+        result: of the sweep on which is reported.
+        validation: of the sweep on which is chosen, or None.
+        ks: numbers of features.
+        differences: of :func:`difference_rows`.
+
+    Returns:
+        The rows.
+    """
+    held_out = validation is not None
+    prefix = "eval_" if held_out else ""
+    choose, _ = difference_rows(result if validation is None else validation, ks)
+    rows = []
+    for k in ks:
+        plain = result.isel(patch_size=0).sel(mask_ratio=0.0, k=k)
+        row: dict[str, Any] = {"k": k, "measured": "test images" if held_out else "in-sample"}
+        row["r2_no_mask"] = float(plain[f"{prefix}r2"])
+        for which, features, sign in (("best", MASK, 1), ("worst", MASK, -1), ("joint", JOINT, 1)):
+            there = choose.loc[(choose.k == k) & (choose.features == features)]
+            if there.empty:
+                continue
+            # The same cells in the same order: a row has the same number in both tables.
+            cell = differences.loc[there.index[int(np.argmax(sign * there[f"{prefix}change"]))]]
+            row[f"{which}_patch"] = cell.patch_size
+            if features == MASK:
+                row[f"{which}_ratio"] = cell.mask_ratio
+            row[f"{which}_change"] = cell[f"{prefix}change"]
+            if held_out:
+                row[f"{which}_se"], row[f"{which}_verdict"] = cell.eval_change_se, cell.eval_verdict
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def shown(chosen: pd.DataFrame) -> pd.DataFrame:
+    """The table of the summary: changes in percentage points of r2."""
+    shown = pd.DataFrame({"k": chosen.k, f"r2, {chosen.measured[0]}": chosen.r2_no_mask.map("{:.4f}".format)})
+    for which in ("best", "worst"):
+        masks = zip(chosen[f"{which}_ratio"], chosen[f"{which}_patch"], strict=True)
+        shown[f"{which} mask"] = [f"{ratio:g} of {_side(size)}" for ratio, size in masks]
+        shown[f"{which}: change [points]"] = _changes(chosen, which)
+    if "joint_change" in chosen:
+        shown["joint embedding"] = chosen.joint_patch.map(_side)
+        shown["joint: change [points]"] = _changes(chosen, "joint")
+    return shown
+
+
+def _changes(chosen: pd.DataFrame, which: str) -> list[str]:
+    changes = chosen[f"{which}_change"]
+    if f"{which}_se" not in chosen:
+        return [f"{change:+.2f}" for change in changes]
+    return [f"{change:+.2f} +- {se:.2f}" for change, se in zip(changes, chosen[f"{which}_se"], strict=True)]
+
+
+def _side(size: Any) -> str:
+    return f"{size}x{size}" if isinstance(size, int | np.integer) else str(size)
+
+
+def verdict(chosen: pd.DataFrame, differences: pd.DataFrame, limit: float) -> list[str]:
+    """At most three sentences: how many masks help or hurt, what the chosen ones do, how joint embedding compares."""
+    sentences = []
+    if not math.isnan(limit):
+        masks = differences[differences.features == MASK]
+        better, worse = ((masks.eval_verdict == v).sum() for v in (BETTER, WORSE))
+        sentences.append(
+            f"On test images {better} of {len(masks)} cells (a mask and a k) are better than no mask and {worse} are "
+            f"worse (by over {limit:.1f} paired standard errors: simultaneous 95% intervals)."
+        )
+    if chosen.measured[0] == "in-sample":
+        sentences.append(
+            "The table is in-sample, which flatters and has no standard error: decide on held-out images (--held-out)."
+        )
+        return sentences
+    sentences.append(f"The mask that is best on validation images, against no mask: {_by_verdict(chosen, 'best')}.")
+    if "joint_verdict" in chosen:
+        sentences.append(f"Joint embedding of masked views (linear), against no mask: {_by_verdict(chosen, 'joint')}.")
+    return sentences
+
+
+def _by_verdict(chosen: pd.DataFrame, which: str) -> str:
+    """Which verdicts hold at which k."""
+    verdicts = list(zip(chosen.k, chosen[f"{which}_verdict"], strict=True))
+    there = {word: [str(k) for k, v in verdicts if v == word] for word in (BETTER, WORSE, NEITHER)}
+    return "; ".join(f"{word} at k = {', '.join(ks)}" for word, ks in there.items() if ks)
+
+
+def saturation(result: xr.Dataset) -> list[str]:
+    """A line that names the patch sizes with at least as many pixel values as there are training images, if any."""
+    sizes = [_side(size) for size in result.patch_size.values[result.saturated.values]]
+    if not sizes:
+        return []
+    return [
+        f"Patches of {', '.join(sizes)} have at least as many pixel values as there are training images, "
+        f"{result.attrs['num_train']}: each fits them exactly but for the pixel noise, which their curves then show."
+    ]
+
+
+def figures(result: xr.Dataset, ks: Sequence[int], differences: pd.DataFrame, limit: float) -> dict[str, Figure]:
+    """All figures of the sweep by name."""
+    return {"relative_change": change_figure(result), "heat_map": heat_map(result, ks, differences, limit)}
 
 
 def change_figure(result: xr.Dataset) -> Figure:
@@ -61,178 +251,40 @@ def _change(all_ratios: xr.DataArray, curve: xr.DataArray) -> np.ndarray:
     return 100.0 * (curve - reference).values
 
 
-def heat_map(result: xr.Dataset, ks: Sequence[int]) -> Figure:
+def heat_map(result: xr.Dataset, ks: Sequence[int], differences: pd.DataFrame, limit: float) -> Figure:
     """Change of r2 against no mask, mask ratio x patch size at chosen k, in-sample and held-out.
 
-    A dot marks held-out changes of two standard errors and more.
+    A dot marks held-out changes that the test of :func:`difference_rows` detects.
     """
-    names = ["r2"] + (["eval_r2"] if "eval_r2" in result else [])
-    ratios = [float(p) for p in result.mask_ratio.values if p > 0]
+    names = {"change": "in-sample"} | ({} if math.isnan(limit) else {"eval_change": "held-out"})
+    masks = differences[differences.features == MASK]
+    sizes, ratios = masks.patch_size.unique(), masks.mask_ratio.unique()
     figure, axes = panels(len(names), len(ks), width=1.75, height=0.75 + 0.17 * len(ratios), sharex=True, sharey=True)
     for j, k in enumerate(ks):
-        at = result.sel(k=k)
-        for i, name in enumerate(names):
+        at = masks.loc[masks.k == k]
+        for i, (name, where) in enumerate(names.items()):
             panel = axes[i, j]
-            # [ratio, patch]
-            change = 100.0 * (at[name].sel(mask_ratio=ratios) - at[name].sel(mask_ratio=0.0)).transpose(
-                "mask_ratio", "patch_size"
-            )
+            # Masks are in the order of the patch sizes, then of the ratios.
+            change = at[name].to_numpy().reshape(len(sizes), -1).T
             bound = max(float(np.abs(change).max()), 1e-9)
             image = panel.imshow(change, cmap="PuOr_r", vmin=-bound, vmax=bound, aspect="auto", origin="lower")
             panel.grid(False)
-            panel.set_xticks(range(result.sizes["patch_size"]), [str(v) for v in result.patch_size.values])
+            panel.set_xticks(range(len(sizes)), [str(v) for v in sizes])
             panel.set_yticks(range(len(ratios)), [f"{p:g}" for p in ratios])
-            if name == "eval_r2" and result.sizes["group"] > 1:
-                influence = at.eval_influence
-                se = 100.0 * _se(influence.sel(mask_ratio=ratios), influence.sel(mask_ratio=0.0))
-                for y, x in zip(*np.nonzero(np.abs(change.values) >= 2 * se), strict=True):
+            if name == "eval_change":
+                found = (at.eval_verdict != NEITHER).to_numpy().reshape(len(sizes), -1).T
+                for y, x in zip(*np.nonzero(found), strict=True):
                     panel.plot(x, y, "o", color="white", markeredgecolor="black", markersize=3, markeredgewidth=0.6)
             if i == 0:
                 panel.set_title(f"k = {k}", fontsize=8)
             if i + 1 == len(names):
                 panel.set_xlabel("patch side [pixels]")
             if j == 0:
-                panel.set_ylabel(("in-sample" if name == "r2" else "held-out") + "\nmask ratio")
+                panel.set_ylabel(f"{where}\nmask ratio")
             bar = figure.colorbar(image, ax=panel, fraction=0.08)
             if j + 1 == len(ks):
                 bar.set_label("change of r2 [points]", fontsize=7)
             bar.ax.tick_params(labelsize=6)
-    if "eval_r2" in result and result.sizes["group"] > 1:
-        figure.supxlabel("dot: at least two standard errors of the paired held-out difference", fontsize=7)
+    if not math.isnan(limit):
+        figure.supxlabel(f"dot: over {limit:.1f} paired standard errors, 95% for all cells together", fontsize=7)
     return figure
-
-
-def _se(influence: xr.DataArray, reference: xr.DataArray) -> np.ndarray:
-    """[ratio, patch] paired standard errors of differences, from influences with a group axis."""
-    difference = (influence - reference).transpose("mask_ratio", "group", "patch_size")
-    return paired_se(difference.values)
-
-
-def verdict_rows(result: xr.Dataset, validation: xr.Dataset | None, ks: Sequence[int]) -> list[Row]:
-    """One row per k: the best and worst mask and the best joint embedding, chosen on validation, measured on test.
-
-    Without validation curves, the choice and the measurement are in-sample, and the row says so.
-    """
-    return [_row(result, validation, k) for k in ks]
-
-
-def _row(result: xr.Dataset, validation: xr.Dataset | None, k: int) -> Row:
-    held_out = validation is not None
-    name = "eval_r2" if held_out else "r2"
-    choose = (validation if validation is not None else result).sel(k=k)
-    masked = choose[name].sel(mask_ratio=choose.mask_ratio > 0).stack(cell=("patch_size", "mask_ratio"))
-    report = result.sel(k=k)
-    reference = report[name].isel(patch_size=0).sel(mask_ratio=0.0)
-    row: Row = {"k": k, "measured": "test images" if held_out else "in-sample", "r2_no_mask": float(reference)}
-    for which, position in (("best", np.argmax(masked.values)), ("worst", np.argmin(masked.values))):
-        size, ratio = masked.cell.values[position]
-        cell = report.sel(patch_size=size, mask_ratio=ratio)
-        row |= {f"{which}_patch": size, f"{which}_ratio": float(ratio)}
-        row |= _difference(f"{which}_", report, cell, name)
-    joint = choose[f"je_{name}"]
-    if not bool(joint.isnull().all()):
-        size = joint.patch_size.values[int(np.nanargmax(joint.values))]
-        row["joint_patch"] = size
-        row |= _difference("joint_", report, report.sel(patch_size=size), f"je_{name}")
-    return row
-
-
-def _difference(prefix: str, report: xr.Dataset, cell: xr.Dataset, name: str) -> Row:
-    """Change of r2 against no mask in percentage points, with its paired standard error on held-out images."""
-    plain = report.isel(patch_size=0).sel(mask_ratio=0.0)
-    out: Row = {f"{prefix}change": 100.0 * float(cell[name] - plain[name.removeprefix("je_")])}
-    if "eval" in name:
-        influence = cell[name.replace("r2", "influence")] - plain.eval_influence
-        out[f"{prefix}se"] = 100.0 * float(paired_se(influence.values[:, None])[0])
-    return out
-
-
-def table_text(rows: Sequence[Row]) -> str:
-    """The rows as a plain-text table; changes are in percentage points of r2."""
-    where = rows[0]["measured"]
-    header = ["k", "r2 no mask", "best mask", "change", "worst mask", "change", "joint embedding", "change"]
-    lines = [header]
-    for row in rows:
-        joint = "joint_change" in row
-        lines.append(
-            [
-                str(row["k"]),
-                f"{row['r2_no_mask']:.4f}",
-                f"{row['best_ratio']:g} of {_side(row['best_patch'])}",
-                _pm(row, "best_"),
-                f"{row['worst_ratio']:g} of {_side(row['worst_patch'])}",
-                _pm(row, "worst_"),
-                _side(row["joint_patch"]) if joint else "-",
-                _pm(row, "joint_") if joint else "-",
-            ]
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([f"r2 of a linear probe on k features, {where}; changes in percentage points", *text])
-
-
-def _side(size: Any) -> str:
-    return f"{size}x{size}" if isinstance(size, int | np.integer) else str(size)
-
-
-def _pm(row: Row, prefix: str) -> str:
-    se = row.get(f"{prefix}se")
-    return f"{row[prefix + 'change']:+.2f}" + ("" if se is None else f" +- {se:.2f}")
-
-
-def summarise(rows: Sequence[Row]) -> Iterator[str]:
-    """Plain sentences: what helps, what hurts, how joint embedding compares."""
-    where = rows[0]["measured"]
-    if where == "in-sample":
-        yield "In-sample curves flatter and have no standard error here: decide on held-out images (--held-out)."
-    helps = [row for row in rows if _verdict(row, "best_") > 0]
-    if helps:
-        cells = "; ".join(
-            f"k={row['k']}: mask {row['best_ratio']:g} of {_side(row['best_patch'])} patches {_pm(row, 'best_')}"
-            for row in helps
-        )
-        yield f"Helps ({where}, points of r2 against no mask): {cells}."
-    still = [str(row["k"]) for row in rows if _verdict(row, "best_") == 0]
-    if still:
-        yield f"At k = {', '.join(still)}: no detectable difference between the best mask and no mask."
-    backfires = [row for row in rows if _verdict(row, "best_") < 0]
-    if backfires:
-        yield (
-            f"At k = {', '.join(str(row['k']) for row in backfires)}: even the mask that looked best on validation "
-            "images is worse than no mask."
-        )
-    hurts = [row for row in rows if _verdict(row, "worst_") < 0]
-    if hurts:
-        cells = "; ".join(
-            f"k={row['k']}: mask {row['worst_ratio']:g} of {_side(row['worst_patch'])} patches {_pm(row, 'worst_')}"
-            for row in hurts
-        )
-        yield f"Hurts: {cells}."
-    else:
-        yield "No mask of the grid hurts detectably at these k."
-    joint = [row for row in rows if "joint_change" in row]
-    if joint:
-        words = {1: "better than", 0: "not detectably different from", -1: "worse than"}
-        cells = "; ".join(
-            f"k={row['k']}: {words[_verdict(row, 'joint_')]} reconstruction without mask, {_pm(row, 'joint_')}"
-            for row in joint
-        )
-        yield f"Joint embedding of masked views (whitened, linear): {cells}."
-
-
-def saturation(result: xr.Dataset) -> list[str]:
-    """A line that names the patch sizes with at least as many pixel values as there are training images, if any."""
-    sizes = [_side(size) for size in result.patch_size.values[result.saturated.values]]
-    if not sizes:
-        return []
-    return [
-        f"Patches of {', '.join(sizes)} have at least as many pixel values as there are training images, "
-        f"{result.attrs['num_train']}: each fits them exactly but for the pixel noise, which their curves then show."
-    ]
-
-
-def _verdict(row: Row, prefix: str) -> int:
-    """Sign of a change, 0 below two standard errors."""
-    change = row[f"{prefix}change"]
-    # A standard error that is not a number detects nothing.
-    return int(np.sign(change)) if abs(change) >= 2 * row.get(f"{prefix}se", 0.0) else 0

@@ -1,232 +1,215 @@
 """Which images are easier to classify: those of the top principal subspace or of the bottom one?
 
-Fig. 1 (top) of Balestriero & LeCun (2024), arXiv 2402.11337: on Tiny ImageNet a ResNet9 reaches 55% on the bottom
-principal subspace with 20% of the pixel variance and 45% on the top one with 90%. Training images, their contrast
-normalised, are projected on a subspace that holds a chosen share of their variance, networks of several seeds are
-trained on the projections, and test images are projected with the mean and directions of the training images. Beside
-both ends stand controls: random subspaces of the same variance, and top, bottom and random subspaces of the same
-dimension, since equal variance is not equal dimension; and a linear probe on each. Networks with and without batch
-normalisation on images of several scales show what rescaling each projected image has to do with it.
+On Tiny ImageNet, Balestriero & LeCun (2024), arXiv 2402.11337, have a ResNet9 reach 55% on the bottom principal
+subspace with 20% of the pixel variance and 45% on the top one with 90%. Training images, their contrast normalised, are
+projected on a subspace that holds a chosen share of their variance, networks of several seeds are trained on the
+projections, and test images are projected with the mean and directions of the training images. Beside both ends stand
+controls: random subspaces of the same variance, and top, bottom and random subspaces of the same dimension, since equal
+variance is not equal dimension; and a linear probe on each. Networks with and without batch normalisation on images of
+several scales show what rescaling each projected image has to do with it.
+
+Paper: Fig. 1 (top)
+Time: 2 minutes
 
     python -m experiments.subspace_classification                                          # digits: a smoke test
     python -m experiments.subspace_classification --preset fashion_mnist --data idx:DIR
     python -m experiments.subspace_classification --preset cifar10 --data npz:FILE         # 15 minutes
     python -m experiments.subspace_classification --preset paper --data folder:DIR         # ResNet9: accelerators
 
-As published, images are cropped and mirrored after the projection, which takes them a little out of the subspace;
-``--training.crop 0 --training.flip False`` does without. If nothing is said, the crop is an eighth of the side, and
-digits and characters are not mirrored. Shares are those really kept: dimensions are whole numbers. A subspace on which
-a network diverges is left out of the comparisons, and the report says so.
-Every finished network is kept: interrupted, the same command goes on where it stopped.
+As published, images are moved and mirrored after the projection, which takes them a little out of the subspace;
+``--training.shift 0 --training.flip 0`` does without. If nothing is said, they are moved by an eighth of the side, and
+digits and characters are not mirrored. Shares are those really kept: dimensions are whole numbers. A random subspace is
+one for each dimension, drawn by --seed: intervals of comparisons with it are over networks on this one, not over draws
+of the subspace. A subspace on which a network diverges is left out, and the summary says so.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
+import functools
 import itertools
+from typing import Annotated, Any
 
-import jax
 import numpy as np
 
 import mae_align as ma
-from experiments.harness.cli import launch
-from experiments.harness.data import load_together
-from experiments.harness.folder import RunFolder, shared_points
+from experiments.harness.cli import launch_experiment
+from experiments.harness.config import Bounds, RunConfig, Seeds
+from experiments.harness.data import Split
+from experiments.harness.run import Run
+from experiments.subspace_classification.images import Preparation, Scale, prepared, scaled
 from experiments.subspace_classification.networks import (
     Network,
-    Scale,
+    Sizes,
     Study,
-    TrainingConfig,
-    contrast_normalized,
+    SubspaceTraining,
     make_training,
-    measure,
-    scaled,
-    settled,
+    mirrors,
+    trained,
 )
 from experiments.subspace_classification.principal import Family, PrincipalAxes, Subspace
-from experiments.subspace_classification.report import Linear, Point, write_report
-from mae_align.moments.moments import Moments
-from mae_align.probes import ridge_probe
+from experiments.subspace_classification.report import Point, write_report
+from mae_align.probes import Rows, ridge_probe
 from mae_align.probes.inputs import one_scale
-from mae_align.runtime.devices import is_cpu, worker_count
-from mae_align.runtime.files import fingerprint
-from mae_align.runtime.pool import Task, TaskGroup, run_groups
-from mae_align.train.ensemble import Training
 
 _ROWS = 4096
-
-
-class Preparation(enum.Enum):
-    """What images are divided by before anything else."""
-
-    contrast = "contrast"
-    whole_set = "whole_set"
+Shares = Annotated[tuple[float, ...], Bounds(above=0, below=1, unique=True)]
+Networks = Annotated[tuple[Network, ...], Bounds(unique=True)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     """Settings of the experiment."""
 
-    data: str = "digits"
-    """Data set: digits, idx:DIR, npz:FILE, folder:DIR, tfds:NAME or prepared:DIR."""
-    image_size: int | None = None
-    """Resize images to squares of this side, in pixels; none keeps them."""
-    max_train: int | None = None
-    """Use at most so many training images, drawn at random; none for all."""
-    max_test: int | None = None
-    """Use at most so many test images; none for all."""
     preparation: Preparation = Preparation.contrast
     """Divide each image by the standard deviation of its pixels, as published, or all by one number."""
-    top: tuple[float, ...] = (0.8, 0.9)
+    top: Shares = (0.8, 0.9)
     """Shares of the variance of top subspaces; top 1 - v is the complement of bottom v."""
-    bottom: tuple[float, ...] = (0.1, 0.2)
+    bottom: Shares = (0.1, 0.2)
     """Shares of the variance of bottom subspaces."""
-    matched: tuple[float, ...] = (0.2,)
+    matched: Shares = (0.2,)
     """Bottom shares whose two complements are matched in variance and dimension by other subspaces."""
-    network: Network = Network.conv
+    networks: Networks = (Network.conv, Network.mlp)
     """Trained on every subspace, each projected image rescaled."""
-    others: tuple[Network, ...] = (Network.mlp,)
-    """Trained likewise, beside it."""
-    scale_networks: tuple[Network, ...] = (Network.conv, Network.conv_without_norm)
+    scale_networks: Networks = (Network.conv, Network.conv_without_norm)
     """Trained on images of every scale, on the subspaces of --scale-shares."""
-    scales: tuple[Scale, ...] = (Scale.per_image, Scale.raw)
+    scales: Annotated[tuple[Scale, ...], Bounds(unique=True)] = (Scale.per_image, Scale.raw)
     """per_image: each projected image rescaled, as published; whole_set: one number per subspace; raw: as projected."""
-    scale_shares: tuple[float, ...] = (0.2,)
+    scale_shares: Shares = (0.2,)
     """Bottom shares on which scales are compared, with their complements."""
-    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    sizes: Sizes = dataclasses.field(default_factory=Sizes)
+    """Widths of the networks."""
+    training: SubspaceTraining = dataclasses.field(
+        default_factory=lambda: SubspaceTraining(epochs=8, warmup_epochs=1.2, weight_decay=1e-3, beta2=0.999)
+    )
     """The training of all networks."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Seeds = (0, 1, 2)
     """Seeds: the same initial networks and orders of images on every subspace."""
-    seed: int = 0
-    """Of the images that are drawn, and of the random subspaces."""
-    workers: int | None = None
-    """Networks trained side by side on a CPU; none for one per core."""
-    out: str | None = None
-    """Run folder; none for runs/subspace_classification-DATA-HASH."""
 
 
-_LAPTOP = Config(training=TrainingConfig(epochs=20, batch_size=64, crop=1, flip=False))
-_REAL = dataclasses.replace(_LAPTOP, max_train=10_000, training=TrainingConfig(crop=4, flip=True))
+_DEFAULT = Config()
+_REAL = Config(max_train=10_000, training=dataclasses.replace(_DEFAULT.training, shift=4, flip=0.5))
 PRESETS = {
-    "laptop": _LAPTOP,
-    "fashion_mnist": dataclasses.replace(_REAL, training=TrainingConfig(crop=2, flip=True)),
+    "laptop": Config(
+        training=dataclasses.replace(_DEFAULT.training, epochs=20, warmup_epochs=3.0, shift=1, flip=0.0),
+    ),
+    "fashion_mnist": dataclasses.replace(_REAL, training=dataclasses.replace(_REAL.training, shift=2)),
     "cifar10": _REAL,
     "paper": Config(
         # The published abscissae; what is plotted is what they really hold.
         top=(0.483, 0.557, 0.631, 0.705, 0.778, 0.852, 0.9, 0.926),
         bottom=(0.0195, 0.042, 0.068, 0.098, 0.14, 0.2, 0.517),
-        matched=(0.2,),
-        network=Network.resnet9,
-        others=(Network.mlp,),
+        networks=(Network.resnet9, Network.mlp),
         scale_networks=(Network.resnet9,),
-        training=TrainingConfig(
-            epochs=50, batch_size=512, learning_rate=1e-3, warmup=0.3, mlp_widths=None, bfloat16=True
+        sizes=Sizes(mlp=None),
+        training=dataclasses.replace(
+            _DEFAULT.training, epochs=50, batch_size=512, learning_rate=1e-3, warmup_epochs=15.0, bfloat16=True
         ),
     ),
 }
+COLUMNS = {
+    "row": "number of the row",
+    "dataset": "name of the data set",
+    "network": "what was trained",
+    "scale": "what projected images were divided by",
+    "family": "which nested subspaces: top, bottom or random",
+    "dimension": "dimensions of the subspace",
+    "share": "share of the variance of the training images that the subspace holds [share]",
+    "seed": "seed of the initial weights and of the order of the images",
+    "accuracy": "accuracy on test images; without a seed, the mean over seeds [share]",
+    "accuracy_sd": "standard deviation over seeds of the accuracy on test images [share]",
+    "accuracy_train": "accuracy on 2000 of the training images, not moved or mirrored [share]",
+    "linear_accuracy": "accuracy of a linear probe on test images; its strength is chosen on validation images [share]",
+    "linear_r2": "share of the label variance of test images that the linear probe explains [share]",
+    "kind": "why the two are compared",
+    "study": "network and scale, or network and subspace where scales are compared",
+    "first": "what is compared",
+    "second": "what with",
+    "mean": "accuracy on test images of the first minus that of the second, mean over seeds [share]",
+    "low": "lower end of its 95% t interval over seeds [share]",
+    "high": "upper end of its 95% t interval over seeds [share]",
+    "image_se": "its standard error from the sampling of test images [share]",
+    "better": "which of the two is; empty where no difference is detected",
+}
 
 
-def main(config: Config) -> None:
-    """Project, train, compare.
-
-    Raises:
-        InputError: bad settings or data, before any long work.
-    """
+def main(config: Config, run: Run[Split]) -> None:
+    """Project, train, compare."""
     _check(config)
-    data = prepared(load_together(config.data, image_size=config.image_size, seed=config.seed), config)
-    training = settled(config.training, data.name, data.image_shape)
-    # One after another on all devices, unless these are the cores of this process.
-    alone = is_cpu(jax.devices()[0]) and jax.process_count() == 1
-    devices = jax.devices()[:1] if alone else jax.devices()
-    workers = worker_count(config.workers)  # refused whatever the devices, if it is not a number of workers
-    workers = workers if alone else 1
+    data = prepared(run.data, config.preparation)
+    studies = _all_studies(config)
     # Made before anything is projected: it refuses sizes that do not fit.
     trainings = {
-        network: make_training(
-            network, data.image_shape, data.num_classes, training, len(data.train_labels), config.seeds, devices
-        )
-        for network in dict.fromkeys(study.network for study in _all_studies(config))
+        network: make_training(network, data, config.sizes, config.training, len(config.seeds))
+        for network in dict.fromkeys(study.network for study in studies)
     }
-    folder = RunFolder.open("subspace_classification", config.data, config, config.out, ignore=("out", "workers"))
-    axes = PrincipalAxes.of(_moments(data), seed=config.seed)
+    axes = PrincipalAxes.of(moments(data.train_images), seed=config.seed)
     plan = subspaces(config, axes)
-    arrays = (data.train_images, data.train_labels, data.test_images, data.test_labels)
-    store = shared_points(folder.points, fingerprint(arrays, {"rank": axes.rank}))
-    groups = [_group(subspace, config, data, axes, trainings) for subspace in plan]
-    found = run_groups(groups, workers=workers, store=store, progress=jax.process_index() == 0)
-    shares = {subspace: axes.share(subspace) for subspace in plan}
-    points = [
-        Point(study, subspace, shares[subspace], [found[_key(study, subspace, seed)] for seed in config.seeds])
-        for subspace in plan
-        for study in _studies(config, subspace, axes)
-    ]
-    linear = [
-        Linear(subspace, shares[subspace], float(row["accuracy"]), float(row["r2"]))
-        for subspace, row in ((s, found[f"linear-{s.key}"]) for s in plan)
-    ]
-    write_report(folder, data, axes, points, linear, config.seeds, training.augmentation)
+
+    @functools.lru_cache(maxsize=1)
+    def projected(subspace: Subspace) -> tuple[np.ndarray, np.ndarray]:
+        return axes.project(data.train_images, subspace), axes.project(data.test_images, subspace)
+
+    def point(key: str, cell: tuple[Study, Subspace]) -> Point:
+        study, subspace = cell
+        images = functools.cache(lambda: scaled(*projected(subspace), study.scale))
+        steps = config.training.steps(len(data.train_labels))
+        found = trained(run, key, trainings[study.network], config.seeds, steps, images)
+        return Point(study, subspace, axes.share(subspace), found["correct"], found["fitted"])
+
+    def linear(subspace: Subspace) -> list[dict[str, Any]]:
+        parts = data.train_images, data.validation_images, data.test_images
+        train, val, test = (axes.coordinates(part, subspace) for part in parts)
+        found = ridge_probe(
+            train,
+            data.train_labels,
+            test,
+            data.test_labels,
+            num_classes=data.num_classes,
+            val=Rows(val, data.validation_labels),
+            normalization=one_scale,
+        )
+        return [{"linear_accuracy": found.accuracy_test, "linear_r2": found.r2_test}]
+
+    probes = run.sweep({f"linear-{subspace.key}": subspace for subspace in plan}, linear, unit="probe")
+    cells = [(study, subspace) for subspace in plan for study in _studies(config, subspace, axes)]
+    points = run.each({f"{study.key}-{s.key}": (study, s) for study, s in cells}, point, unit="ensemble")
+    views = config.training.augmentation(data.name, data.image_shape)
+    if config.training.flip is None and mirrors(data.name) is None:
+        run.notes.append(f"Images of {data.name} are not mirrored: --training.flip 0.5 mirrors half of them.")
+    run.notes.append(
+        f"{axes.rank} directions hold the variance, the first alone {axes.shares(Family.top)[0]:.1%}. Training images "
+        f"are moved by up to {views.shift} pixels each way, and {views.flip:.0%} of them are mirrored."
+    )
+    found = dict(zip(plan, probes.to_dict("records"), strict=True))
+    write_report(run, axes, list(points.values()), found, config.seeds, studies[: len(config.networks)])
 
 
 def _check(config: Config) -> None:
-    """Refuse settings that no data could fit."""
-    for name in ("top", "bottom", "matched", "scale_shares"):
-        values = getattr(config, name)
-        if not all(0.0 < v < 1.0 for v in values):
-            raise ma.InputError(f"--{name.replace('_', '-')} {list(values)}: give shares inside (0, 1)")
     missing = sorted({*config.matched, *config.scale_shares} - set(config.bottom))
     if missing:
         raise ma.InputError(f"--matched and --scale-shares name {missing}, which --bottom has not: add them there")
-    each_once = {"network and --others": (config.network, *config.others)}
-    each_once |= {"scale-networks": config.scale_networks, "scales": config.scales}
-    for name, values in each_once.items():
-        if len(set(values)) < len(values):
-            raise ma.InputError(f"--{name} {' '.join(v.value for v in values)} repeats a value: give each once")
-    for name in ("max_train", "max_test"):
-        value = getattr(config, name)
-        if value is not None and value < 40:
-            raise ma.InputError(f"--{name.replace('_', '-')} {value}: give at least 40 images")
-    if len(set(config.seeds)) < len(config.seeds) or min(config.seed, *config.seeds) < 0:
-        raise ma.InputError("--seeds: give different whole numbers of at least 0, and so --seed")
-    if config.training.epochs < 1 or config.training.batch_size < 2 or not 0.0 <= config.training.warmup < 1.0:
-        raise ma.InputError("--training: give at least one epoch, batches of at least 2 and a warm-up inside [0, 1)")
 
 
-def prepared(data: ma.ImageDataset, config: Config) -> ma.ImageDataset:
-    """The images that are used, float32, of standard deviation near 1.
+def moments(images: np.ndarray) -> ma.Moments:
+    """Moments of images, summed in float64.
 
     Args:
-        data: as it was read. config: which images, and what they are divided by.
+        images: [n, h, w, c].
     """
-    rng = np.random.default_rng(config.seed)
-    train, test = (
-        np.arange(len(labels)) if most is None or most >= len(labels) else np.sort(rng.permutation(len(labels))[:most])
-        for labels, most in ((data.train_labels, config.max_train), (data.test_labels, config.max_test))
-    )
-    images, held_out = data.train_images[train], data.test_images[test]
-    if config.preparation is Preparation.contrast:
-        images, held_out = contrast_normalized(images), contrast_normalized(held_out)
-    else:
-        spread = np.float32(images.std(dtype=np.float64))
-        images, held_out = images.astype(np.float32) / spread, held_out.astype(np.float32) / spread
-    labels = data.train_labels[train], data.test_labels[test]
-    return ma.ImageDataset(images, labels[0], held_out, labels[1], data.class_names, data.name)
-
-
-def _moments(data: ma.ImageDataset) -> Moments:
-    """Of the training images, summed in float64."""
-    parts = (data.train_images[i : i + _ROWS].astype(np.float64) for i in range(0, len(data.train_images), _ROWS))
-    moments = Moments.from_arrays(next(parts))
+    parts = (images[i : i + _ROWS].astype(np.float64) for i in range(0, len(images), _ROWS))
+    found = ma.Moments.from_arrays(next(parts))
     for part in parts:
-        moments = moments.update(part)
-    return moments
+        found = found.update(part)
+    return found
 
 
 def subspaces(config: Config, axes: PrincipalAxes) -> list[Subspace]:
     """Every subspace of a run, each once; the first is all that the images show.
 
     Args:
-        config: shares. axes: of the training images.
+        config: shares.
+        axes: of the training images.
     """
     found = [Subspace(Family.top, axes.rank)]
     found += [axes.nearest(Family.top, share) for share in config.top]
@@ -244,7 +227,8 @@ def controls(axes: PrincipalAxes, share: float) -> list[Subspace]:
     Random subspaces of the variance of each, and for the dimension of each the other two families.
 
     Args:
-        axes: of the training images. share: of the bottom subspace.
+        axes: of the training images.
+        share: of the bottom subspace.
     """
     bottom = axes.nearest(Family.bottom, share)
     top = Subspace(Family.top, axes.rank - bottom.dimension)
@@ -257,67 +241,20 @@ def controls(axes: PrincipalAxes, share: float) -> list[Subspace]:
 
 
 def _all_studies(config: Config) -> list[Study]:
-    main_scale = [Study(network, Scale.per_image) for network in (config.network, *config.others)]
+    """Studies of a run, those of every subspace first."""
+    everywhere = [Study(network, Scale.per_image) for network in config.networks]
     scales = [Study(*pair) for pair in itertools.product(config.scale_networks, config.scales)]
-    return list(dict.fromkeys([*main_scale, *scales]))
+    return list(dict.fromkeys([*everywhere, *scales]))
 
 
 def _studies(config: Config, subspace: Subspace, axes: PrincipalAxes) -> list[Study]:
     """Studies of one subspace."""
-    everywhere = [Study(network, Scale.per_image) for network in (config.network, *config.others)]
     compared = set[Subspace]()
     for share in config.scale_shares:
         bottom = axes.nearest(Family.bottom, share)
         compared |= {bottom, Subspace(Family.top, axes.rank - bottom.dimension)}
-    return _all_studies(config) if subspace in compared else everywhere
-
-
-def _key(study: Study, subspace: Subspace, seed: int) -> str:
-    return f"{study.key}-{subspace.key}-seed{seed}"
-
-
-# Training and test images by scale.
-_Images = dict[Scale, tuple[np.ndarray, np.ndarray]]
-
-
-def _group(
-    subspace: Subspace,
-    config: Config,
-    data: ma.ImageDataset,
-    axes: PrincipalAxes,
-    trainings: dict[Network, Training],
-) -> TaskGroup[_Images]:
-    """Everything that is measured on one subspace; its images are projected once."""
-    studies = _studies(config, subspace, axes)
-
-    def images() -> _Images:
-        pair = axes.project(data.train_images, subspace), axes.project(data.test_images, subspace)
-        return {scale: scaled(*pair, scale) for scale in dict.fromkeys(study.scale for study in studies)}
-
-    def linear(_: _Images) -> list[dict[str, np.ndarray]]:
-        train, test = (axes.coordinates(part, subspace) for part in (data.train_images, data.test_images))
-        labels = data.train_labels, data.test_labels
-        found = ridge_probe(
-            train, labels[0], test, labels[1], num_classes=data.num_classes, normalization=one_scale, seed=config.seed
-        )
-        return [{"accuracy": np.asarray(found.accuracy_test), "r2": np.asarray(found.r2_test)}]
-
-    tasks: list[Task[_Images]] = [Task((f"linear-{subspace.key}",), linear)]
-    for study in studies:
-        training = trainings[study.network]
-        for start in range(0, len(config.seeds), training.num_members):
-            seeds = config.seeds[start : start + training.num_members]
-
-            def solve(
-                basis: _Images, study: Study = study, training: Training = training, seeds: tuple[int, ...] = seeds
-            ) -> list[dict[str, np.ndarray]]:
-                train, test = basis[study.scale]
-                labelled = (train, data.train_labels), (test, data.test_labels)
-                return measure(training, seeds, config.training, *labelled)
-
-            tasks.append(Task(tuple(_key(study, subspace, seed) for seed in seeds), solve))
-    return TaskGroup(images, tasks)
+    return _all_studies(config)[: None if subspace in compared else len(config.networks)]
 
 
 if __name__ == "__main__":
-    launch(main, Config, PRESETS)
+    launch_experiment(main, Config, PRESETS, COLUMNS)

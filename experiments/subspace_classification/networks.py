@@ -1,31 +1,32 @@
-"""Networks of the subspace experiment: what is trained, on images of which scale, and how one point is measured."""
+"""Networks of the subspace experiment: what is trained, on images of which scale, and how one ensemble is measured."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from typing import Annotated
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from experiments.harness.config import Bounds
+from experiments.harness.config import Training as TrainingSettings
+from experiments.harness.data import Split
+from experiments.harness.run import Run
+from experiments.harness.train import one_device_of_a_cpu, optimizer
+from experiments.subspace_classification.images import Scale
 from mae_align.data.patches import ImageShape
 from mae_align.models import ConvClassifier, MLPClassifier, Pixels, ResNet9, SupervisedNetwork, predicted_classes
 from mae_align.models.supervised import linear_widths
-from mae_align.runtime.processes import train_mesh
-from mae_align.train.augment import CropFlip, augmented
-from mae_align.train.ensemble import DeviceData, Training, TrainState, classify
-from mae_align.train.loop import Diverged, fit
-from mae_align.train.optimizer import OptimizerConfig, adamw
-from mae_align.train.step import Program
+from mae_align.train.augment import Augmentation, augmented
+from mae_align.train.ensemble import Training, TrainState, classify
+from mae_align.train.optimizer import adamw
 
+Widths = Annotated[tuple[int, ...], Bounds(least=1)]
 # Training images on which the fit is reported.
 _FITTED = 2000
-_STEPS_PER_CALL = 64
 # Parts of names of data sets: what is in a mirror another character or none, and what is the same thing.
 _CHARACTERS = ("digit", "mnist", "kuzushiji", "arabic", "character", "letter", "omniglot", "svhn", "usps")
 _NATURAL = ("cifar", "imagenet", "imagewoof", "stl10", "caltech", "places", "celeb", "flowers", "food101", "pets")
@@ -41,12 +42,18 @@ class Network(enum.Enum):
     resnet9 = "resnet9"
 
 
-class Scale(enum.Enum):
-    """What projected images are divided by."""
-
-    per_image = "per_image"
-    whole_set = "whole_set"
-    raw = "raw"
+NETWORK_WORDS = {
+    Network.conv: "convolutional",
+    Network.conv_without_norm: "convolutional without batch norm",
+    Network.mlp: "MLP",
+    Network.mlp_without_norm: "MLP without batch norm",
+    Network.resnet9: "ResNet9",
+}
+SCALE_WORDS = {
+    Scale.per_image: "each image rescaled",
+    Scale.whole_set: "one scale per subspace",
+    Scale.raw: "raw scale",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,58 +74,51 @@ class Study:
         return f"{NETWORK_WORDS[self.network]}, {SCALE_WORDS[self.scale]}"
 
 
-NETWORK_WORDS = {
-    Network.conv: "convolutional",
-    Network.conv_without_norm: "convolutional without batch norm",
-    Network.mlp: "MLP",
-    Network.mlp_without_norm: "MLP without batch norm",
-    Network.resnet9: "ResNet9",
-}
-SCALE_WORDS = {
-    Scale.per_image: "each image rescaled",
-    Scale.whole_set: "one scale per subspace",
-    Scale.raw: "raw scale",
-}
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Widths of the networks."""
+
+    conv: Widths = (24, 48, 96)
+    """Channels of the narrow convolutional network."""
+    mlp: Widths | None = (512, 256)
+    """Hidden widths of the dense network; none for the published ones, evenly spaced from pixels to classes."""
+    resnet9: Widths = (64, 128, 256, 512, 1028)
+    """Channels of ResNet9's stem and stages, as published."""
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingConfig:
-    """How the networks are trained."""
+class SubspaceTraining(TrainingSettings):
+    """How the networks are trained, on moved and mirrored images."""
 
-    epochs: int = 8
-    """Passes over the training images."""
-    batch_size: int = 64
-    """Images in a step; what does not fill a batch is left out of a pass."""
-    learning_rate: float = 2e-3
-    """Peak learning rate of AdamW: linear growth, then half a cosine down to 0."""
-    warmup: float = 0.15
-    """Share of the steps in which the learning rate grows."""
-    weight_decay: float = 1e-3
-    """Weight decay of AdamW, on matrices and kernels."""
-    conv_widths: tuple[int, ...] = (24, 48, 96)
-    """Channels of the narrow convolutional network."""
-    mlp_widths: tuple[int, ...] | None = (512, 256)
-    """Hidden widths of the dense network; none for the published ones, evenly spaced from pixels to classes."""
-    resnet_widths: tuple[int, ...] = (64, 128, 256, 512, 1028)
-    """Channels of ResNet9's stem and stages, as published."""
-    crop: int | None = None
+    # Of one image a batch has no statistics.
+    batch_size: Annotated[int, Bounds(least=2)] = 64
+    """Images in a step."""
+    shift: Annotated[int | None, Bounds(least=0)] = None
     """Training images are moved by up to so many pixels each way, reflected at the border; 0 for none.
 
     None for an eighth of the side, as published.
     """
-    flip: bool | None = None
-    """Mirror half of the training images, which changes the class of digits and characters.
+    flip: Annotated[float | None, Bounds(least=0, most=1)] = None
+    """Share of the training images that are mirrored, which changes the class of digits and characters.
 
-    None to go by the data set's name: natural images are mirrored, digits, characters and unknown ones are not.
+    None to go by the data set's name: half of natural images, none of digits, characters and unknown ones.
     """
-    bfloat16: bool = False
-    """Compute in bfloat16, parameters and losses in float32: for accelerators."""
 
-    @property
-    def augmentation(self) -> CropFlip:
-        """As the objective takes it, of :func:`settled` settings."""
-        assert self.crop is not None and self.flip is not None
-        return CropFlip(self.crop, self.flip)
+    def augmentation(self, name: str, image_shape: ImageShape) -> Augmentation:
+        """What is done to the training images of a data set.
+
+        Args:
+            name: of the data set.
+            image_shape: (h, w, c).
+
+        Example:
+            >>> found = SubspaceTraining().augmentation("tiny-imagenet-200", (64, 64, 3))
+            >>> found.shift, found.flip
+            (8, 0.5)
+        """
+        shift = min(image_shape[:2]) // 8 if self.shift is None else self.shift
+        flip = 0.5 * bool(mirrors(name)) if self.flip is None else self.flip
+        return Augmentation(shift=shift, flip=flip)
 
 
 def mirrors(name: str) -> bool | None:
@@ -136,118 +136,43 @@ def mirrors(name: str) -> bool | None:
     return True if any(part in name for part in _NATURAL) else None
 
 
-def settled(config: TrainingConfig, name: str, image_shape: ImageShape) -> TrainingConfig:
-    """The settings with the augmentation that this data set is given; prints where its name does not say.
-
-    Args:
-        config: as asked for. name: of the data set. image_shape: [h, w, c].
-
-    Example:
-        >>> settled(TrainingConfig(), "tiny-imagenet-200", (64, 64, 3)).augmentation
-        CropFlip(pad=8, flip=True)
-    """
-    flip = mirrors(name) if config.flip is None else config.flip
-    if flip is None:
-        print(f"Images of {name} are not mirrored: --training.flip True mirrors them.", flush=True)
-    crop = min(image_shape[:2]) // 8 if config.crop is None else config.crop
-    return dataclasses.replace(config, crop=crop, flip=bool(flip))
-
-
-def scaled(train: np.ndarray, test: np.ndarray, scale: Scale) -> tuple[np.ndarray, np.ndarray]:
-    """Projected images as networks are given them; every statistic over images is one of the training images.
-
-    ``per_image`` divides each image by the standard deviation of its values and then subtracts the mean training image,
-    as published; ``whole_set`` divides all by one number, ``raw`` by none.
-
-    Args:
-        train, test: [n, h, w, c] projections of centred images.
-
-    Returns:
-        The same shapes, float32.
-    """
-    if scale is Scale.raw:
-        return train, test
-    if scale is Scale.whole_set:
-        root = np.sqrt(np.mean(np.square(train), dtype=np.float64))
-        return train / np.float32(root), test / np.float32(root)
-    train, test = contrast_normalized(train), contrast_normalized(test)
-    mean = train.mean(axis=0, dtype=np.float64).astype(np.float32)
-    return train - mean, test - mean
-
-
-def contrast_normalized(images: np.ndarray) -> np.ndarray:
-    """Each image divided by the standard deviation of its own values; a constant one stays as it is.
-
-    Args:
-        images: [n, h, w, c].
-
-    Returns:
-        The same shape, float32.
-    """
-    found = np.empty(images.shape, np.float32)
-    for start in range(0, len(images), _FITTED):
-        part = images[start : start + _FITTED].astype(np.float64)
-        spread = part.std(axis=(1, 2, 3), keepdims=True)
-        # What rounding leaves of a constant image is no contrast.
-        varies = spread > 1e-12 * np.abs(part).max(axis=(1, 2, 3), keepdims=True)
-        found[start : start + _FITTED] = part / np.where(varies, spread, 1.0)
-    return found
-
-
 def make_training(
-    network: Network,
-    image_shape: ImageShape,
-    num_classes: int,
-    config: TrainingConfig,
-    num_images: int,
-    seeds: Sequence[int],
-    devices: Sequence[jax.Device],  # pyright: ignore[reportInvalidTypeForm]
+    network: Network, data: Split, sizes: Sizes, settings: SubspaceTraining, num_members: int
 ) -> Training:
-    """The networks of one architecture; one program serves all subspaces and scales.
+    """The programs of one network, which serve all subspaces and scales.
 
-    As many are trained in one call as there are seeds, or one where they would take turns anyway.
+    Args:
+        network: which.
+        data: their shape, classes, number and name matter.
+        sizes: of the network.
+        settings: of the training.
+        num_members: seeds that train together.
 
     Raises:
         InputError: sizes that do not fit the images or each other.
     """
-    config.augmentation.check(image_shape)
-    total = num_steps(config, num_images)
-    optimizer = OptimizerConfig(
-        total_steps=total,
-        learning_rate=config.learning_rate,
-        warmup_steps=min(round(config.warmup * total), total - 1),
-        weight_decay=config.weight_decay,
-        b2=0.999,
+    augmentation = settings.augmentation(data.name, data.image_shape)
+    augmentation.check(data.image_shape)
+    return Training(
+        _maker(network, data.image_shape, data.num_classes, sizes, settings.bfloat16),
+        augmented(classify, augmentation),
+        adamw(optimizer(settings, len(data.train_labels))),
+        batch_size=settings.batch_size,
+        num_members=num_members,
+        mesh=one_device_of_a_cpu(),
     )
-    # The images are scaled already.
-    pixels = Pixels(np.zeros(image_shape, np.float32), np.ones((), np.float32))
-    make = partial(
-        Training,
-        _maker(network, pixels, num_classes, config),
-        augmented(classify, config.augmentation),
-        adamw(optimizer),
-        batch_size=config.batch_size,
-        mesh=train_mesh(devices=devices),
-        steps_per_call=_STEPS_PER_CALL,
-    )
-    one = make(num_members=1)
-    return one if one.program is Program.ONE_BY_ONE or len(seeds) == 1 else make(num_members=len(seeds))
-
-
-def num_steps(config: TrainingConfig, num_images: int) -> int:
-    """Steps of a training."""
-    return config.epochs * max(num_images // config.batch_size, 1)
 
 
 def _maker(
-    network: Network, pixels: Pixels, num_classes: int, config: TrainingConfig
+    network: Network, image_shape: ImageShape, num_classes: int, sizes: Sizes, bfloat16: bool
 ) -> Callable[[nnx.Rngs], SupervisedNetwork]:
-    dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
-    hidden = config.mlp_widths or linear_widths(int(np.prod(pixels.image_shape)), num_classes, 4)
+    dtype = jnp.bfloat16 if bfloat16 else jnp.float32
+    # The images are scaled already.
+    pixels = Pixels(np.zeros(image_shape, np.float32), np.ones((), np.float32))
+    hidden = sizes.mlp or linear_widths(int(np.prod(image_shape)), num_classes, 4)
 
     def conv(batch_norm: bool, rngs: nnx.Rngs) -> SupervisedNetwork:
-        widths = config.conv_widths
-        return ConvClassifier(pixels, num_classes, widths=widths, batch_norm=batch_norm, dtype=dtype, rngs=rngs)
+        return ConvClassifier(pixels, num_classes, widths=sizes.conv, batch_norm=batch_norm, dtype=dtype, rngs=rngs)
 
     def mlp(batch_norm: bool, rngs: nnx.Rngs) -> SupervisedNetwork:
         return MLPClassifier(pixels, num_classes, hidden=hidden, batch_norm=batch_norm, dtype=dtype, rngs=rngs)
@@ -257,56 +182,53 @@ def _maker(
         Network.conv_without_norm: lambda rngs: conv(False, rngs),
         Network.mlp: lambda rngs: mlp(True, rngs),
         Network.mlp_without_norm: lambda rngs: mlp(False, rngs),
-        Network.resnet9: lambda rngs: ResNet9(pixels, num_classes, widths=config.resnet_widths, dtype=dtype, rngs=rngs),
+        Network.resnet9: lambda rngs: ResNet9(pixels, num_classes, widths=sizes.resnet9, dtype=dtype, rngs=rngs),
     }[network]
 
 
-def measure(
+def trained(
+    run: Run[Split],
+    key: str,
     training: Training,
     seeds: Sequence[int],
-    config: TrainingConfig,
-    train: tuple[np.ndarray, np.ndarray],
-    test: tuple[np.ndarray, np.ndarray],
-) -> list[dict[str, np.ndarray]]:
-    """Train on projected images and classify the test images.
+    steps: int,
+    images: Callable[[], tuple[np.ndarray, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """Train one network for each seed on projected training images, and classify the test images.
 
     Args:
-        training: of :func:`make_training` for so many seeds. train, test: images [n, h, w, c] and labels [n].
+        run: keeps networks and results; its labels are learned.
+        key: of the ensemble, part of file names.
+        training: of :func:`make_training`.
+        seeds: E of them.
+        steps: of the training.
+        images: gives the training and the test images [n, h, w, c]; called where something is left to do.
 
     Returns:
-        For each seed: correct [m] (truth values, of the test images), fitted (accuracy on 2000 of the training images,
-        not augmented) and seconds (per seed). A network that diverged has NaN for both.
+        correct [E, m], whether each test image is classified rightly; fitted [E], accuracy on 2000 of the training
+        images, not augmented.
+
+    Raises:
+        Diverged: a network diverged.
     """
-    began = time.monotonic()
-    images, labels = train
-    state, lost = _trained(training, seeds, training.put(images, labels), num_steps(config, len(images)))
+    data = run.data
     # The same for all, and not the first, which may be of few classes.
-    rows = np.sort(np.random.default_rng(0).permutation(len(images))[:_FITTED])
-    found = []
-    for member, seed in enumerate(seeds):
-        if state is None or seed in lost:
-            found.append({"correct": np.full(len(test[1]), np.nan), "fitted": np.float64(np.nan)})
-            continue
-        model = training.model(state, member)
-        correct = predicted_classes(model, test[0]) == test[1]
-        fitted = (predicted_classes(model, images[rows]) == labels[rows]).mean()
-        found.append({"correct": correct, "fitted": np.float64(fitted)})
-    seconds = (time.monotonic() - began) / len(seeds)
-    return [row | {"seconds": np.float64(seconds)} for row in found]
+    rows = np.sort(np.random.default_rng(0).permutation(len(data.train_labels))[:_FITTED])
 
+    def look(state: TrainState, step: int) -> dict[str, np.ndarray]:
+        del step
+        train, test = images()
+        models = [training.model(state, member) for member in range(len(seeds))]
+        correct = [predicted_classes(model, test) == data.test_labels for model in models]
+        fitted = [(predicted_classes(model, train[rows]) == data.train_labels[rows]).mean() for model in models]
+        return {"correct": np.stack(correct), "fitted": np.array(fitted)}
 
-def _trained(
-    training: Training, seeds: Sequence[int], data: DeviceData, steps: int
-) -> tuple[TrainState | None, set[int]]:
-    """The trained networks, and the seeds of those that diverged, whose places hold another one.
-
-    A loss that is not finite ends the training of all: the others are trained again, by the same program.
-    """
-    lost: set[int] = set()
-    while kept := [seed for seed in seeds if seed not in lost]:
-        taken = [kept[0] if seed in lost else seed for seed in seeds]
-        try:
-            return fit(training, training.init(taken), data, num_steps=steps), lost
-        except Diverged as error:
-            lost.add(taken[error.member])
-    return None, lost
+    found = run.train_at(
+        key,
+        training,
+        lambda: training.init(seeds),
+        lambda: training.put(images()[0], data.train_labels),
+        [steps],
+        look,
+    )
+    return {name: values[-1] for name, values in found.items()}

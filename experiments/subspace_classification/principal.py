@@ -41,7 +41,8 @@ class Subspace:
     """The member of a family.
 
     Attributes:
-        family: see :class:`Family`. dimension: m.
+        family: which nested subspaces.
+        dimension: m.
     """
 
     family: Family
@@ -58,7 +59,11 @@ class PrincipalAxes:
     """Principal directions of the training images, and a random basis of the same range.
 
     Attributes:
-        image_shape: (h, w, c). mean: [d]. axes: [d, r] U, float64. variance: [r] s, descending. seed: of the rotation.
+        image_shape: (h, w, c).
+        mean: [d].
+        axes: [d, r] U, float64.
+        variance: [r] s, descending.
+        seed: of the rotation.
 
     Example:
         >>> x = np.random.default_rng(0).normal(size=(90, 2, 2, 1)) * np.array([3.0, 2.0, 1.0, 1.0]).reshape(2, 2, 1)
@@ -81,7 +86,8 @@ class PrincipalAxes:
         """Directions in which the images of these moments vary, beyond rounding.
 
         Args:
-            moments: of the training images, centred. seed: of the random family.
+            moments: of the training images, centred.
+            seed: of the random family.
 
         Returns:
             The directions. Cost: one eigh of size d.
@@ -143,7 +149,8 @@ class PrincipalAxes:
         Bottom v and top 1 - v are complements wherever both have a direction.
 
         Args:
-            family: which. share: in (0, 1].
+            family: which.
+            share: in (0, 1].
 
         Raises:
             InputError: a share outside (0, 1].
@@ -187,7 +194,8 @@ class PrincipalAxes:
         """Coordinates B_m^T (x - mean) of images.
 
         Args:
-            images: [n, h, w, c] in the pixels of the moments, training or held-out ones alike. subspace: which.
+            images: [n, h, w, c] in the pixels of the moments, training or held-out ones alike.
+            subspace: which.
 
         Returns:
             [n, m] float32, computed in float64. Cost n d m.
@@ -204,7 +212,8 @@ class PrincipalAxes:
         What held-out images show outside the range of the training ones is in no subspace.
 
         Args:
-            images: [n, h, w, c] in the pixels of the moments. subspace: which.
+            images: [n, h, w, c] in the pixels of the moments.
+            subspace: which.
 
         Returns:
             [n, h, w, c] float32, without the mean image; computed in float64. Cost 2 n d min(m, r - m) where all

@@ -1,24 +1,27 @@
-"""Accuracy on principal and random subspaces: tables, comparisons paired by seed, figures and plain sentences."""
+"""Accuracy on principal and random subspaces: tables, comparisons paired by seed, figures and the verdict."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import mae_align as ma
+from experiments.harness.data import Split
 from experiments.harness.figures import PALETTE, legend_below, panels
-from experiments.harness.paired import PairedDifference, paired_difference
-from experiments.harness.folder import RunFolder
-from experiments.subspace_classification.networks import NETWORK_WORDS, SCALE_WORDS, Network, Scale, Study
+from experiments.harness.run import Run
+from experiments.harness.statistics import AccuracyDifference, accuracy_difference
+from experiments.subspace_classification.images import Scale
+from experiments.subspace_classification.networks import NETWORK_WORDS, SCALE_WORDS, Study
 from experiments.subspace_classification.principal import Family, PrincipalAxes, Subspace
 from mae_align.metrics import report_table
-from mae_align.train.augment import CropFlip
 
-Row = dict[str, float | int | str]
+Row = dict[str, Any]
 # Fig. 1 (top) of the paper, digitised: share of the variance asked for and accuracy, both in percent. The first top
 # point is one direction alone, and the last bottom one all but one: their shares are those of the next direction.
 PUBLISHED_TOP = ((48.3, 0.9), (55.7, 3.6), (63.1, 4.8), (70.5, 9.1), (77.8, 15.1), (85.2, 32.2), (92.6, 50.0))
@@ -30,7 +33,6 @@ PUBLISHED = (
 )
 _COLORS = {Family.top: PALETTE[1], Family.bottom: PALETTE[0], Family.random: "0.45"}
 _MARKERS = {Family.top: "o", Family.bottom: "s", Family.random: "D"}
-_MIRRORED = {True: "half of them are mirrored", False: "none is mirrored"}
 # The shares of the published comparison, and how far ours may be from them to be called by their name.
 _HEADLINE, _NEAR = (0.2, 0.9), 0.06
 
@@ -40,50 +42,49 @@ class Point:
     """Networks of all seeds on one subspace.
 
     Attributes:
-        study: network and scale. subspace, share: what was seen, and its share of the variance.
-        results: by seed, of :func:`experiments.subspace_classification.networks.measure`.
+        study: network and scale.
+        subspace: what was seen.
+        share: of the variance that it holds.
+        correct: [E, n] whether each network is right on each test image.
+        fitted: [E] accuracy on training images.
     """
 
     study: Study
     subspace: Subspace
     share: float
-    results: Sequence[dict[str, np.ndarray]]
-
-    @property
-    def correct(self) -> np.ndarray:
-        """[E, n] whether each network is right on each test image; NaN of one that diverged."""
-        return np.stack([row["correct"] for row in self.results])
+    correct: np.ndarray
+    fitted: np.ndarray
 
     @property
     def accuracies(self) -> np.ndarray:
         """[E] test accuracy."""
         return self.correct.mean(axis=1)
 
-    @property
-    def diverged(self) -> int:
-        """How many networks did."""
-        return int(np.isnan(self.accuracies).sum())
-
-
-@dataclasses.dataclass(frozen=True)
-class Linear:
-    """The linear probe on one subspace: test accuracy, and r2, the share of label variance that it explains."""
-
-    subspace: Subspace
-    share: float
-    accuracy: float
-    r2: float
-
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Accuracy of ``first`` minus that of ``second``."""
+    """Accuracy of ``first`` minus that of ``second``.
+
+    Attributes:
+        kind: why they are compared.
+        study: network and scale, or network and subspace where scales are compared.
+        first: in words.
+        second: in words.
+        difference: on test images.
+    """
 
     kind: str
     study: str
     first: str
     second: str
-    difference: PairedDifference
+    difference: AccuracyDifference
+
+    @property
+    def better(self) -> str:
+        """Which of the two is; empty where no difference is detected."""
+        if not self.difference.detected:
+            return ""
+        return self.first if self.difference.mean > 0 else self.second
 
 
 def words(subspace: Subspace, share: float, rank: int) -> str:
@@ -102,19 +103,18 @@ def words(subspace: Subspace, share: float, rank: int) -> str:
 def comparisons(axes: PrincipalAxes, points: Sequence[Point]) -> list[Comparison]:
     """Every pair of subspaces of one network that a claim is about, and every pair of scales on one subspace.
 
-    Points with a network that diverged are left out.
-
     Args:
-        axes: of the training images. points: of a run.
+        axes: of the training images.
+        points: of a run; what diverged is not among them.
     """
-    found, points = [], [p for p in points if not p.diverged]
+    found: list[Comparison] = []
     by_study = {study: [p for p in points if p.study == study] for study in dict.fromkeys(p.study for p in points)}
     for study, own in by_study.items():
         at = {p.subspace: p for p in own}
 
         def add(kind: str, first: Point, second: Point, label: str = study.label) -> None:
             one, two = (words(p.subspace, p.share, axes.rank) for p in (first, second))
-            found.append(Comparison(kind, label, one, two, paired_difference(first.correct, second.correct)))
+            found.append(Comparison(kind, label, one, two, accuracy_difference(first.correct, second.correct)))
 
         bottoms, tops = ([p for p in own if p.subspace.family is f] for f in (Family.bottom, Family.top))
         ends = [
@@ -150,157 +150,142 @@ def comparisons(axes: PrincipalAxes, points: Sequence[Point]) -> list[Comparison
                 if pair and study.scale is Scale.per_image and q.study.scale is not Scale.per_image:
                     where = words(p.subspace, p.share, axes.rank)
                     label = f"{NETWORK_WORDS[study.network]}, {where}"
-                    difference = paired_difference(p.correct, q.correct)
+                    difference = accuracy_difference(p.correct, q.correct)
                     one, two = SCALE_WORDS[study.scale], SCALE_WORDS[q.study.scale]
                     found.append(Comparison("scale", label, one, two, difference))
     return found
 
 
 def write_report(
-    folder: RunFolder,
-    data: ma.ImageDataset,
+    run: Run[Split],
     axes: PrincipalAxes,
     points: Sequence[Point],
-    linear: Sequence[Linear],
+    linear: Mapping[Subspace, Mapping[str, Any]],
     seeds: Sequence[int],
-    augmentation: CropFlip,
-) -> list[Comparison]:
-    """Tables, figures and summary.
+    studies: Sequence[Study],
+) -> None:
+    """Tables, figures and verdict.
 
     Args:
-        folder: where to. data: what was classified. axes: of its training images. points, linear: results.
-        seeds: of the results of each point. augmentation: of the training images.
-
-    Returns:
-        The comparisons. Files: points (csv, nc), subspaces.csv, comparisons.csv, accuracy, dimension and scales (png,
-        pdf), summary.txt.
+        run: where to.
+        axes: of the training images.
+        points: results.
+        linear: of every subspace, linear_accuracy and linear_r2.
+        seeds: of the results of each point.
+        studies: those of every subspace, the first is the one that the experiment is about.
     """
-    probes = {one.subspace: one for one in linear}
+    name, rank = run.data.name, axes.rank
     rows, table = [], []
     for p in points:
-        about: Row = {"dataset": data.name, "network": p.study.network.value, "scale": p.study.scale.value}
+        about: Row = {"dataset": name, "network": p.study.network.value, "scale": p.study.scale.value}
         about |= {"family": p.subspace.family.value, "dimension": p.subspace.dimension, "share": p.share}
-        for seed, result, accuracy in zip(seeds, p.results, p.accuracies, strict=True):
-            measured = {"accuracy": float(accuracy), "accuracy_train": float(result["fitted"])}
-            rows.append(about | {"seed": seed} | measured | {"seconds": float(result["seconds"])})
-        spread = float(p.accuracies.std(ddof=1)) if len(p.accuracies) > 1 else float("nan")
-        fitted = float(np.mean([result["fitted"] for result in p.results]))
-        probe = probes[p.subspace]
-        line = {"accuracy": float(p.accuracies.mean()), "accuracy_sd": spread, "accuracy_train": fitted}
-        line["diverged"] = p.diverged
-        table.append(about | line | {"linear_accuracy": probe.accuracy, "linear_r2": probe.r2})
-    folder.save_dataset("points", report_table(rows))
-    folder.save_table("subspaces", table)
+        for seed, accuracy, fitted in zip(seeds, p.accuracies, p.fitted, strict=True):
+            rows.append(about | {"seed": seed, "accuracy": float(accuracy), "accuracy_train": float(fitted)})
+        spread = float(p.accuracies.std(ddof=1)) if len(seeds) > 1 else math.nan
+        means = {
+            "accuracy": float(p.accuracies.mean()),
+            "accuracy_sd": spread,
+            "accuracy_train": float(p.fitted.mean()),
+        }
+        table.append(about | means | dict(linear[p.subspace]))
+    run.dataset("points", report_table(rows))
+    run.table("subspaces", table, show=shown(points, linear, studies))
     compared = comparisons(axes, points)
-    folder.save_table("comparisons", [_comparison_row(data.name, one) for one in compared])
-    chance = float(np.bincount(data.test_labels).max() / len(data.test_labels))
-    folder.save_figure("accuracy", accuracy_figure(data.name, axes.rank, points, linear, chance))
-    folder.save_figure("dimension", dimension_figure(data.name, axes.rank, points, chance))
+    columns = ["dataset", "kind", "study", "first", "second", *AccuracyDifference._fields, "better"]
+    found = [(name, c.kind, c.study, c.first, c.second, *c.difference, c.better) for c in compared]
+    run.table("comparisons", pd.DataFrame(found, columns=columns))
+    chance = run.data.chance
+    run.figure("accuracy", accuracy_figure(name, rank, points, studies, linear, chance))
+    run.figure("dimension", dimension_figure(name, rank, points, studies, chance))
     if len({p.study.scale for p in points}) > 1:
-        folder.save_figure("scales", scale_figure(data.name, axes.rank, points))
-    folder.summary("\n".join([_table_text(table), "", *sentences(data, axes, points, compared, augmentation)]))
-    return compared
+        run.figure("scales", scale_figure(name, rank, points))
+    run.verdict(*sentences(compared, studies))
 
 
-def _comparison_row(dataset: str, one: Comparison) -> Row:
-    row: Row = {"dataset": dataset, "kind": one.kind, "study": one.study, "first": one.first, "second": one.second}
-    return row | one.difference._asdict() | {"detected": int(one.difference.detected)}
+def shown(
+    points: Sequence[Point], linear: Mapping[Subspace, Mapping[str, Any]], studies: Sequence[Study]
+) -> pd.DataFrame:
+    """What the summary shows: a line for each subspace, accuracies in percent.
 
-
-def _table_text(table: Sequence[Row]) -> str:
-    head = ["network", "scale", "family", "dim", "share", "test acc.", "sd", "train acc.", "linear acc.", "linear r2"]
-    lines = [head]
-    for row in table:
-        numbers = [row[name] for name in ("share", "accuracy", "accuracy_sd", "accuracy_train", "linear_accuracy")]
-        cells = [f"{100 * float(value):.1f}" for value in numbers]
-        if row["diverged"]:
-            cells[1:4] = ["diverged", "", ""]
-        names = [str(row[name]) for name in ("network", "scale", "family", "dimension")]
-        lines.append([*names, *cells, f"{float(row['linear_r2']):.3f}"])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
-
-
-def sentences(
-    data: ma.ImageDataset,
-    axes: PrincipalAxes,
-    points: Sequence[Point],
-    compared: Sequence[Comparison],
-    augmentation: CropFlip,
-) -> Iterator[str]:
-    """What came out, in plain words, whatever it is."""
-    first = float(axes.shares(Family.top)[0])
-    yield (
-        f"{data.name}: {len(data.train_labels)} training and {len(data.test_labels)} test images, {axes.rank} "
-        f"directions; the first alone holds {100 * first:.1f}% of the variance. Accuracies in percent, differences in "
-        f"points with 95% t intervals over {len(points[0].results)} seeds, then the standard error of the test images."
+    Args:
+        points: results.
+        linear: of every subspace.
+        studies: whose accuracies.
+    """
+    share = {p.subspace: p.share for p in points}
+    accuracy = {(p.study, p.subspace): 100 * p.accuracies.mean() for p in points}
+    return pd.DataFrame(
+        {
+            "family": subspace.family.value,
+            "dimension": subspace.dimension,
+            "variance [%]": f"{100 * share[subspace]:.1f}",
+            **{f"{s.network.value} [%]": round(accuracy.get((s, subspace), math.nan), 1) for s in studies},
+            "linear [%]": round(100 * probe["linear_accuracy"], 1),
+            "linear r2": round(probe["linear_r2"], 3),
+        }
+        for subspace, probe in linear.items()
+        if subspace in share
     )
-    yield (
-        f"After the projection training images are moved by up to {augmentation.pad} pixels each way, and "
-        f"{_MIRRORED[augmentation.flip]}."
-    )
+
+
+def sentences(compared: Sequence[Comparison], studies: Sequence[Study]) -> Iterator[str]:
+    """The verdict: the published pair, or else the first pair of complements, of two networks, and what is published.
+
+    Args:
+        compared: of :func:`comparisons`.
+        studies: the one that the experiment is about first.
+    """
+    for study in studies[:2]:
+        pairs = [c for c in compared if c.study == study.label and c.kind in ("published pair", "complement")]
+        for c in sorted(pairs, key=lambda c: c.kind == "complement")[:1]:
+            d = c.difference
+            yield (
+                f"{study.label}: {c.first} minus {c.second} {100 * d.mean:+.1f} points "
+                f"({100 * d.low:+.1f} to {100 * d.high:+.1f} over seeds; standard error of the images "
+                f"{100 * d.image_se:.1f}): {f'{c.better} is better' if c.better else 'no detectable difference'}."
+            )
     yield PUBLISHED
-    if any(p.subspace.family is Family.random for p in points):
-        yield (
-            "Random subspaces are one for each dimension, drawn by --seed: intervals of comparisons with them are over "
-            "networks on this one, not over draws of the subspace."
-        )
-    for p in (p for p in points if p.diverged):
-        yield (
-            f"diverged, {p.study.label}: {p.diverged} of {len(p.results)} networks on "
-            f"{words(p.subspace, p.share, axes.rank)}, which is left out of the comparisons."
-        )
-    for one in compared:
-        d = one.difference
-        if not d.detected:
-            verdict = "no detectable difference"
-        else:
-            verdict = f"{one.first if d.mean > 0 else one.second} is better"
-        yield (
-            f"{one.kind}, {one.study}: {one.first} minus {one.second}: {100 * d.mean:+.1f} "
-            f"({100 * d.low:+.1f} to {100 * d.high:+.1f}; images {100 * d.image_se:.1f}): {verdict}."
-        )
 
 
 def _of(points: Sequence[Point], study: Study, family: Family) -> list[Point]:
     return sorted((p for p in points if p.study == study and p.subspace.family is family), key=lambda p: p.share)
 
 
-def _main_studies(points: Sequence[Point]) -> list[Study]:
-    """Studies on every subspace."""
-    count = len({p.subspace for p in points})
-    studies = dict.fromkeys(p.study for p in points)
-    return [s for s in studies if sum(p.study == s for p in points) == count]
-
-
 def accuracy_figure(
-    dataset: str, rank: int, points: Sequence[Point], linear: Sequence[Linear], chance: float
+    dataset: str,
+    rank: int,
+    points: Sequence[Point],
+    studies: Sequence[Study],
+    linear: Mapping[Subspace, Mapping[str, Any]],
+    chance: float,
 ) -> Figure:
     """Accuracy against the share of the variance, a panel per network, one for the linear probe, one as published.
 
     Top and bottom subspaces are joined by lines, bars are the range over seeds.
     """
-    studies = _main_studies(points)
     figure, axes = panels(1, len(studies) + 2, width=2.3, height=2.5)
-    for axis, study in zip(axes[0], studies, strict=False):
-        for family in Family:
+    probe = axes[0, len(studies)]
+    for family in Family:
+        for axis, study in zip(axes[0], studies, strict=False):
             own = [p for p in _of(points, study, family) if p.subspace.dimension < rank]
             if own:
                 low, mean, high = (f([p.accuracies for p in own], axis=1) for f in (np.min, np.mean, np.max))
                 _series(axis, family, [p.share for p in own], mean)
                 x = [100 * p.share for p in own]
                 axis.vlines(x, 100 * low, 100 * high, color=_COLORS[family], lw=2.0, alpha=0.5)
-        full = [p.accuracies.mean() for p in _of(points, study, Family.top) if p.subspace.dimension == rank]
-        _frame(axis, f"{dataset}: {NETWORK_WORDS[study.network]}", 100 * full[0] if full else None, 100 * chance)
-    probe = axes[0, len(studies)]
-    for family in Family:
-        own = sorted((one for one in linear if one.subspace.family is family), key=lambda one: one.share)
-        own = [one for one in own if one.subspace.dimension < rank]
-        _series(probe, family, [one.share for one in own], [one.accuracy for one in own])
+        shares = {p.subspace: p.share for p in points if p.subspace.family is family and p.subspace.dimension < rank}
+        own = sorted(shares, key=lambda subspace: shares[subspace])
+        x = [shares[subspace] for subspace in own]
+        _series(probe, family, x, [linear[subspace]["linear_accuracy"] for subspace in own])
         style = ":" if family is not Family.random else ""
-        probe.plot([100 * o.share for o in own], [100 * o.r2 for o in own], color=_COLORS[family], ls=style, marker=".")
-    whole = [one.accuracy for one in linear if one.subspace.dimension == rank]
-    _frame(probe, f"{dataset}: linear probe (dots: 100 r2)", 100 * whole[0] if whole else None, 100 * chance)
+        r2 = [100 * linear[subspace]["linear_r2"] for subspace in own]
+        probe.plot([100 * share for share in x], r2, color=_COLORS[family], ls=style, marker=".")
+    whole = Subspace(Family.top, rank)
+    for axis, study in zip(axes[0], studies, strict=False):
+        full = [100 * p.accuracies.mean() for p in points if (p.study, p.subspace) == (study, whole)]
+        _frame(axis, f"{dataset}: {NETWORK_WORDS[study.network]}", full[0] if full else None, 100 * chance)
+    full = 100 * linear[whole]["linear_accuracy"] if whole in linear else None
+    _frame(probe, f"{dataset}: linear probe (dots: 100 r2)", full, 100 * chance)
     paper = axes[0, -1]
     for family, curve in ((Family.top, PUBLISHED_TOP), (Family.bottom, PUBLISHED_BOTTOM)):
         x, y = np.array(curve).T / 100
@@ -326,9 +311,10 @@ def _frame(axis: Axes, title: str, full: float | None, chance: float) -> None:
     axis.set_title(title, fontsize=7)
 
 
-def dimension_figure(dataset: str, rank: int, points: Sequence[Point], chance: float) -> Figure:
+def dimension_figure(
+    dataset: str, rank: int, points: Sequence[Point], studies: Sequence[Study], chance: float
+) -> Figure:
     """Accuracy against the number of dimensions, a panel per network; where families meet, dimension is equal."""
-    studies = _main_studies(points)
     figure, axes = panels(1, len(studies), width=2.9, height=2.6, sharey=True)
     for axis, study in zip(axes[0], studies, strict=True):
         for family in Family:
@@ -350,11 +336,7 @@ def scale_figure(dataset: str, rank: int, points: Sequence[Point]) -> Figure:
     """Accuracy of every seed by network and scale of the images, on the subspaces where scales are compared."""
     scales = list(dict.fromkeys(p.study.scale for p in points))
     several = {p.subspace for p in points if p.study.scale is not Scale.per_image}
-    networks: list[Network] = [
-        n
-        for n in dict.fromkeys(p.study.network for p in points)
-        if any(p.study.network is n and p.study.scale is not Scale.per_image for p in points)
-    ]
+    networks = list(dict.fromkeys(p.study.network for p in points if p.study.scale is not Scale.per_image))
     figure, axes = panels(1, len(networks), width=2.9, height=2.4, sharey=True)
     order = sorted(several, key=lambda s: (s.family.value, s.dimension))
     for axis, network in zip(axes[0], networks, strict=True):

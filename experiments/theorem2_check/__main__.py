@@ -1,5 +1,8 @@
 """Do nonlinear encoders learn the principal subspace? Theorem 2 against trained networks.
 
+Paper: Theorem 2
+Time: 1.5 minutes
+
 Theorem 2 of Balestriero & LeCun (2024), arXiv 2402.11337: a high-capacity encoder with a *linear* decoder is equivalent
 to the linear autoencoder, always; with a nonlinear decoder, early in training. With unlimited capacity the codes of n
 images are a free k x n matrix. For reconstruction alone (lambda = infinity) the best one is PCA's whatever the encoder,
@@ -20,8 +23,6 @@ have nearly equal variance and mix with the next ones, so the median and R^2 per
     python -m experiments.theorem2_check --preset fashion_mnist --data idx:DIR
     python -m experiments.theorem2_check --preset cifar10 --data npz:FILE
     python -m experiments.theorem2_check --preset paper --data npz:FILE           # accelerators
-
-Interrupted, the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -30,98 +31,147 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Annotated
 
 import numpy as np
-from tqdm import tqdm
+import pandas as pd
 
 import mae_align as ma
-from experiments.harness.cli import launch
-from experiments.harness.data import load_together
-from experiments.harness.folder import RunFolder, shared_points, silent
-from experiments.theorem2_check.networks import (
-    Case,
-    Decoder,
-    NetworkConfig,
-    References,
-    follow,
-    make_training,
-    record_steps,
+from experiments.harness.cli import launch_experiment
+from experiments.harness.config import Bounds, Counts, RunConfig, Seeds, Training
+from experiments.harness.data import Split
+from experiments.harness.run import Rows, Run
+from experiments.harness.train import milestones
+from experiments.theorem2_check.figures import component_figure, convergence_figure
+from experiments.theorem2_check.networks import Case, Decoder, References, make_training, measure, start
+from experiments.theorem2_check.tables import LEARNED, MOSTLY, course_table, end_table
+
+# AdamW without weight decay: the loss with a linear decoder is to converge.
+_TRAINING = Training(
+    epochs=500,
+    batch_size=128,
+    learning_rate=2e-3,
+    warmup_epochs=12.5,
+    weight_decay=0.0,
+    beta2=0.999,
+    clip_norm=math.inf,
 )
-from experiments.theorem2_check.report import write_report
-from mae_align.runtime.files import fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     """Settings of the experiment."""
 
-    data: str = "digits"
-    """Data set: digits, idx:DIR, npz:FILE, folder:DIR, tfds:NAME or prepared:DIR."""
-    image_size: int | None = None
-    """Resize images to squares of this side, in pixels; none keeps them."""
-    max_train: int | None = None
-    """Use at most so many training images, drawn at random; none for all."""
-    latent: int = 8
+    latent: Annotated[int, Bounds(least=2)] = 8
     """Size of the code, the number of components."""
-    widths: tuple[int, ...] = (16, 64, 256)
+    widths: Counts = (16, 64, 256)
     """Widths of the encoder's hidden layer, at least the code's size: a narrower one bounds its rank."""
-    lambdas: tuple[float, ...] = (math.inf, 1.0)
+    lambdas: Annotated[tuple[float, ...], Bounds(above=0, unique=True, infinite=True)] = (math.inf, 1.0)
     """Relative weights of reconstruction with a linear decoder: lambda tr Sxx / tr Syy; infinity for it alone."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Seeds = (0, 1, 2)
     """Seeds of the networks; trained together."""
-    network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
-    """Training of the networks."""
-    records: int = 16
-    """Steps at which codes are measured, about: log-spaced, the start and the end among them."""
-    early: float = 0.03
+    training: Training = _TRAINING
+    """Training of the networks; long enough that the loss with a linear decoder converges."""
+    records: Annotated[int, Bounds(least=2)] = 15
+    """Steps after the start at which codes are measured, about: spaced evenly in the logarithm, the end among them."""
+    early: Annotated[float, Bounds(above=0, below=1)] = 0.03
     """Share of the steps that counts as early."""
-    seed: int = 0
-    """Of the subset."""
-    out: str | None = None
-    """Run folder; none for runs/theorem2_check-DATA-HASH."""
 
 
-_REAL = Config(max_train=10_000, latent=16, widths=(32, 128, 512), network=NetworkConfig(steps=6_000, batch_size=256))
+# 6,000 steps of 256 of 10,000 images, 100 of them warm-up.
+_REAL = Config(
+    max_train=10_000,
+    latent=16,
+    widths=(32, 128, 512),
+    training=dataclasses.replace(_TRAINING, epochs=154, batch_size=256, warmup_epochs=2.56),
+)
 PRESETS = {
     "laptop": Config(),
     "fashion_mnist": _REAL,
     "cifar10": dataclasses.replace(_REAL, image_size=16),
+    # 200,000 steps of 1,024 of 40,000 images.
     "paper": Config(
         latent=512,
         widths=(1024, 4096, 16384),
-        network=NetworkConfig(steps=200_000, batch_size=1024, learning_rate=5e-4),
-        records=24,
+        training=dataclasses.replace(_TRAINING, epochs=5_128, batch_size=1024, learning_rate=5e-4, warmup_epochs=2.56),
+        records=23,
     ),
+}
+COLUMNS = {
+    "width": "of the hidden layer",
+    "decoder": "linear, or nonlinear with a hidden layer of the same width",
+    "lam": "relative weight of reconstruction beside labels",
+    "seed": "of the network",
+    "step": "steps of training",
+    "rank": "of the codes on the training images; the least over seeds in end.csv",
+    "codes_loss": "loss of the best linear decoder and head of the codes, training images [total variance]",
+    "free_loss": "loss of the best free codes, training images [total variance]",
+    "linear_loss": "loss of Theorem 1's linear encoder, training images [total variance]",
+    "network_error": "squared error of the network's own decoder, training images [total variance]",
+    "angle_median": "median principal angle of the codes and the first principal components [degrees]",
+    "angle_largest": "largest principal angle of the codes and the first principal components [degrees]",
+    "free_angle_median": "median principal angle of the codes and the best free codes [degrees]",
+    "linear_angle_median": "median principal angle of the codes and Theorem 1's codes [degrees]",
+    "r2_*": "share of the variance of a principal component that the codes explain linearly",
+    "seeds": "networks",
+    "excess": "codes_loss over free_loss, mean over seeds [%]",
+    "excess_low": "least excess of a seed [%]",
+    "excess_high": "largest excess of a seed [%]",
+    "over_linear": "codes_loss over linear_loss, mean over seeds [%]",
+    "linear_over_free": "linear_loss over free_loss [%]",
+    "network_excess": "network_error over PCA's loss, reconstruction alone [%]",
+    "learned": f"leading components with R2 of at least {LEARNED:g}, mean over seeds",
+    "mostly": f"leading components with R2 of at least {MOSTLY:g}, mean over seeds",
+    "least_r2": "least R2 of a component, mean over seeds",
+    "moment": "start, early, nearest to PCA by the median angle, or end",
+    "mean_r2": "R2, mean over components and seeds",
+    "difference": "largest difference in R2 of a component from the network with the other decoder",
 }
 
 
-def main(config: Config) -> None:
-    """Train, measure, compare.
+def main(config: Config, run: Run[Split]) -> None:
+    """Train, measure, compare."""
+    if math.inf not in config.lambdas:
+        raise ma.InputError("--lambdas: give inf, reconstruction alone, and finite weights beside it")
+    if min(config.widths) < config.latent:
+        raise ma.InputError(
+            f"--widths {min(config.widths)}: a layer narrower than the code bounds its rank, give at least --latent "
+            f"{config.latent}"
+        )
+    data = run.data
+    steps = milestones(config.training.steps(len(data.train_labels)), config.records)
+    references = References.of(data.train_images, data.train_labels, data.num_classes, config.latent)
+    cases = {case.key: case for case in plan(config)}
+    # Refuses sizes that do not fit before anything is trained.
+    trainings = {key: make_training(references, config.training, case) for key, case in cases.items()}
+    at = {lam: references.at(lam) for lam in config.lambdas}
 
-    Raises:
-        InputError: bad settings or data, before any long work.
-    """
-    _check(config)
-    data = load_together(config.data, image_size=config.image_size, seed=config.seed)
-    n = len(data.train_labels)
-    rows = np.arange(n)
-    if config.max_train is not None and config.max_train < n:
-        rows = np.sort(np.random.default_rng(config.seed).choice(n, config.max_train, replace=False))
-    images, labels = data.train_images[rows], data.train_labels[rows]
-    cases = list(plan(config))
-    references = References.of(images, labels, data.num_classes, config.latent)
-    for case in cases:
-        # Refuses sizes that do not fit before anything is trained.
-        make_training(references, config.network, case)
-    folder = RunFolder.open("theorem2_check", config.data, config, config.out)
-    store = shared_points(folder.points, fingerprint([images, labels], {}))
-    steps = record_steps(config.network.steps, config.records)
-    found = []
-    bar = tqdm(cases, desc="networks", unit="ensemble", disable=silent())
-    for case in bar:
-        bar.set_postfix_str(case.key)
-        found += follow(references, config.network, case, steps, store, folder.shared / "networks" / case.key)
-    write_report(found, folder, references, data.name, config.early)
+    def follow(case: Case) -> Rows:
+        training = trainings[case.key]
+        found = run.train_at(
+            case.key,
+            training,
+            lambda: start(training, references, case),
+            lambda: training.put(data.train_images, data.train_labels),
+            steps,
+            lambda state, _: measure(training, state, references, case, at),
+        )
+        rows: Rows = []
+        for (t, step), (e, (lam, seed)) in itertools.product(enumerate(steps), enumerate(case.members)):
+            row = {"width": case.width, "decoder": case.decoder.value, "lam": lam, "seed": seed, "step": step}
+            row |= {"free_loss": at[lam].free_loss, "linear_loss": at[lam].linear_loss}
+            row |= {name: array[t, e] for name, array in found.items() if name != "r2"}
+            rows.append(row | {f"r2_{i + 1}": share for i, share in enumerate(found["r2"][t, e])})
+        return rows
+
+    frame = run.sweep(cases, follow, unit="ensemble")
+    ends, course = end_table(frame), course_table(frame, config.early)
+    run.table("networks", frame)
+    run.table("end", ends, show=shown(ends))
+    run.table("early", course, show=course.round(2))
+    run.figure("components", component_figure(frame, config.early))
+    run.figure("convergence", convergence_figure(frame))
+    run.verdict(*sentences(ends, course, config.latent))
 
 
 def plan(config: Config) -> Iterator[Case]:
@@ -131,32 +181,44 @@ def plan(config: Config) -> Iterator[Case]:
         yield Case(width, Decoder.nonlinear, tuple((math.inf, seed) for seed in config.seeds))
 
 
-def _check(config: Config) -> None:
-    """Refuse settings that no data could fit."""
-    for name in ("widths", "lambdas", "seeds"):
-        values = getattr(config, name)
-        if len(set(values)) < len(values):
-            raise ma.InputError(f"--{name} repeats a value: give each once")
-    if math.inf not in config.lambdas:
-        raise ma.InputError("--lambdas: give inf, reconstruction alone, and finite weights beside it")
-    for lam in config.lambdas:
-        if not lam > 0:
-            raise ma.InputError(f"--lambdas {lam:g}: give relative weights over 0")
-    if min(config.widths) < 1 or config.latent < 2 or config.records < 3:
-        raise ma.InputError("--widths must be at least 1, --latent at least 2, --records at least 3")
-    if min(config.widths) < config.latent:
-        raise ma.InputError(
-            f"--widths {min(config.widths)}: a layer narrower than the code bounds its rank, give at least --latent "
-            f"{config.latent}"
+def shown(ends: pd.DataFrame) -> pd.DataFrame:
+    """The ends for the summary."""
+    table = ends[["decoder", "lam", "width"]].copy()
+    parts = zip(ends.excess, ends.excess_low, ends.excess_high, strict=True)
+    table["over best free codes [%]"] = [f"{mean:+.2f} ({low:+.2f}, {high:+.2f})" for mean, low, high in parts]
+    table["over Theorem 1 [%]"] = ends.over_linear.map("{:+.2f}".format)
+    table["angle to PCA"] = ends.angle_median.round(1)
+    table["to free codes"] = ends.free_angle_median.round(1)
+    table["to Theorem 1's"] = ends.linear_angle_median.round(1)
+    return table.assign(**{f"R2 >= {LEARNED:g}": ends.learned, f"R2 >= {MOSTLY:g}": ends.mostly})
+
+
+def sentences(ends: pd.DataFrame, course: pd.DataFrame, k: int) -> Iterator[str]:
+    """What came out: linear decoder, finite lambda, nonlinear decoder early and late."""
+    linear = ends.loc[(ends.decoder == Decoder.linear.value) & np.isinf(ends.lam)]
+    if len(linear):
+        yield (
+            f"Linear decoder, reconstruction alone: the loss ends at most {linear.excess.max():.2f}% over PCA's, its "
+            f"lower bound, with median angles up to {linear.angle_median.max():.1f} degrees."
         )
-    if min(config.seed, *config.seeds) < 0:
-        raise ma.InputError("--seed and --seeds: give whole numbers of at least 0")
-    if not 0 < config.early < 1:
-        raise ma.InputError(f"--early {config.early:g}: give a share between 0 and 1")
-    if config.max_train is not None and config.max_train < 40:
-        raise ma.InputError(f"--max-train {config.max_train}: give at least 40 images")
-    config.network.check()
+    finite = ends.loc[~np.isinf(ends.lam)]
+    if len(finite):
+        widest = finite.loc[finite.width.idxmax()]
+        yield (
+            f"Linear decoder, lambda {widest.lam:g}: at width {widest.width} the loss ends {widest.excess:.2f}% over "
+            f"that of free codes and {abs(widest.over_linear):.2f}% {'below' if widest.over_linear < 0 else 'above'} "
+            "the minimum of Theorem 1."
+        )
+    nonlinear = course.loc[course.decoder == Decoder.nonlinear.value]
+    if len(nonlinear):
+        width = nonlinear.width.max()
+        of = nonlinear.loc[nonlinear.width == width].set_index("moment")
+        early, end = of.loc["early"], of.loc["end"]
+        yield (
+            f"Nonlinear decoder, width {width}: {early.mostly} of {k} leading components are explained to {MOSTLY:g} "
+            f"early (step {early.step}) and {end.mostly} at the end."
+        )
 
 
 if __name__ == "__main__":
-    launch(main, Config, PRESETS)
+    launch_experiment(main, Config, PRESETS, COLUMNS)

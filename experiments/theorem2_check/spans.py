@@ -44,7 +44,8 @@ def explained_shares(basis: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Share of each target's variance that the features explain linearly, R^2 = |Q^T y|^2 / |y|^2 of centred y.
 
     Args:
-        basis: [n, r] of :func:`sample_basis`. targets: [n, m].
+        basis: [n, r] of :func:`sample_basis`.
+        targets: [n, m].
 
     Returns:
         [m] in [0, 1], NaN for targets that do not vary. Cost n r m.
@@ -71,7 +72,8 @@ def span_angles(basis_a: np.ndarray, basis_b: np.ndarray) -> np.ndarray:
     """Principal angles of two spans whose dimensions may differ, ascending; what one lacks is at 90 degrees.
 
     Args:
-        basis_a: [n, r] with orthonormal columns. basis_b: [n, k] likewise.
+        basis_a: [n, r] with orthonormal columns.
+        basis_b: [n, k] likewise.
 
     Returns:
         [max(r, k)] radians in [0, pi/2]. Cost n r k.

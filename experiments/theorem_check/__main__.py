@@ -1,5 +1,8 @@
 """Do the closed forms hold? Theorems 1 and 3 against gradient descent on real images.
 
+Paper: Theorems 1 and 3
+Time: 1 minute
+
 Theorem 1 (supervision + reconstruction) and Theorem 3 (denoising) of Balestriero & LeCun (2024), arXiv 2402.11337,
 state the minimum of a non-convex loss. Here Optax looks for it, for every corruption of the package:
 
@@ -28,15 +31,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 import mae_align as ma
-from experiments.harness.cli import launch
-from experiments.harness.data import load_together
-from experiments.harness.folder import RunFolder
+from experiments.harness.cli import launch_experiment
+from experiments.harness.config import Bounds, Count, Counts, Positive, RunConfig
+from experiments.harness.data import Split
+from experiments.harness.run import Run
 from experiments.theorem_check.descent import (
     Network,
     Objective,
@@ -49,94 +52,109 @@ from experiments.theorem_check.descent import (
     sampled_loss,
     supervised_share,
 )
-from experiments.theorem_check.report import (
-    Arrays,
-    Case,
-    Part,
-    as_dataset,
-    excess_figure,
-    summarise,
-    table_text,
-    verdict,
-)
+from experiments.theorem_check.report import Arrays, Case, Part, as_dataset, excess_figure, row_of, shown, verdict
 from mae_align.closed_form.factorize import PrimalProblem, factorize
 from mae_align.closed_form.features import clean_images
 from mae_align.corruption import Corruption
 from mae_align.data.patches import patch_grid
 from mae_align.runtime.devices import solve_context
-from mae_align.runtime.files import PointStore, fingerprint
 
 # Batches over which the sampled loss of the closed form is averaged.
 _LOSS_BATCHES = 400
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Settings of the theorem check."""
+class Descent:
+    """Adam from several random starts, and what passes."""
 
-    data: str = "digits"
-    """Data set: digits, idx:DIR, npz:FILE, folder:DIR, tfds:NAME or prepared:DIR."""
-    image_size: int | None = None
-    """Resize images to squares of this side, in pixels; none keeps them."""
-    ks: tuple[int, ...] = (3, 16)
+    starts: Count = 3
+    """Random starts of every case."""
+    steps: Count = 3000
+    """Steps of Adam."""
+    learning_rate: Positive = 0.03
+    """First learning rate (in whitened coordinates, without units); it decays to 0 along a cosine."""
+    tolerance: Positive = 1e-6
+    """Largest relative excess over the closed-form minimum that passes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledDescent(Descent):
+    """Adam on sampled corruptions, each start with corruptions of its own."""
+
+    batch_size: Count = 512
+    """Images per step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(RunConfig):
+    """Settings of the theorem check; the seed is also that of the starts, the corruptions and each pixel's noise."""
+
+    ks: Counts = (3, 16)
     """Numbers of features of the autoencoders."""
-    lambdas: tuple[float, ...] = (0.0, 0.1, 1.0, 10.0)
+    lambdas: Annotated[tuple[float, ...], Bounds(least=0, unique=True)] = (0.0, 0.1, 1.0, 10.0)
     """Weights of reconstruction in Theorem 1, relative: lambda tr Sxx / tr Syy. Finite, at least 0."""
-    patch_size: int = 3
+    patch_size: Count = 3
     """Side of the masked patches in pixels; it need not divide the side of the images."""
-    mask_ratio: float = 0.75
+    mask_ratio: Annotated[float, Bounds(above=0, below=1)] = 0.75
     """Share of masked patches, between 0 and 1, ends excluded."""
-    sigma: float = 1.0
+    sigma: Positive = 1.0
     """Standard deviation of the Gaussian noise in root mean square deviations of a pixel from its mean; over 0."""
-    seeds: int = 3
-    """Random starts of every exact case."""
-    steps: int = 3000
-    """Steps of Adam on the exact loss."""
-    learning_rate: float = 0.03
-    """First learning rate on the exact loss (in whitened coordinates, without units)."""
-    sampled_seeds: int = 2
-    """Random starts of every sampled case, each with corruptions of its own."""
-    sampled_steps: int = 2000
-    """Steps of Adam on sampled corruptions."""
-    sampled_learning_rate: float = 0.01
-    """First learning rate on sampled corruptions."""
-    batch_size: int = 512
-    """Images per step on sampled corruptions."""
-    exact_tolerance: float = 1e-6
-    """Largest relative excess over the closed-form minimum that passes, exact loss."""
-    sampled_tolerance: float = 1e-3
-    """The same after training on sampled corruptions."""
-    seed: int = 0
-    """Of the starts, the corruptions and the noise level of each pixel."""
-    out: str | None = None
-    """Run folder; none for runs/theorem_check-DATA-HASH."""
+    exact: Descent = Descent()
+    sampled: SampledDescent = SampledDescent(starts=2, steps=2000, learning_rate=0.01, tolerance=1e-3)
 
 
 PRESETS = {
     "laptop": Config(),
-    "paper": Config(ks=(3, 16, 64), patch_size=4, steps=5000, sampled_steps=10000, batch_size=2048, seeds=5),
+    "paper": Config(
+        ks=(3, 16, 64),
+        patch_size=4,
+        exact=Descent(starts=5, steps=5000),
+        sampled=SampledDescent(starts=2, steps=10000, learning_rate=0.01, tolerance=1e-3, batch_size=2048),
+    ),
+}
+COLUMNS = {
+    "part": "what is held against the closed form",
+    "setting": "lambda tr Sxx / tr Syy, or the corruption",
+    "k": "number of features",
+    "case": "number of the case",
+    "start": "number of the random start",
+    "starts": "random starts",
+    "step": "steps of Adam",
+    "minimum": "closed-form minimum of the loss [squared pixel values; of Theorem 1 squared labels]",
+    "excess": "expected loss over the closed-form minimum, relative; in checks.csv of the worst start at the end",
+    "lowest": "lowest excess of any start at any step",
+    "closed_form_error": "loss of the closed-form network itself over the stated minimum, relative",
+    "tolerance": "largest excess that passes",
+    "standard_errors": "mean loss of the closed form on sampled corruptions minus the minimum [standard errors]",
+    "passed": "whether excess, lowest, closed_form_error and standard_errors are within their limits",
 }
 
 
 class Setup(NamedTuple):
-    """What all cases share."""
+    """What all cases share.
+
+    Attributes:
+        config: the settings. images: [n, h, w, c], what is fitted. moments: of them. problem: of the moments.
+    """
 
     config: Config
-    data: ma.ImageDataset
+    images: np.ndarray
     moments: ma.Moments
     problem: PrimalProblem
 
     @property
     def exact_plan(self) -> Plan:
         """The descent on exact losses."""
-        c = self.config
-        return Plan(c.seeds, c.steps, c.learning_rate, c.seed)
+        return _plan(self.config.exact, self.config.seed)
 
     @property
     def sampled_plan(self) -> Plan:
         """The descent on sampled corruptions."""
-        c = self.config
-        return Plan(c.sampled_seeds, c.sampled_steps, c.sampled_learning_rate, c.seed)
+        return _plan(self.config.sampled, self.config.seed)
+
+
+def _plan(descent: Descent, seed: int) -> Plan:
+    return Plan(descent.starts, descent.steps, descent.learning_rate, seed)
 
 
 def check_supervised(setup: Setup, relative: float, k: int) -> Arrays:
@@ -182,12 +200,12 @@ def check_sampled(setup: Setup, corruption: Corruption, k: int) -> Arrays:
         As :func:`check_supervised`, the excess being that of the exact expected loss; and sampled_loss,
         sampled_loss_se: mean loss of the closed-form autoencoder on fresh draws, and its standard error.
     """
-    config, plan = setup.config, setup.sampled_plan
-    pixels = Pixels.of(setup.data.train_images, setup.problem)
+    batch_size, plan = setup.config.sampled.batch_size, setup.sampled_plan
+    pixels = Pixels.of(setup.images, setup.problem)
     closed = ma.denoising_autoencoder(setup.moments, corruption, k)
     objective = _denoising_objective(setup, corruption)
-    shares = minimise_sampled(objective, corruption, pixels, k, config.batch_size, plan)
-    mean, se = sampled_loss(Network.of(closed), corruption, pixels, config.batch_size, _LOSS_BATCHES, plan)
+    shares = minimise_sampled(objective, corruption, pixels, k, batch_size, plan)
+    mean, se = sampled_loss(Network.of(closed), corruption, pixels, batch_size, _LOSS_BATCHES, plan)
     found = _outcome(plan, shares, objective, denoising_share, closed)
     return found | {"sampled_loss": np.array(mean), "sampled_loss_se": np.array(se)}
 
@@ -232,7 +250,7 @@ def corruptions(setup: Setup) -> dict[str, Corruption]:
 def cases(setup: Setup) -> list[Case]:
     """Everything that is checked, in the order of the table."""
     config, corrupted = setup.config, corruptions(setup)
-    exact, sampled = config.exact_tolerance, config.sampled_tolerance
+    exact, sampled = config.exact.tolerance, config.sampled.tolerance
     found = [
         Case(Part.supervised, f"lambda = {x:g}", k, exact, functools.partial(check_supervised, setup, x, k))
         for x in config.lambdas
@@ -244,65 +262,34 @@ def cases(setup: Setup) -> list[Case]:
     return found
 
 
-def main(config: Config) -> None:
+def main(config: Config, run: Run[Split]) -> None:
     """Run all checks of a configuration.
 
     Raises:
-        InputError: bad settings or data, before any long work.
+        InputError: settings that do not fit the data, before any long work.
         SystemExit: status 1 if a check fails.
     """
-    _check_settings(config)
-    data = load_together(config.data, image_size=config.image_size, seed=config.seed)
-    patch_grid(data.image_shape, config.patch_size)
-    moments = ma.Moments.from_arrays(data.train_images, data.train_labels, num_classes=data.num_classes)
-    setup = Setup(config, data, moments, factorize(moments))
-    for k in config.ks:
-        if not 1 <= k <= setup.problem.rank:
-            raise ma.InputError(f"--ks {k}: give numbers from 1 to {setup.problem.rank}, the rank of these images")
-    todo = cases(setup)
-    folder = RunFolder.open("theorem_check", config.data, config, config.out)
-    store = PointStore(folder.points, fingerprint(moments.state, {}))
-    solved = []
-    for i, case in enumerate(tqdm(todo, desc="theorem check", unit="case")):
-        found = store.load(f"case{i}")
-        if found is None:
-            found = case.solve()
-            store.save(f"case{i}", found)
-        solved.append((case, found))
-    rows = [verdict(case, found) for case, found in solved]
-    folder.save_dataset("exact", as_dataset(solved, (Part.supervised, Part.denoising)))
-    folder.save_dataset("sampled", as_dataset(solved, (Part.sampled,)))
-    folder.save_table("checks", rows)
-    figure = folder.save_figure("excess", excess_figure(solved))
-    h, w, c = data.image_shape
-    folder.summary(
-        f"Theorem check on {data.name}: {len(data.train_images)} images of {h}x{w}x{c}, rank {setup.problem.rank}\n\n"
-        f"{table_text(rows)}\n\nFigure: {figure}\n\n{summarise(rows)}"
-    )
+    patch_grid(run.data.image_shape, config.patch_size)
+    images, labels = run.data.refit()
+    moments = ma.Moments.from_arrays(images, labels, num_classes=run.data.num_classes)
+    setup = Setup(config, images, moments, factorize(moments))
+    if max(config.ks) > setup.problem.rank:
+        raise ma.InputError(
+            f"--ks {max(config.ks)}: give numbers from 1 to {setup.problem.rank}, the rank of these images"
+        )
+    todo = {f"case{i}": case for i, case in enumerate(cases(setup))}
+    found = run.each(todo, lambda key, case: run.arrays(key, case.solve), unit="case")
+    solved = [(case, found[key]) for key, case in todo.items()]
+    rows = [row_of(case, arrays) for case, arrays in solved]
+    run.dataset("exact", as_dataset(solved, (Part.supervised, Part.denoising)))
+    run.dataset("sampled", as_dataset(solved, (Part.sampled,)))
+    run.table("checks", rows, show=shown(rows))
+    run.figure("excess", excess_figure(solved))
+    run.notes.append(f"Fitted on {len(images)} images, training and validation together; rank {setup.problem.rank}.")
+    run.verdict(*verdict(rows))
     if not all(row["passed"] for row in rows):
         raise SystemExit(1)
 
 
-def _check_settings(config: Config) -> None:
-    """Refuse numbers out of range."""
-    for lam in config.lambdas:
-        if not (math.isfinite(lam) and lam >= 0):
-            raise ma.InputError(f"--lambdas {lam:g}: give finite weights of at least 0")
-    if not 0 < config.mask_ratio < 1:
-        raise ma.InputError(f"--mask-ratio {config.mask_ratio:g}: give a share between 0 and 1, ends excluded")
-    if config.seed < 0:
-        raise ma.InputError(f"--seed {config.seed}: give a whole number of at least 0")
-    names = ("ks", "lambdas")
-    for name in names:
-        values = getattr(config, name)
-        if len(set(values)) < len(values):
-            raise ma.InputError(f"--{name} {' '.join(map(str, values))} repeats a value: give each once")
-    positive = ("seeds", "steps", "learning_rate", "sampled_seeds", "sampled_steps", "sampled_learning_rate")
-    for name in (*positive, "batch_size", "sigma", "exact_tolerance", "sampled_tolerance"):
-        value = getattr(config, name)
-        if not (math.isfinite(value) and value > 0):
-            raise ma.InputError(f"--{name.replace('_', '-')} {value}: give a number over 0")
-
-
 if __name__ == "__main__":
-    launch(main, Config, PRESETS)
+    launch_experiment(main, Config, PRESETS, COLUMNS)

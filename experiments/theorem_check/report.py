@@ -1,4 +1,4 @@
-"""Table, figure and plain sentences of the theorem check."""
+"""Table, figure and sentences of the theorem check."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -48,7 +49,7 @@ class Case:
     solve: Callable[[], Arrays]
 
 
-def verdict(case: Case, found: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def row_of(case: Case, found: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """One row of the table.
 
     Args:
@@ -82,39 +83,37 @@ def verdict(case: Case, found: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return row | {"passed": bool(passed)}
 
 
-def table_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a plain-text table, one block per part."""
-    lines = []
-    for part in Part:
-        mine = [row for row in rows if row["part"] == part.value]
-        lines.append(f"{part.value} (passes up to {mine[0]['tolerance']:g})")
-        lines.append(f"  {'setting':<34}{'k':>4}{'minimum':>12}{'excess':>10}{'lowest':>10}{'sampled':>9}")
-        for row in mine:
-            sampled = f"{row['standard_errors']:+.1f} se" if "standard_errors" in row else "-"
-            lines.append(
-                f"  {row['setting']:<34}{row['k']:>4}{row['minimum']:>12.5g}{row['excess']:>10.1e}"
-                f"{row['lowest']:>10.1e}{sampled:>9}{'' if row['passed'] else '  FAILED'}"
-            )
-    return "\n".join(lines)
+def shown(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The table of the summary, a line per case."""
+    return pd.DataFrame(
+        {
+            "part": [row["part"] for row in rows],
+            "setting": [row["setting"] for row in rows],
+            "k": [row["k"] for row in rows],
+            "minimum": [f"{row['minimum']:.5g}" for row in rows],
+            "excess": [f"{row['excess']:.1e}" for row in rows],
+            "lowest": [f"{row['lowest']:.1e}" for row in rows],
+            "sampled": [f"{row['standard_errors']:+.1f} se" if "standard_errors" in row else "-" for row in rows],
+            "": ["passed" if row["passed"] else "FAILED" for row in rows],
+        }
+    )
 
 
-def summarise(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Plain sentences, the verdict last."""
-    lines = []
-    for part in Part:
-        mine = [row for row in rows if row["part"] == part.value]
-        passed = sum(row["passed"] for row in mine)
-        starts = "a random start" if mine[0]["starts"] == 1 else f"{mine[0]['starts']} random starts"
-        lines.append(
-            f"{part.value}: {passed} of {len(mine)} cases pass. From {starts} each, the worst ends "
-            f"{max(row['excess'] for row in mine):.1e} above the closed-form minimum (relative); the lowest point "
-            f"on any way is at {min(row['lowest'] for row in mine):+.1e}."
-        )
-    if all(row["passed"] for row in rows):
-        lines.append("PASS: gradient descent finds the closed-form minima and nothing below them.")
-    else:
-        lines.append("FAIL: see the lines marked FAILED in the table above.")
-    return "\n".join(lines)
+def verdict(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Two sentences: how near the descents came, and whether all checks pass."""
+    worst = [
+        f"{part.value}: {max(row['excess'] for row in rows if row['part'] == part.value):.1e} "
+        f"(up to {next(row['tolerance'] for row in rows if row['part'] == part.value):g} passes)"
+        for part in Part
+    ]
+    passed = sum(row["passed"] for row in rows)
+    return [
+        f"{passed} of {len(rows)} cases pass; the worst descent ends above the closed-form minimum, relative to it, by "
+        f"{'; '.join(worst)}; the lowest point on any way is at {min(row['lowest'] for row in rows):+.1e}.",
+        "PASS: gradient descent finds the closed-form minima and nothing below them."
+        if passed == len(rows)
+        else "FAIL: see the lines marked FAILED in the table above.",
+    ]
 
 
 def excess_figure(solved: Sequence[tuple[Case, Mapping[str, np.ndarray]]]) -> Figure:
@@ -156,5 +155,7 @@ def as_dataset(solved: Sequence[tuple[Case, Mapping[str, np.ndarray]]], parts: S
             "setting": ("case", [case.setting for case, _ in mine]),
             "k": ("case", [case.k for case, _ in mine]),
             "step": mine[0][1]["step"],
+            "case": np.arange(len(mine)),
+            "start": np.arange(len(mine[0][1]["excess"])),
         },
     )

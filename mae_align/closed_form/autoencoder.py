@@ -15,7 +15,7 @@ import numpy as np
 from mae_align.closed_form.basis import pca_basis
 from mae_align.closed_form.factorize import PrimalProblem, factorize
 from mae_align.closed_form.features import corruption_features
-from mae_align.closed_form.point import solve_features
+from mae_align.closed_form.point import Shared, Weights, features_of
 from mae_align.closed_form.targets import TargetOperator
 from mae_align.corruption import Corruption, CorruptionMoments
 from mae_align.corruption.base import Images
@@ -172,17 +172,8 @@ def supervised_solution(problem: PrimalProblem, lam: float, k: int) -> LinearAut
     total = trace_s if math.isinf(lam) else trace_y + lam * trace_s
     alpha, beta = (0.0, 1.0 / total) if math.isinf(lam) else (1.0 / total, lam / total)
     with solve_context("float64"):
-        basis = pca_basis(problem)
-        solution, f = _solve_features(
-            basis.e,
-            basis.gram,
-            basis.target,
-            jnp.asarray(problem.s if problem.target_gram is None else problem.target_gram),
-            jnp.ones(problem.rank),
-            jnp.asarray(alpha),
-            jnp.asarray(beta),
-            max_k=problem.rank,
-        )
+        at = Weights(jnp.ones(problem.rank), jnp.asarray(alpha), jnp.asarray(beta))
+        solution, f = _features_of(Shared(pca_basis(problem), problem.spectrum), at, max_k=problem.rank)
         # Features are nested in k: one compiled program serves every k.
         f, mu = np.asarray(f)[:, :k], np.asarray(solution.mu)[:k]
     note = ""
@@ -252,7 +243,7 @@ def _clean_head(problem: PrimalProblem, encoder: np.ndarray, q: np.ndarray) -> n
     return head
 
 
-_solve_features = jax.jit(solve_features, static_argnames="max_k")
+_features_of = jax.jit(features_of, static_argnames="max_k")
 
 
 def supervised_loss(

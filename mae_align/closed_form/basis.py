@@ -16,18 +16,18 @@ so E is computed once per patch size and a mask ratio only changes the diagonal 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mae_align.closed_form.factorize import (
-    Factorized,
-)
 from mae_align.data.patches import PatchSize, patch_grid
 from mae_align.moments.sums import gram
 from mae_align.runtime.devices import solve_context
+
+if TYPE_CHECKING:
+    from mae_align.closed_form.factorize import Factorized
 
 
 class PatchBasis(NamedTuple):

@@ -9,30 +9,24 @@ any corruption. See docs/theory.md, section 8.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import NamedTuple, TypeGuard
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
-from mae_align.closed_form.basis import PatchBasis, mask_weights, patch_basis
-from mae_align.closed_form.corruption_sweep import corruption_key, is_exact, refuse_mesh
+from mae_align.closed_form.basis import PatchBasis
+from mae_align.closed_form.corruption_sweep import by_patch, corruption_key, is_exact, refuse_mesh
 from mae_align.closed_form.dataset import provenance
 from mae_align.closed_form.factorize import PrimalProblem, eigh, factorize
 from mae_align.closed_form.features import corruption_features, feature_basis
-from mae_align.closed_form.point import solve_features
-from mae_align.closed_form.sweep import RunOptions
-from mae_align.corruption import Corruption, PatchMask
+from mae_align.corruption import Corruption
 from mae_align.corruption.base import Images
-from mae_align.data.patches import PatchSize, patch_hw
 from mae_align.moments.moments import Moments
-from mae_align.runtime.devices import is_cpu, solve_context, solve_device, worker_count
+from mae_align.runtime.devices import solve_context
 from mae_align.runtime.errors import InputError
 from mae_align.runtime.files import fingerprint, identity
-from mae_align.runtime.pool import Arrays, Task, TaskGroup, run_groups, shared_store
+from mae_align.runtime.pool import Arrays, RunOptions, Task, TaskGroup, execute
 
 INERT = "inert"
 WITHIN_NOISE = "within sampling noise"
@@ -54,83 +48,12 @@ class Span(NamedTuple):
 
     Attributes:
         q: [r, m] orthonormal sample basis of the features, in the coordinates of the factorised problem; the first k
-            columns span the first k features. gap: [m] (mu_k - mu_{k+1}) / mu_k; at 0 the span of k is not identified.
+            columns span the first k features.
+        gap: [m] (mu_k - mu_{k+1}) / mu_k; at 0 the span of k is not identified.
     """
 
     q: np.ndarray
     gap: np.ndarray
-
-
-def principal_components(problem: PrimalProblem, max_k: int) -> Span:
-    """The features without corruption.
-
-    Args:
-        problem: the factorised problem. max_k: number of features, at most the rank.
-
-    Returns:
-        Columns of the identity, and the gaps of the spectrum.
-
-    Example:
-        >>> x = np.random.default_rng(0).normal(size=(50, 2, 2, 1))
-        >>> principal_components(factorize(Moments.from_arrays(x)), 2).q.shape
-        (4, 2)
-    """
-    gap = 1.0 - np.append(problem.s[1:], 0.0) / problem.s
-    return Span(np.eye(problem.rank, max_k), gap[:max_k])
-
-
-def span_of(
-    problem: PrimalProblem,
-    corruption: Corruption | None,
-    max_k: int,
-    *,
-    basis: PatchBasis | None = None,
-    images: Images | None = None,
-    centered: bool = True,
-) -> Span:
-    """The features that a corruption leads to: for masks of patches by their common basis, else on the general path.
-
-    Args:
-        problem: the factorised problem. corruption: None for none. max_k: number of features, at most the rank.
-        basis: of the mask's patch size, if it is at hand. images: for corruptions without exact moments.
-        centered: whether the moments are about the mean.
-
-    Returns:
-        As many features as the corruption leaves, at most max_k. Cost: one eigh of size r for a mask of patches (two
-        without ``basis``), else as :func:`mae_align.closed_form.features.corruption_features`.
-
-    Raises:
-        InputError: a corruption that does not fit the images.
-
-    Example:
-        >>> from mae_align.corruption import PatchMasking
-        >>> x = np.random.default_rng(0).normal(size=(50, 4, 4, 1))
-        >>> span_of(factorize(Moments.from_arrays(x)), PatchMasking(2, 0.5), 3).q.shape
-        (16, 3)
-    """
-    if corruption is None:
-        return principal_components(problem, max_k)
-    if not _is_plain_mask(corruption):
-        found = corruption_features(problem, corruption, images=images, centered=centered)
-        return Span(found.q[:, :max_k], found.gap[:max_k])
-    ratio = corruption.p_eff(problem.image_shape)
-    if ratio == 0.0:
-        return principal_components(problem, max_k)
-    if basis is None:
-        basis = patch_basis(problem, corruption.patch_size)
-    with solve_context(problem.dtype):
-        w = mask_weights(np.asarray(basis.pi, np.float64), ratio)
-        ones = (jnp.asarray(problem.s), jnp.asarray(w), jnp.zeros(()), jnp.asarray(1.0 / problem.trace))
-        nothing = jnp.zeros((problem.rank, 1))  # no target has a say
-        solution, f = _solve_features(basis.e, basis.gram, nothing, *ones, max_k=max_k)
-        return Span(np.asarray(f), np.asarray(solution.gap))
-
-
-_solve_features = jax.jit(solve_features, static_argnames="max_k")
-
-
-def _is_plain_mask(corruption: Corruption | None) -> TypeGuard[PatchMask]:
-    return isinstance(corruption, PatchMask) and getattr(corruption, "fill", None) is None
 
 
 def sines(qa: np.ndarray, qb: np.ndarray) -> np.ndarray:
@@ -309,7 +232,7 @@ def compare_many(
         ('corruption', 'k')
     """
     run = run or RunOptions()
-    workers = worker_count(run.workers)
+    run.check()
     refuse_mesh(run)
     if not isinstance(moments, Moments):
         raise InputError(f"this needs second moments [d, d], not {type(moments).__name__}: use Moments.from_arrays")
@@ -335,12 +258,16 @@ def compare_many(
         settled = {"ks": list(map(int, ks)), "q": q, "program": "losses", "reference": identity(reference)}
         return fingerprint(moments.state, settings | settled)
 
-    store = shared_store(run.store, about)
-    span = partial(span_of, problem, max_k=max_k, images=images, centered=moments.center)
+    def span(corruption: Corruption | None, basis: PatchBasis | None = None) -> Span:
+        found = corruption_features(
+            problem, corruption, max_k=max_k, basis=basis, images=images, centered=moments.center
+        )
+        return Span(found.q, found.gap)
+
     start = span(reference)
 
     def solve(corruption: Corruption | None, basis: PatchBasis | None) -> list[Arrays]:
-        found = span(corruption, basis=basis)
+        found = span(corruption, basis)
         gaps = np.full(len(ks), np.nan)
         for i, k in enumerate(ks):
             gaps[i] = found.gap[k - 1] if k <= len(found.gap) else np.nan
@@ -352,18 +279,9 @@ def compare_many(
         return [there | {"lost": (there["lost"] + back["lost"]) / 2}]
 
     keys = {name: f"compare-{corruption_key(corruption, images)}" for name, corruption in corruptions.items()}
-    by_patch: dict[PatchSize | None, dict[str, Corruption | None]] = {}
-    for name, corruption in corruptions.items():
-        # A mask that keeps everything has no basis of its own.
-        masks = _is_plain_mask(corruption) and corruption.p_eff(moments.image_shape) > 0
-        size = patch_hw(corruption.patch_size) if masks and _is_plain_mask(corruption) else None
-        by_patch.setdefault(size, {}).setdefault(keys[name], corruption)
-    groups: list[TaskGroup[PatchBasis | None]] = [TaskGroup(lambda: None, [Task(("half-samples",), halves)])]
-    for size, members in by_patch.items():
-        make: Callable[[], PatchBasis | None] = partial(patch_basis, problem, size) if size else lambda: None
-        groups.append(TaskGroup(make, [Task((key,), partial(solve, member)) for key, member in members.items()]))
-    on_cpu = is_cpu(solve_device("float64"))
-    solved = run_groups(groups, workers=workers if on_cpu else 1, store=store, progress=run.progress)
+    members = {keys[name]: corruption for name, corruption in corruptions.items()}
+    groups = [TaskGroup[PatchBasis | None](lambda: None, [Task(("half-samples",), halves)])]
+    solved = execute([*groups, *by_patch(problem, members, solve)], run, dtype="float64", identity=about)
     found = {name: solved[key] for name, key in keys.items()}
     return _assembled(problem, start, found, solved["half-samples"], [int(k) for k in ks], settings)
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax
 import numpy as np
 import xarray as xr
 
+from mae_align.closed_form.basis import PatchBasis, patch_basis
 from mae_align.closed_form.curves import (
     curves_from_targets,
 )
 from mae_align.closed_form.dataset import DESCRIPTIONS, provenance
 from mae_align.closed_form.factorize import PrimalProblem, factorize
-from mae_align.closed_form.features import corruption_features
+from mae_align.closed_form.features import corruption_features, shared_patch
 from mae_align.closed_form.held_out import (
     HeldOut,
     check_held_out,
@@ -23,16 +24,15 @@ from mae_align.closed_form.held_out import (
     hold_out_encoder,
 )
 from mae_align.closed_form.held_out import held_out_errors_jit as held_out_errors
-from mae_align.closed_form.sweep import RunOptions
 from mae_align.closed_form.targets import TargetOperator
 from mae_align.corruption import Corruption, ExactCorruption
 from mae_align.corruption.base import Images
 from mae_align.moments.moments import Moments
 from mae_align.runtime.checks import check_task
-from mae_align.runtime.devices import is_cpu, solve_context, solve_device, worker_count
+from mae_align.runtime.devices import solve_context, solve_device
 from mae_align.runtime.errors import InputError
 from mae_align.runtime.files import fingerprint, identity
-from mae_align.runtime.pool import Arrays, Task, TaskGroup, run_groups, shared_store
+from mae_align.runtime.pool import Arrays, RunOptions, Task, TaskGroup, execute
 
 
 def corruption_sweep(
@@ -82,7 +82,7 @@ def corruption_sweep(
         Frozen({'corruption': 2, 'k': 16})
     """
     named, run = _named(corruptions), run or RunOptions()
-    workers = worker_count(run.workers)
+    run.check()
     refuse_mesh(run)
     for name, corruption in named.items():
         corruption.check(moments.image_shape)
@@ -100,7 +100,6 @@ def corruption_sweep(
     settings = provenance(problem, moments, eval_moments)
     states = [a for m in (moments, eval_moments) if m is not None for a in m.state]
     about = settings | {"k": max_k, "program": "corruptions"}
-    store = shared_store(run.store, lambda: fingerprint(states, about))
     held = None if eval_moments is None else hold_out(problem, eval_moments)
     keys = {name: f"corruption-{corruption_key(corruption, images)}" for name, corruption in named.items()}
     once = {key: named[name] for name, key in keys.items()}
@@ -109,11 +108,38 @@ def corruption_sweep(
     # A singular covariance does not hold the features of every corruption: they are projected one by one.
     unseen = eval_moments if problem.rank < moments.num_pixels else None
     solve = partial(_solve, problem, on_device, unseen, images, moments.center, max_k)
-    tasks = [Task((key,), partial(solve, corruption)) for key, corruption in once.items()]
-    on_cpu = is_cpu(solve_device("float64"))
-    groups = [TaskGroup(lambda: None, tasks)]
-    found = run_groups(groups, workers=workers if on_cpu else 1, store=store, progress=run.progress)
+    groups = by_patch(problem, once, solve)
+    found = execute(groups, run, dtype="float64", identity=lambda: fingerprint(states, about))
     return _assembled(problem, held, {name: found[key] for name, key in keys.items()}, named, max_k, settings)
+
+
+def by_patch(
+    problem: PrimalProblem,
+    corruptions: Mapping[str, Corruption | None],
+    solve: Callable[[Corruption | None, PatchBasis | None], list[Arrays]],
+) -> list[TaskGroup[PatchBasis | None]]:
+    """Corruptions as tasks, those of one patch size with the basis that they share.
+
+    Args:
+        problem: the factorised problem.
+        corruptions: by the key of their result.
+        solve: the arrays of a corruption, given the basis of its patch size or None.
+
+    Returns:
+        One group for each patch size, and one for all others.
+    """
+    sizes: dict[tuple[int, int] | None, dict[str, Corruption | None]] = {}
+    for key, corruption in corruptions.items():
+        size = None if corruption is None else shared_patch(corruption, problem.image_shape)
+        sizes.setdefault(size, {})[key] = corruption
+
+    def make(size: tuple[int, int] | None) -> PatchBasis | None:
+        return None if size is None else patch_basis(problem, size)
+
+    return [
+        TaskGroup(partial(make, size), [Task((key,), partial(solve, one)) for key, one in members.items()])
+        for size, members in sizes.items()
+    ]
 
 
 def _named(corruptions: Sequence[Corruption] | Mapping[str, Corruption]) -> dict[str, Corruption]:
@@ -183,13 +209,12 @@ def _solve(
     images: Images | None,
     centered: bool,
     max_k: int,
-    corruption: Corruption,
-    basis: None,
+    corruption: Corruption | None,
+    basis: PatchBasis | None,
 ) -> list[Arrays]:
     """Curves' ingredients of one corruption; features that it does not leave are NaN."""
-    del basis
-    found = corruption_features(problem, corruption, images=images, centered=centered)
-    k = min(max_k, len(found.mu))
+    found = corruption_features(problem, corruption, max_k=max_k, basis=basis, images=images, centered=centered)
+    k = len(found.mu)
     t = found.q[:, :k].T @ problem.t0
 
     def padded(a: np.ndarray, axis: int = 0) -> np.ndarray:

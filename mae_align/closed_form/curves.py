@@ -1,15 +1,10 @@
-"""How much of a task k features explain: three curves over every k, in-sample and held-out, from moments alone.
+"""How much of a task k features explain: three curves over every k, in-sample (docs/theory.md, section 5).
 
 The features V_k^T x have an orthonormal sample basis Q_k; with t_i row i of Q^T Y (scaled by 1/sqrt n)::
 
     r2(k)        = sum_{i<=k} |t_i|^2 / tr Syy                   share of label variance that a linear probe explains
     alignment(k) = sum_{i<=k} t_i (Y^T Y) t_i^T / (its value at full rank), Y not centred in Y^T Y   the paper's ratio
     probe_mse(k) = tr Syy (1 - r2(k))                            the paper's Eq. (9)
-
-Held-out, with moments about the training means, whitened coordinates f_i of the features, M = f^T Sxx_ev f and
-B = f^T Sxy_ev: error(k) = tr Syy_ev - 2 sum_{i<=k} t_i.B_i + sum_{i,j<=k} (t_i.t_j) M_ij, for every k by one 2-d
-cumulative sum. Where the held-out images themselves are at hand (:mod:`mae_align.closed_form.dual`), the same error
-is a sum over their whitened coordinates.
 """
 
 from __future__ import annotations

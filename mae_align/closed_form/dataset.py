@@ -13,7 +13,7 @@ import xarray as xr
 
 import mae_align
 from mae_align.closed_form.curves import curves_from_targets
-from mae_align.closed_form.factorize import Factorized, PrimalProblem
+from mae_align.closed_form.factorize import Factorized
 from mae_align.closed_form.grid import GridPoint, GridSpec
 from mae_align.closed_form.held_out import HeldOut, HeldOutRows, held_out_curves
 from mae_align.data.patches import PatchSize, patch_grid, patch_hw
@@ -189,7 +189,7 @@ def provenance(
         "centered": str(moments.center),
         "preprocessing": moments.preprocessing,
         "fill": "mean image" if moments.center else "zero",
-        "factorisation": "primal" if isinstance(problem, PrimalProblem) else "dual",
+        "factorisation": problem.kind,
         "target": "image" if problem.target is None else problem.target.name,
         "target_identity": "" if problem.target is None else identity(problem.target),
         "trace_sxx": problem.trace,

@@ -17,6 +17,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,8 @@ class DualProblem(Factorized):
         samples: the training data. z: [n, r] eigenvectors of K0. raw: [r] s0, its eigenvalues, without the floor.
     """
 
+    kind: ClassVar[str] = "dual"
+
     samples: Samples
     z: np.ndarray
     raw: np.ndarray
@@ -89,6 +92,17 @@ class DualProblem(Factorized):
         weights = jnp.asarray(self.z * np.sqrt(self.s / self.raw), dtype)
         p = jnp.dot(weights.T, jnp.dot(total, weights, precision=_HIGHEST), precision=_HIGHEST)
         return (p + p.T) / 2, jnp.dot(cross, weights, precision=_HIGHEST) / math.sqrt(n)
+
+    def hold_out(self, unseen: Samples) -> HeldOutRows:
+        """diag(s)^-1/2 U^T x of the held-out samples."""
+        return hold_out_samples(self, unseen)
+
+    def masked(
+        self, patch_size: PatchSize, rho: float, unseen: Samples | None, held: HeldOutRows | None
+    ) -> tuple[PatchBasis, HeldOutRows | None]:
+        """The basis of a patch size and the held-out samples in its coordinates, in one pass over the pixels."""
+        del held
+        return masked_basis(self, patch_size, rho, unseen)
 
     def columns(self, pixels: np.ndarray, unseen: Samples | None) -> Iterator[np.ndarray]:
         """Some pixel values at a time, about the training mean: [m, n + n_ev]."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mae_align.closed_form.basis import PatchBasis, patch_basis, pca_basis
+from mae_align.closed_form.held_out import HeldOut, HeldOutRows, hold_out, hold_out_masked
 from mae_align.closed_form.targets import TargetOperator, mapped, target_gram
 from mae_align.data.patches import ImageShape, PatchSize, patch_labels
 from mae_align.moments.moments import Moments
@@ -39,6 +41,9 @@ class Factorized(abc.ABC):
         target_gram: [r, r] R^T W^T W R, which takes the place of diag(s); None without W.
     """
 
+    kind: ClassVar[str]
+    """How it was factorised, in results."""
+
     s: np.ndarray
     t0: np.ndarray
     trace: float
@@ -62,6 +67,32 @@ class Factorized(abc.ABC):
     @abc.abstractmethod
     def precision(self, patch_size: PatchSize, rho: float) -> jax.Array:
         """[r, r] P = R^T (D + rho I)^-1 R, inside :func:`mae_align.runtime.devices.solve_context`."""
+
+    @abc.abstractmethod
+    def hold_out(self, unseen: Any) -> HeldOut | HeldOutRows:
+        """Held-out data, of the kind that the problem was made from, in coordinates without a mask."""
+
+    @abc.abstractmethod
+    def masked(self, patch_size: PatchSize, rho: float, unseen: Any, held: Any) -> tuple[PatchBasis, Any]:
+        """The basis of a patch size, and the held-out data as its masked encoders see them.
+
+        Args:
+            patch_size: int or (h, w) in pixels.
+            rho: sigma^2 / p for isotropic noise before the mask.
+            unseen: held-out data, or None.
+            held: the same in coordinates without a mask (:meth:`hold_out`), or None.
+        """
+
+    def coordinates(self, patch_size: PatchSize | None, noise: float, unseen: Any, held: Any) -> tuple[PatchBasis, Any]:
+        """As :meth:`masked`; without a patch size the basis without a mask, ``noise`` being sigma^2."""
+        if patch_size is None:
+            return pca_basis(self, noise), held
+        return self.masked(patch_size, noise, unseen, held)
+
+    @property
+    def spectrum(self) -> jax.Array:
+        """[r] s, or [r, r] R^T W^T W R where W x is reconstructed, in the precision of the solves."""
+        return jnp.asarray(self.s if self.target_gram is None else self.target_gram, self.dtype)
 
     @property
     def rank(self) -> int:
@@ -165,6 +196,8 @@ class PrimalProblem(Factorized):
         u: [d, r] eigenvectors. sxx: [d, d] S itself, floor included.
     """
 
+    kind: ClassVar[str] = "primal"
+
     u: np.ndarray
     sxx: np.ndarray
 
@@ -182,6 +215,20 @@ class PrimalProblem(Factorized):
             block = np.ascontiguousarray(self.sxx[index[:, :, None], index[:, None, :]], dtype)
             p = _add_precision(p, root, index, block, dtype.type(rho), dtype.type(self.cutoff))
         return p
+
+    def hold_out(self, unseen: Moments) -> HeldOut:
+        """diag(s)^-1/2 U^T of the held-out moments."""
+        return hold_out(self, unseen)
+
+    def masked(
+        self, patch_size: PatchSize, rho: float, unseen: Moments | None, held: HeldOut | None
+    ) -> tuple[PatchBasis, HeldOut | None]:
+        """The basis of a patch size; a singular S does not hold what masked encoders see of held-out images."""
+        basis = patch_basis(self, patch_size, rho)
+        if unseen is not None and self.rank < unseen.num_pixels:
+            with solve_context(self.dtype):
+                held = jax.device_put(hold_out_masked(self, basis, patch_size, rho, unseen))
+        return basis, held
 
     def solved_root(self, patch_size: PatchSize, rho: float) -> np.ndarray:
         """[d, r] (D + rho I)^-1 R, inside :func:`solve_context`. Cost d c r, c pixels in a patch."""

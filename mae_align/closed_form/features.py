@@ -8,7 +8,8 @@ See docs/theory.md, section 3.5.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,12 @@ import numpy as np
 from jax.scipy.linalg import solve_triangular
 from scipy.linalg import get_lapack_funcs
 
+from mae_align.closed_form.basis import PatchBasis, mask_weights, patch_basis
 from mae_align.closed_form.factorize import PrimalProblem
-from mae_align.corruption import CleanImages, Corruption, CorruptionMoments
+from mae_align.closed_form.point import Shared, Weights, directions
+from mae_align.corruption import CleanImages, Corruption, CorruptionMoments, GaussianNoise, PatchMask, PatchMasking
 from mae_align.corruption.base import Images
+from mae_align.data.patches import ImageShape, PatchSize, patch_hw
 from mae_align.runtime.devices import solve_context
 from mae_align.runtime.errors import InputError
 
@@ -32,6 +36,7 @@ class CorruptionFeatures(NamedTuple):
         mu: [m] eigenvalues in units of keep, descending, squared pixel units.
         q: [r, m] nested orthonormal sample basis of the features of clean images, in the coordinates of the
             factorised problem; a column is 0 where its feature adds nothing to those before it.
+        gap: [m] (mu_k - mu_{k+1}) / mu_k; at 0 the first k features are not identified.
         corrupted: the second moments they were found from.
         start: loss at k = 0, squared pixel units; the loss at k is start - keep * (sum of the first k of mu).
     """
@@ -40,6 +45,7 @@ class CorruptionFeatures(NamedTuple):
     decoder: np.ndarray
     mu: np.ndarray
     q: np.ndarray
+    gap: np.ndarray
     corrupted: CorruptionMoments
     start: float
 
@@ -47,11 +53,6 @@ class CorruptionFeatures(NamedTuple):
     def keep(self) -> float:
         """Factor of G and A in [0, 1]."""
         return self.corrupted.keep
-
-    @property
-    def gap(self) -> np.ndarray:
-        """[m] (mu_k - mu_{k+1}) / mu_k; at 0 the first k features are not identified."""
-        return 1.0 - np.append(self.mu[1:], 0.0) / self.mu
 
     def loss(self, k: int) -> float:
         """Minimum of E|Z^T V^T x' - x|^2 over k features."""
@@ -78,19 +79,48 @@ def clean_images(problem: PrimalProblem, *, images: Images | None = None, center
     return CleanImages(problem.sxx, problem.mean_x, problem.image_shape, problem.pixel_noise, centered, images)
 
 
+def shared_patch(corruption: Corruption, image_shape: ImageShape) -> tuple[int, int] | None:
+    """Patch size whose basis makes a corruption cheap; None where it has none, or needs none.
+
+    Corruptions with the same patch size share :func:`mae_align.closed_form.basis.patch_basis`: those that drop patches
+    and fill them with the mean image.
+
+    Example:
+        >>> from mae_align.corruption import GaussianNoise, PatchMasking
+        >>> shared_patch(PatchMasking(2, 0.5), (4, 4, 1)), shared_patch(GaussianNoise(1.0), (4, 4, 1))
+        ((2, 2), None)
+    """
+    if not _is_plain_mask(corruption) or corruption.p_eff(image_shape) == 0.0:
+        return None
+    return patch_hw(corruption.patch_size)
+
+
 def corruption_features(
-    problem: PrimalProblem, corruption: Corruption, *, images: Images | None = None, centered: bool = True
+    problem: PrimalProblem,
+    corruption: Corruption | None,
+    *,
+    max_k: int | None = None,
+    basis: PatchBasis | None = None,
+    images: Images | None = None,
+    centered: bool = True,
 ) -> CorruptionFeatures:
     """Theorem 3 for any corruption: V spans the top-k solutions of A A^T v = mu G v, for every k at once.
 
-    Where the problem has a target operator W, A is cov(x', W x) = cov(x', x) W^T.
+    Where the problem has a target operator W, A is cov(x', W x) = cov(x', x) W^T. Without a corruption and with
+    isotropic noise the features are the principal components. With a mask of patches they are, in the coordinates of
+    the patch basis (docs/theory.md, section 4), V = (D + rho I)^-1 R E diag(w / pi) b, R^T V = E diag(w) b.
 
     Args:
-        problem: the factorised problem. corruption: any object with second moments.
-        images, centered: as in :func:`clean_images`.
+        problem: the factorised problem.
+        corruption: any object with second moments; None for none.
+        max_k: most features; None for the rank.
+        basis: of the mask's patch size (:func:`shared_patch`), where it is at hand.
+        images: as in :func:`clean_images`.
+        centered: as in :func:`clean_images`.
 
     Returns:
-        As many features as carry information through the corruption, at most the rank. float64. Cost: one Cholesky
+        As many features as carry information through the corruption, at most the rank. float64. Cost: r^2 d for
+        principal components; two eigh of size r (one with ``basis``), one QR and r^2 d for a mask; else one Cholesky
         factor (one eigh where G is singular), one SVD and one QR of size d.
 
     Raises:
@@ -105,14 +135,75 @@ def corruption_features(
         >>> corruption_features(problem, GaussianNoise(1.0)).encoder.shape
         (4, 4)
     """
-    return moments_features(problem, corruption.moments(clean_images(problem, images=images, centered=centered)))
+    mask = PatchMasking(1, 0.0) if corruption is None else corruption
+    corrupted = mask.moments(clean_images(problem, images=images, centered=centered))
+    plain = _is_plain_mask(mask)
+    ratio = mask.p_eff(problem.image_shape) if plain else 0.0
+    if plain and ratio > 0.0:
+        return _mask_features(problem, mask.patch_size, ratio, corrupted, max_k or problem.rank, basis)
+    noise = _isotropic_noise(mask)
+    if noise is not None and problem.target is None:
+        return _principal_features(problem, noise, corrupted, max_k or problem.rank)
+    return moments_features(problem, corrupted, max_k=max_k)
 
 
-def moments_features(problem: PrimalProblem, corrupted: CorruptionMoments) -> CorruptionFeatures:
+def _is_plain_mask(corruption: Corruption) -> TypeGuard[PatchMask]:
+    """Whether a corruption drops patches and fills them with the mean image."""
+    return isinstance(corruption, PatchMask) and getattr(corruption, "fill", None) is None
+
+
+def _isotropic_noise(corruption: Corruption) -> float | None:
+    """Variance of noise that is the same for all pixels; 0 for a mask that keeps everything, else None."""
+    if isinstance(corruption, GaussianNoise):
+        sigma = np.unique(np.asarray(corruption.sigma, np.float64))
+        return float(sigma[0]) ** 2 if len(sigma) == 1 else None
+    return 0.0 if _is_plain_mask(corruption) else None
+
+
+def _principal_features(
+    problem: PrimalProblem, noise: float, corrupted: CorruptionMoments, max_k: int
+) -> CorruptionFeatures:
+    """Principal components, which isotropic noise only shrinks: V = U diag(s + sigma^2)^-1/2."""
+    size, u, s = 1.0 / np.sqrt(problem.s + noise), problem.u[:, :max_k], problem.s[:max_k]
+    mu = (problem.s * size) ** 2
+    encoder, decoder = u * size[:max_k], (u * (size[:max_k] * s)).T
+    q = np.eye(problem.rank, max_k)
+    gap = 1.0 - np.append(mu[1:], 0.0) / mu
+    return CorruptionFeatures(encoder, decoder, mu[:max_k], q, gap[:max_k], corrupted, problem.target_trace)
+
+
+def _mask_features(
+    problem: PrimalProblem,
+    patch_size: PatchSize,
+    ratio: float,
+    corrupted: CorruptionMoments,
+    max_k: int,
+    basis: PatchBasis | None,
+) -> CorruptionFeatures:
+    """Features of a mask of patches in its patch basis."""
+    basis = patch_basis(problem, patch_size) if basis is None else basis
+    with solve_context(problem.dtype):
+        w = mask_weights(np.asarray(basis.pi, np.float64), ratio)
+        unsupervised = basis._replace(target=jnp.zeros((problem.rank, 1), basis.e.dtype))  # no target has a say
+        at = Weights(jnp.asarray(w), jnp.zeros(()), jnp.asarray(1.0 / problem.target_trace))
+        b, mu, gap, q = (
+            np.asarray(a) for a in _directions_and_features(Shared(unsupervised, problem.spectrum), at, max_k)
+        )
+        solved = problem.solved_root(patch_size, 0.0)
+        encoder = solved @ (np.asarray(basis.e) @ ((w / np.asarray(basis.pi))[:, None] * b))
+    decoder = encoder.T @ _cross(problem, corrupted)
+    return CorruptionFeatures(encoder, decoder, mu * problem.target_trace, q, gap, corrupted, problem.target_trace)
+
+
+def moments_features(
+    problem: PrimalProblem, corrupted: CorruptionMoments, *, max_k: int | None = None
+) -> CorruptionFeatures:
     """The same from the second moments of a corruption; see :func:`corruption_features`.
 
     Args:
-        problem: the factorised problem. corrupted: second moments of x'.
+        problem: the factorised problem.
+        corrupted: second moments of x'.
+        max_k: most features; None for the rank.
 
     Returns:
         As :func:`corruption_features`.
@@ -128,10 +219,7 @@ def moments_features(problem: PrimalProblem, corrupted: CorruptionMoments) -> Co
         >>> moments_features(problem, CorruptionMoments(problem.sxx, problem.sxx, 1.0)).q.shape
         (4, 4)
     """
-    gram, cross = corrupted.gram, corrupted.cross
-    if problem.target is not None:
-        # Row i of A is cov(x'_i, x), an image: W maps it to cov(x'_i, W x).
-        cross = np.asarray(problem.target.apply(cross.reshape(-1, *problem.image_shape)), np.float64)
+    gram, cross = corrupted.gram, _cross(problem, corrupted)
     with solve_context("float64"):
         lower = _cholesky_factor(gram, problem.rtol)
         if lower is not None:
@@ -147,13 +235,23 @@ def moments_features(problem: PrimalProblem, corrupted: CorruptionMoments) -> Co
         m = min(int(told.cumprod().sum()), problem.rank)
         if m == 0:
             raise InputError("the corruption leaves nothing of these images: there is nothing to reconstruct from")
+        gap = 1.0 - np.append(size[1:m] ** 2, 0.0) / size[:m] ** 2
+        m = min(m, max_k or m)
         encoder, size = encoder[:, :m], size[:m]
         features = problem.root.T @ encoder
         # What clean images show of a feature by rounding alone is none of it, whatever its direction.
         shown = np.linalg.norm(features, axis=0)
         scale = np.sqrt(problem.s[0]) * np.linalg.norm(encoder, axis=0)
         q = nested_basis(np.where(shown > problem.rtol * scale, features, 0.0), problem.rtol)
-        return CorruptionFeatures(encoder, size[:, None] * right[:m], size**2, q, corrupted, problem.target_trace)
+        decoder = size[:, None] * right[:m]
+        return CorruptionFeatures(encoder, decoder, size**2, q, gap[:m], corrupted, problem.target_trace)
+
+
+def _cross(problem: PrimalProblem, corrupted: CorruptionMoments) -> np.ndarray:
+    """A = cov(x', W x) in units of keep: row i of cov(x', x) is an image, which W maps."""
+    if problem.target is None:
+        return corrupted.cross
+    return np.asarray(problem.target.apply(corrupted.cross.reshape(-1, *problem.image_shape)), np.float64)
 
 
 def nested_basis(features: np.ndarray, rtol: float) -> np.ndarray:
@@ -201,6 +299,16 @@ def _cholesky_factor(gram: np.ndarray, rtol: float) -> np.ndarray | None:
     (pocon,) = get_lapack_funcs(("pocon",), (lower,))
     rcond, _ = pocon(lower, np.abs(gram).sum(0).max(), uplo="L")
     return lower if rcond > rtol else None
+
+
+@partial(jax.jit, static_argnames="max_k")
+def _directions_and_features(
+    shared: Shared, at: Weights, max_k: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """b [r, k], mu [k], gap [k] and the features E Q [r, k] of a point."""
+    b, mu, gap = directions(shared.basis.gram, shared.basis.target, at.w, at.alpha, at.beta, max_k)
+    q, _ = jnp.linalg.qr(at.w[:, None] * b)
+    return b, mu, gap, jnp.dot(shared.basis.e, q, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.jit

@@ -13,48 +13,77 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.linalg import solve_triangular
 
 from mae_align.closed_form.basis import PatchBasis
-from mae_align.closed_form.factorize import Factorized
 from mae_align.closed_form.held_out import HeldOut, HeldOutRows, held_out_errors
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-class PointSolution(NamedTuple):
-    """The solution at one grid point.
+class Shared(NamedTuple):
+    """What the points of one basis have in common.
 
     Attributes:
-        mu: [k] eigenvalues of H (shares of the loss at k = 0). gap: [k] (mu_k - mu_{k+1}) / mu_k of the solved matrix.
-        t: [k, q] targets in the features' orthonormal basis.
+        basis: coordinates in which every mask ratio of a patch size is diagonal.
+        spectrum: [r] eigenvalues of S, or [r, r] R^T W^T W R where W x is reconstructed.
+        held: projected held-out data; None for in-sample curves alone.
     """
 
-    mu: jax.Array
-    gap: jax.Array
-    t: jax.Array
+    basis: PatchBasis
+    spectrum: jax.Array
+    held: HeldOut | HeldOutRows | None = None
 
 
-class FeatureSolution(NamedTuple):
-    """The solution with its features formed.
+class Weights(NamedTuple):
+    """What one point has of its own; several points have a leading axis.
 
     Attributes:
-        mu, gap, t: as in :class:`PointSolution`.
+        w: [r] weights of the mask.
+        alpha: weight of supervision.
+        beta: weight of reconstruction; 0 means its limit 0+.
+    """
+
+    w: jax.Array
+    alpha: jax.Array
+    beta: jax.Array
+
+
+class Solution(NamedTuple):
+    """The solution at one grid point; what was not asked for is None.
+
+    Attributes:
+        mu: [k] eigenvalues of H (shares of the loss at k = 0).
+        gap: [k] (mu_k - mu_{k+1}) / mu_k of the solved matrix.
+        t: [k, q] targets in the features' orthonormal basis.
         explained: [k] variance of the reconstructed image (or of W x) that a linear decoder of clean features 1..k
             explains, squared pixel units.
+        errors: [k] mean squared probe error on held-out data.
+        group_errors: [g, k] its parts by group.
     """
 
     mu: jax.Array
     gap: jax.Array
     t: jax.Array
-    explained: jax.Array
+    explained: jax.Array | None = None
+    errors: jax.Array | None = None
+    group_errors: jax.Array | None = None
+
+    def named(self) -> dict[str, np.ndarray]:
+        """The arrays that are there, by name."""
+        return {name: np.asarray(value) for name, value in self._asdict().items() if value is not None}
 
 
-def _directions(
+PointFunction = Callable[..., Solution]
+"""Pure function ``(shared, weights, *, max_k)`` of one grid point."""
+
+
+def directions(
     gram: jax.Array, target: jax.Array, w: jax.Array, alpha: jax.Array, beta: jax.Array, max_k: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Directions b [r, k], mu [k], gap [k]; beta = 0 is the limit of a vanishing reconstruction weight."""
@@ -97,172 +126,104 @@ def _directions(
     return b[:, :max_k], mu[:max_k], gap[:max_k]
 
 
-def solve_point(
-    gram: jax.Array, target: jax.Array, w: jax.Array, alpha: jax.Array, beta: jax.Array, *, max_k: int
-) -> PointSolution:
-    """Targets in the features' basis for every k at once, without forming the features.
+def solve_point(shared: Shared, at: Weights, *, max_k: int) -> Solution:
+    """In-sample targets in the features' basis for every k at once, without forming the features.
 
     Args:
-        gram: [r, r] K. target: [r, q] T. w: [r] mask weights. alpha: weight of supervision. beta: of reconstruction;
-            0 means its limit 0+. max_k: number of features.
+        shared: the basis; held-out data and the spectrum are not looked at.
+        at: the point.
+        max_k: number of features.
 
     Returns:
-        mu [k], gap [k], t [k, q]. Cost: eigh of size r and an R-only QR [r, k]. Pure; vmap it over w, alpha, beta.
+        mu [k], gap [k], t [k, q]. Cost: eigh of size r and an R-only QR [r, k]. Pure; vmap it over ``at``.
     """
-    b, mu, gap = _directions(gram, target, w, alpha, beta, max_k)
+    basis, w = shared.basis, at.w
+    b, mu, gap = directions(basis.gram, basis.target, w, at.alpha, at.beta, max_k)
     triangle = jnp.linalg.qr(w[:, None] * b, mode="r")
-    against = jnp.dot(b.T, w[:, None] * target, precision=_HIGHEST)
-    return PointSolution(mu, gap, solve_triangular(triangle, against, trans=1))
+    against = jnp.dot(b.T, w[:, None] * basis.target, precision=_HIGHEST)
+    return Solution(mu, gap, solve_triangular(triangle, against, trans=1))
 
 
-def solve_features(
-    e: jax.Array,
-    gram: jax.Array,
-    target: jax.Array,
-    s: jax.Array,
-    w: jax.Array,
-    alpha: jax.Array,
-    beta: jax.Array,
-    *,
-    max_k: int,
-) -> tuple[FeatureSolution, jax.Array]:
+def features_of(shared: Shared, at: Weights, *, max_k: int) -> tuple[Solution, jax.Array]:
     """The solution and its features in the coordinates of the factorised problem.
 
     Args:
-        e: [r, r] patch basis. s: [r] eigenvalues of S, or [r, r] R^T W^T W R where W x is reconstructed. Others as in
-            :func:`solve_point`.
+        shared: the basis and the spectrum.
+        at: the point.
+        max_k: number of features.
 
     Returns:
-        The solution, and f [r, k] = E Q with orthonormal columns. Cost: eigh of size r, QR [r, k], r^2 k.
+        The solution in-sample, and f [r, k] = E Q with orthonormal columns. Cost: eigh of size r, QR [r, k], r^2 k.
     """
-    b, mu, gap = _directions(gram, target, w, alpha, beta, max_k)
-    q, _ = jnp.linalg.qr(w[:, None] * b)
-    f = jnp.dot(e, q, precision=_HIGHEST)
-    t = jnp.dot(q.T, target, precision=_HIGHEST)
+    basis, s = shared.basis, shared.spectrum
+    b, mu, gap = directions(basis.gram, basis.target, at.w, at.alpha, at.beta, max_k)
+    q, _ = jnp.linalg.qr(at.w[:, None] * b)
+    f = jnp.dot(basis.e, q, precision=_HIGHEST)
+    t = jnp.dot(q.T, basis.target, precision=_HIGHEST)
     seen = s[:, None] * f if s.ndim == 1 else jnp.dot(s, f, precision=_HIGHEST)
-    return FeatureSolution(mu, gap, t, jnp.cumsum((f * seen).sum(0))), f
+    return Solution(mu, gap, t, jnp.cumsum((f * seen).sum(0))), f
 
 
-def diagonal_solution(s: jax.Array, target: jax.Array, w: jax.Array, beta: jax.Array, *, max_k: int) -> FeatureSolution:
+def solve_features(shared: Shared, at: Weights, *, max_k: int) -> Solution:
+    """The solution with its features formed, and its held-out errors where there are held-out data.
+
+    Args:
+        shared: the basis, the spectrum, and held-out data or None.
+        at: the point.
+        max_k: number of features.
+
+    Returns:
+        As :func:`features_of`, and errors. Cost: that, and of the errors (:func:`held_out_errors`).
+    """
+    return _with_errors(*features_of(shared, at, max_k=max_k), shared)
+
+
+def solve_diagonal(shared: Shared, at: Weights, *, max_k: int) -> Solution:
     """The solution where K = diag(s) and nothing is supervised: the eigenvectors are the axes as they stand.
 
     Without a mask, with or without isotropic noise, w^2 s falls with s, so the features are the principal components.
 
     Args:
-        s: [r] descending. target: [r, q] T. w: [r] weights, non-increasing. beta: weight of reconstruction.
+        shared: the basis without a mask, s [r] descending, and held-out data or None.
+        at: w non-increasing, no supervision.
         max_k: number of features.
 
     Returns:
-        The solution; its features f are the first max_k columns of the identity. Cost r.
+        As :func:`solve_features`; the features f are the first max_k columns of the identity. Cost r without errors.
 
     Example:
-        >>> one = jnp.ones(2)
-        >>> diagonal_solution(jnp.array([3.0, 1.0]), one[:, None], one, jnp.asarray(0.25), max_k=1).mu.tolist()
+        >>> one, s = jnp.ones(2), jnp.array([3.0, 1.0])
+        >>> basis = PatchBasis(jnp.eye(2), one, jnp.diag(s), one[:, None])
+        >>> solve_diagonal(Shared(basis, s), Weights(one, jnp.zeros(()), jnp.asarray(0.25)), max_k=1).mu.tolist()
         [0.75]
     """
-    values = beta * w**2 * s
-    return FeatureSolution(values[:max_k], _gap(values)[:max_k], target[:max_k], jnp.cumsum(s)[:max_k])
+    s = shared.spectrum
+    values = at.beta * at.w**2 * s
+    solution = Solution(values[:max_k], _gap(values)[:max_k], shared.basis.target[:max_k], jnp.cumsum(s)[:max_k])
+    return _with_errors(solution, jnp.eye(len(s), max_k, dtype=s.dtype), shared)
+
+
+def _with_errors(solution: Solution, f: jax.Array, shared: Shared) -> Solution:
+    """The solution with the held-out errors of its features f, where there are held-out data."""
+    if shared.held is None:
+        return solution
+    errors, parts = held_out_errors(f, solution.t, shared.held)
+    return solution._replace(errors=errors, group_errors=parts)
+
+
+@partial(jax.jit, static_argnames=("function", "max_k"))
+def solve_one(function: PointFunction, shared: Shared, at: Weights, *, max_k: int) -> Solution:
+    """One point, compiled."""
+    return function(shared, at, max_k=max_k)
+
+
+@partial(jax.jit, static_argnames=("function", "max_k"))
+def solve_many(function: PointFunction, shared: Shared, at: Weights, *, max_k: int) -> Solution:
+    """Points along the leading axis of ``at``, compiled and vmapped."""
+    return jax.vmap(lambda one: function(shared, one, max_k=max_k))(at)
 
 
 def _gap(values: jax.Array) -> jax.Array:
     """[r] (mu_k - mu_{k+1}) / mu_k of descending values."""
     following = jnp.concatenate([values[1:], jnp.zeros_like(values[:1])])
     return (values - following) / jnp.maximum(values, jnp.finfo(values.dtype).tiny)
-
-
-def _features_and_errors(
-    e: jax.Array,
-    gram: jax.Array,
-    target: jax.Array,
-    s: jax.Array,
-    held: HeldOut | HeldOutRows,
-    w: jax.Array,
-    alpha: jax.Array,
-    beta: jax.Array,
-    *,
-    max_k: int,
-) -> tuple[FeatureSolution, jax.Array, jax.Array]:
-    solution, f = solve_features(e, gram, target, s, w, alpha, beta, max_k=max_k)
-    return solution, *held_out_errors(f, solution.t, held)
-
-
-def _diagonal_curves(*args: jax.Array, max_k: int) -> PointSolution:
-    return PointSolution(*diagonal_solution(*args, max_k=max_k)[:3])
-
-
-def _diagonal_errors(
-    held: HeldOut, s: jax.Array, target: jax.Array, w: jax.Array, beta: jax.Array, *, max_k: int
-) -> tuple[FeatureSolution, jax.Array, jax.Array]:
-    solution = diagonal_solution(s, target, w, beta, max_k=max_k)
-    return solution, *held_out_errors(jnp.eye(len(s), max_k, dtype=s.dtype), solution.t, held)
-
-
-def _only_solution(*args: jax.Array, max_k: int) -> FeatureSolution:
-    return solve_features(*args, max_k=max_k)[0]
-
-
-def _one(function: Callable[..., Any]) -> Callable[..., Any]:
-    return partial(jax.jit, static_argnames="max_k")(function)
-
-
-def _many(function: Callable[..., Any], shared: int) -> Callable[..., Any]:
-    """The same function mapped over its last three arguments (w, alpha, beta); the first ``shared`` are common."""
-
-    @partial(jax.jit, static_argnames="max_k")
-    def call(*args: Any, max_k: int) -> Any:
-        return jax.vmap(partial(function, max_k=max_k), in_axes=(None,) * shared + (0, 0, 0))(*args)
-
-    return call
-
-
-class PointProgram(NamedTuple):
-    """One compiled program of a grid: for a single point (CPU workers) and for a batch of points (accelerators).
-
-    Attributes:
-        name: part of a sweep's identity. point: pure function of a point. one: the same, jitted. many: jitted and
-            vmapped over the last three arguments w, alpha, beta. shared: the arguments before those.
-        named: the solution's arrays by name.
-        diagonal: jitted function of (problem's s, T, w, beta), after ``held`` where there is one: the same solution
-        where it needs no eigenvectors.
-    """
-
-    name: str
-    point: Callable[..., Any]
-    one: Callable[..., Any]
-    many: Callable[..., Any]
-    shared: Callable[[PatchBasis, Factorized, HeldOut | HeldOutRows | None], tuple[Any, ...]]
-    named: Callable[[Any], dict[str, Any]]
-    diagonal: Callable[..., Any]
-
-
-def _spectrum(problem: Factorized) -> jax.Array:
-    return jnp.asarray(problem.s if problem.target_gram is None else problem.target_gram, problem.dtype)
-
-
-CURVES = PointProgram(
-    "curves",
-    solve_point,
-    _one(solve_point),
-    _many(solve_point, 2),
-    lambda basis, problem, held: (basis.gram, basis.target),
-    lambda out: out._asdict(),
-    _one(_diagonal_curves),
-)
-FEATURES = PointProgram(
-    "features",
-    _only_solution,
-    _one(_only_solution),
-    _many(_only_solution, 4),
-    lambda basis, problem, held: (basis.e, basis.gram, basis.target, _spectrum(problem)),
-    lambda out: out._asdict(),
-    _one(diagonal_solution),
-)
-HELD_OUT = PointProgram(
-    "held out",
-    _features_and_errors,
-    _one(_features_and_errors),
-    _many(_features_and_errors, 5),
-    lambda basis, problem, held: (basis.e, basis.gram, basis.target, _spectrum(problem), held),
-    lambda out: out[0]._asdict() | {"errors": out[1], "group_errors": out[2]},
-    _one(_diagonal_errors),
-)

@@ -6,11 +6,9 @@ Results are labelled ``xarray.Dataset`` objects that hold NumPy arrays and recor
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,21 +16,22 @@ import numpy as np
 import xarray as xr
 from jax.sharding import Mesh
 
-from mae_align.closed_form import point as grid
-from mae_align.closed_form.basis import PatchBasis, mask_weights, patch_basis, pca_basis
+from mae_align.closed_form.basis import mask_weights
 from mae_align.closed_form.dataset import assemble, provenance
-from mae_align.closed_form.dual import DualProblem, check_patches, factorize_samples, hold_out_samples, masked_basis
-from mae_align.closed_form.factorize import DType, Factorized, PrimalProblem, factorize
+from mae_align.closed_form.dual import check_patches, factorize_samples
+from mae_align.closed_form.factorize import DType, Factorized, factorize
 from mae_align.closed_form.grid import BasisKey, GridPoint, GridSpec
-from mae_align.closed_form.held_out import (
-    HeldOut,
-    HeldOutRows,
-    check_held_out,
-    held_out_errors_jit,
-    hold_out,
-    hold_out_masked,
+from mae_align.closed_form.held_out import HeldOut, HeldOutRows, check_held_out, held_out_errors_jit
+from mae_align.closed_form.point import (
+    PointFunction,
+    Shared,
+    Weights,
+    solve_diagonal,
+    solve_features,
+    solve_many,
+    solve_one,
+    solve_point,
 )
-from mae_align.closed_form.point import PointProgram
 from mae_align.closed_form.targets import TargetOperator
 from mae_align.corruption import PatchMask, PatchMasking
 from mae_align.data.patches import PatchSize
@@ -45,12 +44,12 @@ from mae_align.runtime.files import fingerprint
 from mae_align.runtime.memory import check_memory, sweep_bytes
 from mae_align.runtime.pool import (
     Arrays,
+    RunOptions,
     Task,
     TaskGroup,
     check_mesh,
     default_mesh,
-    run_groups,
-    shared_store,
+    execute,
     solve_over_mesh,
 )
 
@@ -107,8 +106,8 @@ def masking_sweep(
         True
     """
     spec = GridSpec.checked(moments.image_shape, patch_sizes, [0.0], mask_ratios, [math.inf], masking)
-    program = grid.CURVES if eval_moments is None else grid.HELD_OUT
-    how = Solve(program, max_k, pixel_noise, rtol, dtype, target, run or RunOptions())
+    function = solve_point if eval_moments is None else solve_features
+    how = Solve(function, max_k, pixel_noise, rtol, dtype, target, run or RunOptions())
     result = solve_grid(moments, eval_moments, spec, how)
     result = result.isel(noise_level=0, lam=0, drop=True)
     for name in [name for name in result if str(name).startswith("je_")]:
@@ -162,8 +161,7 @@ def sweep(
         {'patch_size': 1, 'noise_level': 2, 'mask_ratio': 1, 'lam': 2, 'k': 16}
     """
     spec = GridSpec.checked(moments.image_shape, patch_sizes, noise_levels, mask_ratios, lambdas, masking)
-    program = grid.FEATURES if eval_moments is None else grid.HELD_OUT
-    how = Solve(program, max_k, pixel_noise, rtol, dtype, target, run or RunOptions())
+    how = Solve(solve_features, max_k, pixel_noise, rtol, dtype, target, run or RunOptions())
     return solve_grid(moments, eval_moments, spec, how)
 
 
@@ -216,43 +214,20 @@ def gaussian_sweep(moments: Moments | Samples, sigmas: Sequence[float], **option
     return result.isel(drop if "lambdas" in options else drop | {"lam": 0}, drop=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class RunOptions:
-    """How a sweep is run; none of it changes the numbers beyond rounding.
-
-    Attributes:
-        workers: threads on a CPU; default one per core.
-        batch_size: grid points per call; default 1 on a CPU, 8 on an accelerator (vmapped).
-        progress: show a progress bar.
-        store: folder for finished points; the same sweep started again goes on from there. Of several processes the
-            first alone reads and writes it.
-        mesh: devices over which the points are spread (its axes are taken together, ``batch_size`` counts for each
-            device). Default: all devices of all processes where there are several processes or accelerators that have
-            the solves' precision; none on the CPU of one process, where a pool of threads is faster than virtual
-            devices, and for float64 beside a TPU, where every host solves the whole grid on its CPU.
-
-    Example:
-        >>> RunOptions(workers=2).batch_size is None
-        True
-    """
-
-    workers: int | None = None
-    batch_size: int | None = None
-    progress: bool = False
-    store: str | Path | None = None
-    mesh: Mesh | None = None
-
-
 class Solve(NamedTuple):
     """How a grid is solved.
 
     Attributes:
-        program: compiled program of a point. max_k: number of features; None for the rank.
-        pixel_noise, rtol, dtype, target: see :func:`mae_align.closed_form.factorize.factorize`. run: see
-        :class:`RunOptions`.
+        function: of a point.
+        max_k: number of features; None for the rank.
+        pixel_noise: see :func:`mae_align.closed_form.factorize.factorize`, as for the next three.
+        rtol: relative cutoff of the spectrum.
+        dtype: precision.
+        target: W where W x is reconstructed.
+        run: workers, batches, progress, store, mesh.
     """
 
-    program: PointProgram
+    function: PointFunction
     max_k: int | None
     pixel_noise: float | None
     rtol: float | None
@@ -264,11 +239,13 @@ class Solve(NamedTuple):
 def solve_grid(
     moments: Moments | Samples, eval_moments: Moments | Samples | None, spec: GridSpec, how: Solve
 ) -> xr.Dataset:
-    """Solve every point of a checked grid.
+    """Solve every point of a checked grid: called by threads on a CPU, vmapped on an accelerator, or over a mesh.
 
     Args:
-        moments: of the training data, or its samples. eval_moments: of held-out data, of the same kind.
-        spec: the grid. how: the program and its options.
+        moments: of the training data, or its samples.
+        eval_moments: of held-out data, of the same kind.
+        spec: the grid.
+        how: the function of a point and its options.
 
     Returns:
         The labelled result.
@@ -278,76 +255,53 @@ def solve_grid(
     """
     # Everything that can be refused without work is refused first.
     solve_dtype(how.dtype)
-    workers = worker_count(how.run.workers)
-    if how.run.batch_size is not None and how.run.batch_size < 1:
-        raise InputError(f"batch_size={how.run.batch_size}: give at least 1")
-    most = (
-        moments.num_pixels if isinstance(moments, Moments) else min(moments.count - moments.center, moments.num_pixels)
-    )
-    if how.max_k is not None:
-        if not isinstance(how.max_k, int | np.integer) or not 1 <= how.max_k <= most:
-            raise InputError(
-                f"k={how.max_k}: {moments.count} images of {moments.num_pixels} pixel values, "
-                f"give a whole number up to their rank (at most {most})"
-            )
+    how.run.check()
+    if how.max_k is not None and not (isinstance(how.max_k, int | np.integer) and 1 <= how.max_k <= moments.most_rank):
+        raise InputError(
+            f"k={how.max_k}: {moments.count} images of {moments.num_pixels} pixel values, "
+            f"give a whole number up to their rank (at most {moments.most_rank})"
+        )
     check_task(moments.num_targets)
     mesh = default_mesh(how.dtype) if how.run.mesh is None else how.run.mesh
     if mesh is not None:
         check_mesh(mesh, how.dtype)
     if eval_moments is not None:
         check_held_out(eval_moments, moments)
+    points = spec.points()
     if isinstance(moments, Samples) and how.pixel_noise == 0:
-        inert = [p.basis.patch_size for p in spec.points() if p.basis.patch_size is not None and p.basis.noise == 0]
+        inert = [p.basis.patch_size for p in points if p.basis.patch_size is not None and p.basis.noise == 0]
         check_patches(moments, list(dict.fromkeys(inert)))
-    _check_fits(moments, eval_moments, spec, how, most)
+    _check_fits(moments, eval_moments, points, how)
     problem = _factorize(moments, how)
     max_k = problem.rank if how.max_k is None else problem.check_k(how.max_k)
     settings = provenance(problem, moments, eval_moments)
-    states = [a for m in (moments, eval_moments) if m is not None for a in m.state]
-    about = settings | {"k": max_k, "program": how.program.name}
-    store = shared_store(how.run.store, lambda: fingerprint(states, about))
-    held = None if eval_moments is None else _hold_out(problem, eval_moments)
+    held = None if eval_moments is None else problem.hold_out(eval_moments)
     with solve_context(problem.dtype):
         on_device = None if held is None else jax.device_put(held)
+    device = solve_device(problem.dtype)
+    batch = (1 if is_cpu(device) or mesh is not None else 8) if how.run.batch_size is None else how.run.batch_size
+    grid = _Grid(problem, eval_moments, on_device, how.function, max_k, batch, mesh)
     by_basis: dict[BasisKey, dict[str, GridPoint]] = {}
-    for point in spec.points():
+    for point in points:
         by_basis.setdefault(point.basis, {}).setdefault(point.key, point)
-    on_cpu = is_cpu(solve_device(problem.dtype))
-    batch = (1 if on_cpu or mesh is not None else 8) if how.run.batch_size is None else how.run.batch_size
-    if mesh is not None:
-        batch *= mesh.devices.size
-    groups = []
-    for basis, members in by_basis.items():
-        tasks = [Task((f"je-{basis.name}",), partial(_joint_embedding, problem, max_k))]
-        # Without mask or supervision the principal components are the answer, and they are there.
-        known = [p for p in members.values() if _is_diagonal(problem, p)]
-        tasks += [Task((p.key,), partial(_solve_diagonal, p, problem, how.program, max_k)) for p in known]
-        points = [p for p in members.values() if p not in known]
-        for chunk in (points[i : i + batch] for i in range(0, len(points), batch)):
-            solve = partial(_solve_batch, chunk, problem, how.program, max_k, batch, mesh)
-            tasks.append(Task(tuple(p.key for p in chunk), solve))
-        groups.append(TaskGroup(partial(_make_basis, problem, eval_moments, on_device, basis), tasks))
-    found = run_groups(
-        groups, workers=workers if on_cpu and mesh is None else 1, store=store, progress=how.run.progress
-    )
-    where = {"masking": type(spec.masks[0][0]).__name__, "platform": solve_device(problem.dtype).platform}
+
+    def identity() -> str:
+        states = [a for m in (moments, eval_moments) if m is not None for a in m.state]
+        return fingerprint(states, settings | {"k": max_k, "function": how.function.__name__})
+
+    groups = [grid.tasks(basis, list(members.values())) for basis, members in by_basis.items()]
+    found = execute(groups, how.run, dtype=how.dtype, identity=identity, mesh=mesh)
+    where = {"masking": type(spec.masks[0][0]).__name__, "platform": device.platform}
     return assemble(problem, held, spec, max_k, found, settings | where)
 
 
-class Coordinates(NamedTuple):
-    """What the points of one basis share: the basis, and the held-out data in its coordinates."""
-
-    basis: PatchBasis
-    held: HeldOut | HeldOutRows | None
-
-
 def _check_fits(
-    moments: Moments | Samples, eval_moments: Moments | Samples | None, spec: GridSpec, how: Solve, rank: int
+    moments: Moments | Samples, eval_moments: Moments | Samples | None, points: Sequence[GridPoint], how: Solve
 ) -> None:
     """Refuse a sweep on the host that cannot fit into its memory (that of an accelerator is not looked at)."""
     if not is_cpu(solve_device(how.dtype)):
         return
-    points = spec.points()
+    rank = moments.most_rank
     needed = sweep_bytes(
         rank,
         worker_count(how.run.workers),
@@ -361,91 +315,80 @@ def _check_fits(
 
 
 def _factorize(moments: Moments | Samples, how: Solve) -> Factorized:
-    if isinstance(moments, Samples):
-        solve = partial(factorize_samples, moments)
-    else:
-        solve = partial(factorize, moments)
+    """The problem of the kind that the data are."""
+    solve = partial(factorize_samples if isinstance(moments, Samples) else factorize, moments)
     return solve(pixel_noise=how.pixel_noise, rtol=how.rtol, dtype=how.dtype, target=how.target)
 
 
-def _hold_out(problem: Factorized, eval_moments: Moments | Samples) -> HeldOut | HeldOutRows:
-    """Held-out data in coordinates without a mask; check_held_out has seen to it that both are of one kind."""
-    if isinstance(problem, DualProblem) and isinstance(eval_moments, Samples):
-        return hold_out_samples(problem, eval_moments)
-    assert isinstance(problem, PrimalProblem) and isinstance(eval_moments, Moments)
-    return hold_out(problem, eval_moments)
+class _Grid(NamedTuple):
+    """What all points of a grid have in common; ``held`` is the held-out data in coordinates without a mask."""
 
+    problem: Factorized
+    unseen: Moments | Samples | None
+    held: HeldOut | HeldOutRows | None
+    function: PointFunction
+    max_k: int
+    batch: int
+    mesh: Mesh | None
 
-def _make_basis(
-    problem: Factorized, unseen: Moments | Samples | None, held: HeldOut | HeldOutRows | None, key: BasisKey
-) -> Coordinates:
-    if key.patch_size is None:
-        return Coordinates(pca_basis(problem, key.noise), held)
-    if isinstance(problem, DualProblem):
-        samples = unseen if isinstance(unseen, Samples) else None
-        return Coordinates(*masked_basis(problem, key.patch_size, key.noise, samples))
-    basis = patch_basis(problem, key.patch_size, key.noise)
-    if isinstance(problem, PrimalProblem) and isinstance(unseen, Moments) and problem.rank < unseen.num_pixels:
-        with solve_context(problem.dtype):
-            held = jax.device_put(hold_out_masked(problem, basis, key.patch_size, key.noise, unseen))
-    return Coordinates(basis, held)
+    def tasks(self, basis: BasisKey, points: Sequence[GridPoint]) -> TaskGroup[Shared]:
+        """The points of one basis as tasks, and joint embedding, which is one for all of them."""
+        # Without mask or supervision the principal components are the answer, and they are there.
+        known = [p for p in points if basis.patch_size is None and math.isinf(p.lam) and self.problem.target is None]
+        rest = [p for p in points if p not in known]
+        size = self.batch * (1 if self.mesh is None else self.mesh.devices.size)
+        chunks = [rest[i : i + size] for i in range(0, len(rest), size)]
+        tasks = [Task((f"je-{basis.name}",), self.joint_embedding)]
+        tasks += [Task((p.key,), partial(self.solve_known, p)) for p in known]
+        tasks += [Task(tuple(p.key for p in chunk), partial(self.solve, chunk, size)) for chunk in chunks]
+        return TaskGroup(partial(self.shared, basis), tasks)
 
+    def shared(self, key: BasisKey) -> Shared:
+        """The basis, and the held-out data as its encoders see them."""
+        basis, held = self.problem.coordinates(key.patch_size, key.noise, self.unseen, self.held)
+        with solve_context(self.problem.dtype):
+            return Shared(basis, self.problem.spectrum, held)
 
-def _solve_batch(
-    points: Sequence[GridPoint],
-    problem: Factorized,
-    program: PointProgram,
-    max_k: int,
-    batch: int,
-    mesh: Mesh | None,
-    made: Coordinates,
-) -> list[Arrays]:
-    """Solve some points of one basis in one call of one compiled program."""
-    dtype, (basis, held) = np.dtype(problem.dtype), made
-    with solve_context(dtype):
-        pi = np.asarray(basis.pi, np.float64)
+    def weights(self, shared: Shared, points: Sequence[GridPoint]) -> tuple[np.ndarray, Weights]:
+        """w [n, r] in float64, and the weights of the points in the precision of the solves."""
+        pi = np.asarray(shared.basis.pi, np.float64)
         w = np.stack([mask_weights(pi, p.p_eff, p.noise_variance) for p in points])
-        alpha, beta = np.array([p.weights(problem)[:2] for p in points]).T
-        shared = program.shared(basis, problem, held)
-        if mesh is not None:
-            out = solve_over_mesh(program, mesh, shared, tuple(a.astype(dtype) for a in (w, alpha, beta)), max_k)
-        elif batch == 1:
-            out = program.one(*shared, *(a[0].astype(dtype) for a in (w, alpha, beta)), max_k=max_k)
-            out = jax.tree.map(lambda a: np.asarray(a)[None], out)
-        else:
-            # The last batch is filled up with its last point: one shape, one compilation.
-            fill = np.minimum(np.arange(batch), len(points) - 1)
-            out = program.many(*shared, *(a[fill].astype(dtype) for a in (w, alpha, beta)), max_k=max_k)
-            out = jax.tree.map(np.asarray, out)
-    condition = w.max(1) / w.min(1)
-    named = program.named(out)
-    return [{name: a[i] for name, a in named.items()} | {"condition": condition[i]} for i in range(len(points))]
+        alpha, beta = np.array([p.weights(self.problem)[:2] for p in points]).T
+        at: list[Any] = [a.astype(self.problem.dtype) for a in (w, alpha, beta)]
+        return w, Weights(*at)
 
+    def solve(self, points: Sequence[GridPoint], size: int, shared: Shared) -> list[Arrays]:
+        """Some points of one basis in one call of one compiled program."""
+        with solve_context(self.problem.dtype):
+            w, at = self.weights(shared, points)
+            if self.mesh is not None:
+                out = solve_over_mesh(self.function, self.mesh, shared, at, self.max_k)
+            elif size == 1:
+                out = solve_one(self.function, shared, jax.tree.map(lambda a: a[0], at), max_k=self.max_k)
+                out = jax.tree.map(lambda a: np.asarray(a)[None], out)
+            else:
+                # The last batch is filled up with its last point: one shape, one compilation.
+                fill = np.minimum(np.arange(size), len(points) - 1)
+                out = solve_many(self.function, shared, jax.tree.map(lambda a: a[fill], at), max_k=self.max_k)
+            named = out.named()
+        condition = w.max(1) / w.min(1)
+        return [{name: a[i] for name, a in named.items()} | {"condition": condition[i]} for i in range(len(points))]
 
-def _is_diagonal(problem: Factorized, point: GridPoint) -> bool:
-    """Whether the eigenvectors of a point are the axes: the image itself, without mask or supervision."""
-    return point.basis.patch_size is None and math.isinf(point.lam) and problem.target_gram is None
+    def solve_known(self, point: GridPoint, shared: Shared) -> list[Arrays]:
+        """A point whose eigenvectors are the axes of the basis."""
+        with solve_context(self.problem.dtype):
+            w, at = self.weights(shared, [point])
+            out = solve_one(solve_diagonal, shared, jax.tree.map(lambda a: a[0], at), max_k=self.max_k)
+            # The same arrays as of every other point.
+            named = (out._replace(explained=None) if self.function is solve_point else out).named()
+        return [named | {"condition": w.max() / w.min()}]
 
-
-def _solve_diagonal(
-    point: GridPoint, problem: Factorized, program: PointProgram, max_k: int, made: Coordinates
-) -> list[Arrays]:
-    """Solve a point whose eigenvectors are the axes of the basis."""
-    dtype, (basis, held) = np.dtype(problem.dtype), made
-    with solve_context(dtype):
-        w = mask_weights(np.asarray(basis.pi, np.float64), point.p_eff, point.noise_variance)
-        arguments = (problem.s, basis.target, w.astype(dtype), dtype.type(point.weights(problem)[1]))
-        before = () if held is None else (held,)
-        named = program.named(jax.tree.map(np.asarray, program.diagonal(*before, *arguments, max_k=max_k)))
-    return [named | {"condition": w.max() / w.min()}]
-
-
-def _joint_embedding(problem: Factorized, max_k: int, made: Coordinates) -> list[Arrays]:
-    """Linear joint embedding's features are the columns of E as they stand, by descending pi."""
-    basis, held = made
-    with solve_context(problem.dtype):
-        out: Arrays = {"t": np.asarray(basis.target[:max_k])}
-        if held is not None:
-            errors, parts = held_out_errors_jit(basis.e[:, :max_k], basis.target[:max_k], held)
-            out |= {"errors": np.asarray(errors), "group_errors": np.asarray(parts)}
-    return [out]
+    def joint_embedding(self, shared: Shared) -> list[Arrays]:
+        """Linear joint embedding's features are the columns of E as they stand, by descending pi."""
+        with solve_context(self.problem.dtype):
+            out: Arrays = {"t": np.asarray(shared.basis.target[: self.max_k])}
+            if shared.held is not None:
+                e, t = shared.basis.e[:, : self.max_k], shared.basis.target[: self.max_k]
+                errors, parts = held_out_errors_jit(e, t, shared.held)
+                out |= {"errors": np.asarray(errors), "group_errors": np.asarray(parts)}
+        return [out]

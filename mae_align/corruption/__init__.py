@@ -1,7 +1,8 @@
 """Corruptions x' of an image x: second moments for the closed forms, a sampler for the training of networks.
 
-Theorem 3 of Balestriero & LeCun (2024) needs two matrices of a corruption, cov(x') and cov(x', x). A corruption is one
-object with both its moments and its sampler, and the tests hold the two against each other.
+Theorem 3 of Balestriero & LeCun (2024) needs two matrices of a corruption, cov(x') and cov(x', x): docs/theory.md,
+section 3. A corruption is one object with both its moments and its sampler, and the tests hold the two against each
+other.
 """
 
 from mae_align.corruption.base import CleanImages, Corruption, CorruptionMoments, ExactCorruption

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mae_align.data.patches import ImageShape
+from mae_align.data.patches import ImageShape, PatchSize, patch_hw
 from mae_align.runtime.errors import InputError
 
 Images = np.ndarray | Callable[[], Iterable[np.ndarray]]
@@ -29,8 +29,10 @@ class CleanImages(NamedTuple):
     """What a corruption may ask about the clean images.
 
     Attributes:
-        sxx: [d, d] covariance, pixel noise floor included. mean_x: [d] mean image, the default fill.
-        image_shape: (h, w, c), d = h w c. pixel_noise: variance of the floor in ``sxx``, squared pixel units.
+        sxx: [d, d] covariance, pixel noise floor included.
+        mean_x: [d] mean image, the default fill.
+        image_shape: (h, w, c), d = h w c.
+        pixel_noise: variance of the floor in ``sxx``, squared pixel units.
         centered: whether ``sxx`` is about the mean; if not, it is about 0 and so is ``mean_x``.
         images: the images themselves [n, h, w, c], or a function that starts a new pass over batches of them; only
             corruptions without exact moments need them.
@@ -51,7 +53,10 @@ class CorruptionMoments(NamedTuple):
     where everything is masked (keep = 0).
 
     Attributes:
-        gram: [d, d] symmetric positive semidefinite. cross: [d, d]. keep: scalar in [0, 1]. offset: [d], or 0.0.
+        gram: [d, d] symmetric positive semidefinite.
+        cross: [d, d].
+        keep: scalar in [0, 1].
+        offset: [d], or 0.0.
         gram_se, cross_se: standard errors of gram and cross relative to their Frobenius norms: the root of the sum of
             the entries' squared standard errors over the norm; 0 where the moments are exact.
     """
@@ -117,8 +122,9 @@ class Corruption(abc.ABC):
         """Corrupt a batch, independently per image.
 
         Args:
-            key: PRNG key. images: [b, h, w, c]. fill: [h, w, c] the mean image: value of a dropped pixel, unless the
-                corruption has a fill of its own.
+            key: PRNG key.
+            images: [b, h, w, c].
+            fill: [h, w, c] the mean image: value of a dropped pixel, unless the corruption has a fill of its own.
 
         Returns:
             [b, h, w, c] float32. Traceable.
@@ -133,7 +139,8 @@ class ExactCorruption(Corruption):
         """Moments of the corruption of an image that was corrupted before.
 
         Args:
-            before: moments of the image it is applied to. clean: the clean images (their mean is the default fill).
+            before: moments of the image it is applied to.
+            clean: the clean images (their mean is the default fill).
 
         Returns:
             Moments of the result; ``before`` is left as it is. float64.
@@ -234,11 +241,61 @@ def fill_offset(fill: Fill, before: CorruptionMoments, clean: CleanImages) -> np
     return fill_values(fill, clean.image_shape) - clean.mean_x - before.offset
 
 
-def fill_image(fill: Fill, mean_image: jax.Array, image_shape: ImageShape) -> jax.Array:
-    """The value of dropped pixels [h, w, c] float32: the fill of its own, or else the mean image."""
-    if fill is None:
-        return mean_image.astype(jnp.float32)
-    return jnp.asarray(fill_values(fill, image_shape).reshape(image_shape), jnp.float32)
+def dropped_replaced(images: jax.Array, kept: jax.Array, fill: Fill, mean_image: jax.Array) -> jax.Array:
+    """Images whose dropped pixels are the fill of its own, or else the mean image's.
+
+    Args:
+        images: [b, h, w, c].
+        kept: [b, h, w, c or 1] bool.
+        fill: as :func:`frozen_fill` gives it.
+        mean_image: [h, w, c].
+
+    Returns:
+        [b, h, w, c] float32. Traceable.
+
+    Raises:
+        InputError: a fill of another shape than the image's.
+
+    Example:
+        >>> images, kept = jnp.ones((1, 1, 2, 1)), jnp.array([True, False]).reshape(1, 1, 2, 1)
+        >>> dropped_replaced(images, kept, 7.0, images[0]).ravel().tolist()
+        [1.0, 7.0]
+    """
+    _, height, width, channels = images.shape
+    shape = (height, width, channels)
+    value = mean_image if fill is None else fill_values(fill, shape).reshape(shape)
+    return jnp.where(kept, images.astype(jnp.float32), jnp.asarray(value, jnp.float32)[None])
+
+
+def over_pixels(kept: jax.Array, image_shape: ImageShape, patch_size: PatchSize) -> jax.Array:
+    """A mask of patches as one of pixels; what hangs over is cut off, which makes the border patches smaller.
+
+    Args:
+        kept: [b, down, across], of the patches.
+        image_shape: (h, w, c).
+        patch_size: int or (h, w) in pixels.
+
+    Returns:
+        [b, h, w, 1]. Traceable.
+
+    Example:
+        >>> over_pixels(jnp.array([[[True, False]]]), (2, 3, 1), 2)[0, 0, :, 0].tolist()
+        [True, True, False]
+    """
+    high, wide = patch_hw(patch_size)
+    return jnp.repeat(jnp.repeat(kept, high, axis=1), wide, axis=2)[:, : image_shape[0], : image_shape[1], None]
+
+
+def independent_pairs(kept: np.ndarray) -> np.ndarray:
+    """M [d, d] of entries that are kept independently: M_ij = m_i m_j for i != j, M_ii = m_i.
+
+    Example:
+        >>> independent_pairs(np.array([0.5, 1.0])).tolist()
+        [[0.5, 0.5], [0.5, 1.0]]
+    """
+    pair = kept[:, None] * kept
+    np.fill_diagonal(pair, kept)
+    return pair
 
 
 def push_mask(
@@ -249,7 +306,10 @@ def push_mask(
     gram'' = M * gram + cov(delta) * c c^T / keep, cross'' = diag(m) cross, M * A elementwise; c = f - E[x'].
 
     Args:
-        before: moments of x'. kept: [d] m, P(kept). pair: [d, d] M, P(both kept). offset: c [d], or None for 0.
+        before: moments of x'.
+        kept: [d] m, P(kept).
+        pair: [d, d] M, P(both kept).
+        offset: c [d], or None for 0.
 
     Returns:
         Moments of x''. Cost d^2.
@@ -275,9 +335,6 @@ def need_signal(before: CorruptionMoments) -> None:
 
     Raises:
         InputError: keep = 0.
-
-    Example:
-        >>> need_signal(CorruptionMoments(np.eye(1), np.eye(1), 0.5))
     """
     if before.keep == 0.0:
         raise InputError(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mae_align.corruption.base import CleanImages, CorruptionMoments, ExactCorruption, push_mask
+from mae_align.corruption.base import CleanImages, CorruptionMoments, ExactCorruption, independent_pairs, push_mask
 from mae_align.data.patches import ImageShape
 from mae_align.moments.moments import Moments
 from mae_align.runtime.errors import InputError
@@ -64,11 +64,7 @@ class BasisMask(ExactCorruption):
         """[batch, d] bool: which components are kept."""
 
     def check(self, image_shape: ImageShape) -> None:
-        """Refuse images of another size than the components'.
-
-        Raises:
-            InputError: see above.
-        """
+        """Refuse images of another size than the components'."""
         d = math.prod(image_shape)
         if len(self.components) != d:
             raise InputError(f"components of {len(self.components)} pixel values, images of {d}: make them from these")
@@ -76,14 +72,7 @@ class BasisMask(ExactCorruption):
     def push(self, before: CorruptionMoments, clean: CleanImages) -> CorruptionMoments:
         """G = E [M * (E^T gram E) + cov(b) * a a^T] E^T, A = E diag(m) E^T cross, a = E^T (E[x] - E[x']).
 
-        Args:
-            before: moments of the image it is applied to. clean: the clean images.
-
-        Returns:
-            Moments of the masked image. Cost: six products of size d.
-
-        Raises:
-            InputError: components of other images.
+        Cost: six products of size d.
         """
         inside, offset = self._inside(before, clean)
         kept, pair = self.probabilities()
@@ -102,14 +91,7 @@ class BasisMask(ExactCorruption):
         return inside, -moved if moved.any() else None
 
     def sample(self, key: jax.Array, images: jax.Array, fill: jax.Array) -> jax.Array:
-        """Set the dropped components to those of the mean image.
-
-        Args:
-            key: PRNG key. images: [b, h, w, c]. fill: [h, w, c] mean image.
-
-        Returns:
-            [b, h, w, c] float32.
-        """
+        """Set the dropped components to those of the mean image."""
         e, high = jnp.asarray(self.components, jnp.float32), jax.lax.Precision.HIGHEST
         mean = fill.astype(jnp.float32)[None]
         inside = jnp.dot((images.astype(jnp.float32) - mean).reshape(len(images), -1), e, precision=high)
@@ -122,7 +104,8 @@ class ComponentMasking(BasisMask):
     """Each principal component is kept independently: with equal probabilities inert at every ratio (negative control).
 
     Attributes:
-        components: [d, d] orthonormal columns E. keep: probability in (0, 1], one number or one per component [d].
+        components: [d, d] orthonormal columns E.
+        keep: probability in (0, 1], one number or one per component [d].
 
     Raises:
         InputError: probabilities outside [0, 1] or all 0; components that are not orthonormal.
@@ -156,9 +139,7 @@ class ComponentMasking(BasisMask):
     def probabilities(self) -> tuple[np.ndarray, np.ndarray]:
         """m as given and M_ij = m_i m_j for i != j, exact."""
         kept = np.broadcast_to(np.asarray(self.keep, np.float64), len(self.components))
-        pair = kept[:, None] * kept
-        np.fill_diagonal(pair, kept)
-        return kept, pair
+        return kept, independent_pairs(kept)
 
     def sample_kept(self, key: jax.Array, batch: int) -> jax.Array:
         """Independent draws, [batch, d] bool."""
@@ -176,8 +157,11 @@ class VarianceShareMasking(BasisMask):
     permutations with a fixed seed, and the moments carry the standard error.
 
     Attributes:
-        components: [d, d] orthonormal columns E. variances: [d] along each. share: in (0, 1).
-        draws: permutations for the estimate, at least 2. seed: of the estimate.
+        components: [d, d] orthonormal columns E.
+        variances: [d] along each.
+        share: in (0, 1).
+        draws: permutations for the estimate, at least 2.
+        seed: of the estimate.
 
     Raises:
         InputError: values out of range; components that are not orthonormal.
@@ -230,17 +214,7 @@ class VarianceShareMasking(BasisMask):
         return kept.mean(0), kept.T @ kept / self.draws
 
     def push(self, before: CorruptionMoments, clean: CleanImages) -> CorruptionMoments:
-        """As :meth:`BasisMask.push`, with the standard errors of the estimated probabilities.
-
-        Args:
-            before: moments of the image it is applied to. clean: the clean images.
-
-        Returns:
-            Estimated moments of the masked image.
-
-        Raises:
-            InputError: components of other images.
-        """
+        """As :meth:`BasisMask.push`, with the standard errors of the estimated probabilities."""
         out = super().push(before, clean)
         inside, _ = self._inside(before, clean)
         kept, pair = self.probabilities()

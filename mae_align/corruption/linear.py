@@ -32,17 +32,7 @@ class LinearMap(ExactCorruption):
         """B x; nothing is random and nothing is dropped."""
 
     def push(self, before: CorruptionMoments, clean: CleanImages) -> CorruptionMoments:
-        """G = B gram B^T, A = B cross, E[x'] = B E[x].
-
-        Args:
-            before: moments of the image it is applied to. clean: the clean images.
-
-        Returns:
-            Moments of the mapped image.
-
-        Raises:
-            InputError: a map of another image shape.
-        """
+        """G = B gram B^T, A = B cross, E[x'] = B E[x]."""
 
         def on_columns(a: np.ndarray) -> np.ndarray:
             return self.apply(a.T.reshape(-1, *clean.image_shape)).reshape(a.T.shape).T
@@ -81,7 +71,8 @@ class LinearCorruption(LinearMap):
         """The matrix of a linear function of a batch of images.
 
         Args:
-            function: float64 [m, h, w, c] -> [m, h, w, c]. image_shape: (h, w, c).
+            function: float64 [m, h, w, c] -> [m, h, w, c].
+            image_shape: (h, w, c).
 
         Returns:
             The corruption. Cost: the function of d images, d^2 memory.
@@ -124,14 +115,7 @@ class LinearCorruption(LinearMap):
         return (images.reshape(len(images), -1) @ self.matrix.T).reshape(images.shape)
 
     def sample(self, key: jax.Array, images: jax.Array, fill: jax.Array) -> jax.Array:
-        """B x.
-
-        Args:
-            key: not used. images: [b, h, w, c]. fill: not used.
-
-        Returns:
-            [b, h, w, c] float32.
-        """
+        """B x."""
         del key, fill
         self._check(images.shape)
         flat = images.astype(jnp.float32).reshape(len(images), -1)
@@ -158,14 +142,7 @@ class SeparableMap(LinearMap):
         )
 
     def sample(self, key: jax.Array, images: jax.Array, fill: jax.Array) -> jax.Array:
-        """B x.
-
-        Args:
-            key: not used. images: [b, h, w, c]. fill: not used.
-
-        Returns:
-            [b, h, w, c] float32.
-        """
+        """B x."""
         del key, fill
         _, height, width, channels = images.shape
         down, across = (jnp.asarray(a, jnp.float32) for a in self.axis_matrices((height, width, channels)))
@@ -259,26 +236,12 @@ class Compose(Corruption):
         return " + ".join(part.name for part in self.parts)
 
     def check(self, image_shape: ImageShape) -> None:
-        """Refuse images that a part does not fit.
-
-        Raises:
-            InputError: see above.
-        """
+        """Refuse images that a part does not fit."""
         for part in self.parts:
             part.check(image_shape)
 
     def moments(self, clean: CleanImages) -> CorruptionMoments:
-        """Each part's change of the moments in order; estimated from the images where a part has no exact moments.
-
-        Args:
-            clean: the clean images.
-
-        Returns:
-            Moments of the last image.
-
-        Raises:
-            InputError: a part that does not fit the images.
-        """
+        """Each part's change of the moments in order; estimated from the images where a part has no exact moments."""
         sampled = [part for part in self.parts if not isinstance(part, ExactCorruption)]
         if not sampled:
             found = CorruptionMoments(clean.sxx, clean.sxx, 1.0)
@@ -298,26 +261,21 @@ class Compose(Corruption):
         return whole.moments(clean)
 
     def sample(self, key: jax.Array, images: jax.Array, fill: jax.Array) -> jax.Array:
-        """Every part in order, with a key of its own.
-
-        Args:
-            key: PRNG key. images: [b, h, w, c]. fill: [h, w, c] mean image.
-
-        Returns:
-            [b, h, w, c] float32.
-        """
+        """Every part in order, with a key of its own."""
         for part, own in zip(self.parts, jax.random.split(key, len(self.parts)), strict=True):
             images = part.sample(own, images, fill)
         return images.astype(jnp.float32)
 
 
 def _gaussian(size: int, sigma: float) -> np.ndarray:
+    """[size, size] weights of a Gaussian blur, each row of sum 1."""
     distance = np.arange(size)[:, None] - np.arange(size)
     weights = np.exp(-0.5 * (distance / sigma) ** 2)
     return weights / weights.sum(1, keepdims=True)
 
 
 def _averages(size: int, cell: int) -> np.ndarray:
+    """[size, size] averages over cells."""
     label = np.arange(size) // cell
     same = (label[:, None] == label).astype(np.float64)
     return same / same.sum(1, keepdims=True)

@@ -21,9 +21,11 @@ from mae_align.corruption.base import (
     CorruptionMoments,
     ExactCorruption,
     Fill,
-    fill_image,
+    dropped_replaced,
     fill_offset,
     frozen_fill,
+    independent_pairs,
+    over_pixels,
     push_mask,
 )
 from mae_align.data.patches import ImageShape, PatchSize, patch_grid, patch_hw, patch_labels
@@ -55,27 +57,15 @@ class ProbabilityMask(ExactCorruption):
     def push(self, before: CorruptionMoments, clean: CleanImages) -> CorruptionMoments:
         """G = M * gram + cov(delta) * c c^T, A = diag(m) cross, c = fill - E[x'] (0 for the mean image).
 
-        Args:
-            before: moments of the image it is applied to. clean: the clean images.
-
-        Returns:
-            Moments of the masked image. Cost d^2 and that of the probabilities.
+        Cost d^2 and that of the probabilities.
         """
         return push_mask(before, *self.probabilities(clean.image_shape), fill_offset(self.fill, before, clean))
 
     def sample(self, key: jax.Array, images: jax.Array, fill: jax.Array) -> jax.Array:
-        """Replace dropped pixels by the fill.
-
-        Args:
-            key: PRNG key. images: [b, h, w, c]. fill: [h, w, c] mean image.
-
-        Returns:
-            [b, h, w, c] float32.
-        """
-        _, height, width, channels = images.shape
-        shape = (height, width, channels)
-        mask = self.sample_mask(key, len(images), shape)
-        return jnp.where(mask, images.astype(jnp.float32), fill_image(self.fill, fill, shape)[None])
+        """Replace dropped pixels by the fill."""
+        batch, height, width, channels = images.shape
+        kept = self.sample_mask(key, batch, (height, width, channels))
+        return dropped_replaced(images, kept, self.fill, fill)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,8 +103,7 @@ class PixelMasking(ProbabilityMask):
             raise InputError("keep is 0 everywhere: at least one pixel must be kept now and then")
         flat = keep.reshape(-1)
         if self.pair is None:
-            pair = flat[:, None] * flat
-            np.fill_diagonal(pair, flat)
+            pair = independent_pairs(flat)
         else:
             pair = np.array(self.pair, np.float64)
             _check_pairs(flat, pair)
@@ -136,11 +125,7 @@ class PixelMasking(ProbabilityMask):
         return keep.reshape(-1)[pixel], pair[pixel[:, None], pixel]
 
     def check(self, image_shape: ImageShape) -> None:
-        """Refuse images of another shape than the probabilities'.
-
-        Raises:
-            InputError: see above.
-        """
+        """Refuse images of another shape than the probabilities'."""
         self.probabilities(image_shape)
 
     def sample_mask(self, key: jax.Array, batch: int, image_shape: ImageShape) -> jax.Array:
@@ -155,6 +140,7 @@ class PixelMasking(ProbabilityMask):
 
 
 def _check_pairs(keep: np.ndarray, pair: np.ndarray) -> None:
+    """Refuse probabilities of pairs that no random mask has."""
     if pair.shape != (len(keep), len(keep)):
         raise InputError(f"pair has shape {list(pair.shape)}: {len(keep)} keep probabilities need [{len(keep)}] * 2")
     if not np.isfinite(pair).all() or np.abs(pair - pair.T).max() > 1e-12:
@@ -216,6 +202,7 @@ class MaskMixture(ProbabilityMask):
         object.__setattr__(self, "weights", weights / weights.sum())
 
     def _fitting(self, image_shape: ImageShape) -> np.ndarray:
+        """The masks, refused where they do not fit the image."""
         if self.masks.shape[1:3] != tuple(image_shape[:2]) or self.masks.shape[3] not in (1, image_shape[2]):
             raise InputError(
                 f"masks have shape {list(self.masks.shape)}, the image {list(image_shape)}: give one shape"
@@ -252,7 +239,9 @@ class BlockMasking(ProbabilityMask):
     size for all blocks of a batch; the probabilities of one block are the same.
 
     Attributes:
-        num_blocks: at least 1. scale: range of s, in (0, 1]. aspect: range of a, positive.
+        num_blocks: at least 1.
+        scale: range of s, in (0, 1].
+        aspect: range of a, positive.
         patch_size: int or (h, w) in pixels, the cells of the grid; 1 for pixels.
 
     Raises:
@@ -330,7 +319,6 @@ class BlockMasking(ProbabilityMask):
 
     def sample_mask(self, key: jax.Array, batch: int, image_shape: ImageShape) -> jax.Array:
         """Blocks of random size and place, [batch, h, w, 1] bool."""
-        height, width = image_shape[:2]
         down, across = patch_grid(image_shape, self.patch_size)
         sizes, chance = self.sizes(image_shape)
         key_size, key_place = jax.random.split(key)
@@ -343,8 +331,7 @@ class BlockMasking(ProbabilityMask):
             for i, cell in enumerate((jnp.arange(down), jnp.arange(across)))
         ]
         kept = ~(inside[0][..., :, None] & inside[1][..., None, :]).any(1)
-        ph, pw = patch_hw(self.patch_size)
-        return jnp.repeat(jnp.repeat(kept, ph, axis=1), pw, axis=2)[:, :height, :width, None]
+        return over_pixels(kept, image_shape, self.patch_size)
 
 
 def _draw(key: jax.Array, chance: np.ndarray, shape: tuple[int, ...]) -> jax.Array:

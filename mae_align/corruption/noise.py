@@ -38,27 +38,13 @@ class GaussianNoise(ExactCorruption):
             raise InputError("sigma must be finite and not negative (in the units of the stored pixels)")
 
     def check(self, image_shape: ImageShape) -> None:
-        """Refuse images of another shape than sigma's.
-
-        Raises:
-            InputError: see above.
-        """
+        """Refuse images of another shape than sigma's."""
         shape = np.shape(self.sigma)
         if shape and shape != tuple(image_shape):
             raise InputError(f"sigma has shape {list(shape)}: give a number or the image's {list(image_shape)}")
 
     def push(self, before: CorruptionMoments, clean: CleanImages) -> CorruptionMoments:
-        """G gains diag(sigma^2); A and the mean stay.
-
-        Args:
-            before: moments of the image it is applied to. clean: the clean images.
-
-        Returns:
-            Moments of the noisy image. Cost d^2.
-
-        Raises:
-            InputError: sigma of another shape; noise after a mask that drops everything.
-        """
+        """G gains diag(sigma^2); A and the mean stay. Cost d^2."""
         self.check(clean.image_shape)
         sigma = np.asarray(self.sigma, np.float64)
         if sigma.any():
@@ -67,14 +53,7 @@ class GaussianNoise(ExactCorruption):
         return before._replace(gram=before.gram + np.diag(variance) / (before.keep or 1.0))
 
     def sample(self, key: jax.Array, images: jax.Array, fill: jax.Array) -> jax.Array:
-        """Images plus noise (nothing is dropped, so the fill is not used).
-
-        Args:
-            key: PRNG key. images: [b, h, w, c]. fill: [h, w, c].
-
-        Returns:
-            [b, h, w, c] float32.
-        """
+        """Images plus noise (nothing is dropped, so the fill is not used)."""
         del fill
         noise = jax.random.normal(key, images.shape, jnp.float32)
         return images.astype(jnp.float32) + jnp.broadcast_to(jnp.asarray(self.sigma, jnp.float32), images.shape) * noise

@@ -21,10 +21,11 @@ from mae_align.corruption.base import (
     CorruptionMoments,
     ExactCorruption,
     Fill,
-    fill_image,
+    dropped_replaced,
     fill_offset,
     frozen_fill,
     need_signal,
+    over_pixels,
 )
 from mae_align.data.patches import ImageShape, PatchSize, check_ratio, patch_grid, patch_hw, patch_labels
 from mae_align.runtime.errors import InputError
@@ -35,8 +36,9 @@ class PatchMask(ExactCorruption):
     """An exchangeable mask of whole patches; subclasses say how many patches are dropped.
 
     Attributes:
-        patch_size: int or (h, w) in pixels. fill: value of a dropped pixel, a number or an array [h, w, c] in the units
-            of the stored pixels; None for the mean image. With a fill of its own a mask leaves the family that
+        patch_size: int or (h, w) in pixels.
+        fill: value of a dropped pixel, a number or an array [h, w, c] in the units of the stored pixels; None for the
+            mean image. With a fill of its own a mask leaves the family that
             :func:`mae_align.closed_form.sweep.masking_sweep` solves:
             :func:`mae_align.closed_form.corruption_sweep.corruption_sweep` takes it.
     """
@@ -87,13 +89,8 @@ class PatchMask(ExactCorruption):
     def push(self, before: CorruptionMoments, clean: CleanImages) -> CorruptionMoments:
         """G = keep [(1 - p) S + p D] with D the part of S within patches, A = keep S, p = ``effective_drop``.
 
-        With m the keep probability and c = fill - E[x'], the covariance of the mask times c c^T comes on top.
-
-        Args:
-            before: moments of the image it is applied to. clean: the clean images.
-
-        Returns:
-            Moments of the masked image. Cost d^2. Source: Theorem 3 with the second moments of a patch mask.
+        With m the keep probability and c = fill - E[x'], the covariance of the mask times c c^T comes on top. Cost d^2.
+        Source: Theorem 3 with the second moments of a patch mask.
         """
         label = patch_labels(clean.image_shape, self.patch_size)
         same = label[:, None] == label[None, :]
@@ -107,22 +104,12 @@ class PatchMask(ExactCorruption):
         return before._replace(gram=gram, keep=before.keep * keep, offset=offset)
 
     def sample(self, key: jax.Array, images: jax.Array, fill: jax.Array) -> jax.Array:
-        """Replace dropped patches by the fill.
-
-        Args:
-            key: PRNG key. images: [b, h, w, c]. fill: [h, w, c] mean image.
-
-        Returns:
-            [b, h, w, c] float32.
-        """
+        """Replace dropped patches by the fill."""
         batch, height, width, channels = images.shape
-        down, across = patch_grid((height, width, channels), self.patch_size)
-        ph, pw = patch_hw(self.patch_size)
+        shape = (height, width, channels)
+        down, across = patch_grid(shape, self.patch_size)
         kept = self.sample_kept(key, batch, down * across).reshape(batch, down, across)
-        # Whole patches are spread out and the overhang cut off, which makes the border patches smaller.
-        mask = jnp.repeat(jnp.repeat(kept, ph, axis=1), pw, axis=2)[:, :height, :width, None]
-        value = fill_image(self.fill, fill, (height, width, channels))
-        return jnp.where(mask, images.astype(jnp.float32), value[None])
+        return dropped_replaced(images, over_pixels(kept, shape, self.patch_size), self.fill, fill)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +117,8 @@ class PatchMasking(PatchMask):
     """Each patch is dropped independently with probability ``ratio`` (Bernoulli mask of the paper).
 
     Attributes:
-        patch_size: int or (h, w) in pixels. ratio: drop probability in [0, 1].
+        patch_size: int or (h, w) in pixels.
+        ratio: drop probability in [0, 1].
 
     Raises:
         InputError: ratio outside [0, 1] or a bad patch size.
@@ -189,7 +177,8 @@ class FixedCountPatchMasking(PatchMask):
     p_eff = (1 - n/N) N/(N - 1). Border patches count as patches, whatever their size.
 
     Attributes:
-        patch_size: int or (h, w) in pixels. num_visible: n in 1..N.
+        patch_size: int or (h, w) in pixels.
+        num_visible: n in 1..N.
 
     Raises:
         InputError: no visible patch, or (once the image is known) more than there are.
@@ -245,12 +234,15 @@ class FixedCountPatchMasking(PatchMask):
         """(n - 1) / (N - 1)."""
         return (self.num_visible - 1) / max(self._count(image_shape) - 1, 1)
 
-    def sample_kept(self, key: jax.Array, batch: int, num_patches: int) -> jax.Array:
-        """The ``num_visible`` smallest of random numbers, [batch, num_patches] bool."""
+    def sample_order(self, key: jax.Array, batch: int, num_patches: int) -> jax.Array:
+        """A permutation of the patches of each image, [batch, num_patches]: the first ``num_visible`` are kept."""
         if self.num_visible > num_patches:
             raise InputError(f"num_visible={self.num_visible} but the image has {num_patches} patches")
-        order = jnp.argsort(jax.random.uniform(key, (batch, num_patches), jnp.float32), axis=1)
-        return jnp.argsort(order, axis=1) < self.num_visible
+        return jnp.argsort(jax.random.uniform(key, (batch, num_patches), jnp.float32), axis=1)
+
+    def sample_kept(self, key: jax.Array, batch: int, num_patches: int) -> jax.Array:
+        """The ``num_visible`` first of :meth:`sample_order`, [batch, num_patches] bool."""
+        return jnp.argsort(self.sample_order(key, batch, num_patches), axis=1) < self.num_visible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +252,8 @@ class RandomRatioMasking(PatchMask):
     p_eff = 1 - E[(1 - p)^2] / E[1 - p].
 
     Attributes:
-        patch_size: int or (h, w) in pixels. low, high: 0 <= low <= high <= 1.
+        patch_size: int or (h, w) in pixels.
+        low, high: 0 <= low <= high <= 1.
 
     Raises:
         InputError: bounds out of order or outside [0, 1].

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mae_align.corruption.base import CleanImages, Corruption, CorruptionMoments
-from mae_align.data.patches import ImageShape
 from mae_align.runtime.errors import InputError
 
 
@@ -27,7 +26,8 @@ class SampledCorruption(Corruption):
     Attributes:
         function: (image [h, w, c] float32, PRNG key) -> [h, w, c]; traceable by JAX.
         views: draws per image, at least 1; with 1 the standard error is NaN.
-        seed: of the estimate. batch_size: images at a time; it does not change the draws.
+        seed: of the estimate.
+        batch_size: images at a time; it does not change the draws.
 
     Raises:
         InputError: no draws; (once the images are known) a function that changes their shape or gives NaN.
@@ -111,14 +111,7 @@ class SampledCorruption(Corruption):
         return gram, cross, total
 
     def sample(self, key: jax.Array, images: jax.Array, fill: jax.Array) -> jax.Array:
-        """One draw of the function per image.
-
-        Args:
-            key: PRNG key. images: [b, h, w, c]. fill: not used.
-
-        Returns:
-            [b, h, w, c] float32.
-        """
+        """One draw of the function per image."""
         del fill
         keys = jax.random.split(key, len(images))
         return jax.vmap(self.function)(images.astype(jnp.float32), keys).astype(jnp.float32)
@@ -165,16 +158,14 @@ def _corrupted(
 
 
 def _batches(clean: CleanImages, size: int) -> Iterator[np.ndarray]:
+    """The images, at most ``size`` at a time."""
     images = clean.images
     parts: Iterable[np.ndarray] = images() if callable(images) else (images,)  # pyright: ignore[reportAssignmentType]
     for part in parts:
-        _check_shape(np.shape(part), clean.image_shape)
+        if np.shape(part)[1:] != tuple(clean.image_shape):
+            raise InputError(
+                f"images have shape {list(np.shape(part))}, the moments are of {list(clean.image_shape)}: "
+                "give the same images"
+            )
         for begin in range(0, len(part), size):
             yield np.asarray(part[begin : begin + size])
-
-
-def _check_shape(shape: tuple[int, ...], image_shape: ImageShape) -> None:
-    if tuple(shape[1:]) != tuple(image_shape):
-        raise InputError(
-            f"images have shape {list(shape)}, the moments are of {list(image_shape)}: give the same images"
-        )

@@ -1,4 +1,7 @@
-"""Labelled image sets: loaders, splits and transforms."""
+"""Labelled images come in: loaders by name, sources to stream from, splits, transforms, patches and frequencies.
+
+There is no mathematics here beyond what the functions say; patches are those of docs/theory.md, section 3.3.
+"""
 
 from mae_align.data.dataset import ImageDataset
 from mae_align.data.registry import load_dataset, open_source, open_splits

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mae_align.data import source
-from mae_align.data.dataset import ImageDataset, ImageShape
+from mae_align.data.dataset import ImageShape
 from mae_align.data.pictures import is_deep, with_channels
 from mae_align.data.resize import resize_picture
-from mae_align.data.source import ImageSource, Splits, in_memory
+from mae_align.data.source import ImageSource, Splits
 from mae_align.data.split import stratified_split
 from mae_align.runtime.errors import InputError
 
@@ -88,30 +88,6 @@ def open_folder(root: Path, image_size: int | None, seed: int, test_fraction: fl
     shape = _common_shape([*train.paths, *test.paths], image_size, name)
     pixels = np.dtype(np.uint8)
     return Splits(*(FolderSource(files, shape, image_size, tuple(classes), name, pixels) for files in (train, test)))
-
-
-def load_folder(root: Path, image_size: int | None, seed: int, test_fraction: float) -> ImageDataset:
-    """The data set of :func:`open_folder` in memory.
-
-    Args:
-        root: the folder.
-        image_size: side in pixels, or None to keep the images as they are.
-        seed: of the split, where there is no test folder.
-        test_fraction: share of the test images, where there is no test folder.
-
-    Returns:
-        The data set, images [n, h, w, c] uint8, c = 1 or 3.
-
-    Raises:
-        InputError: as :func:`open_folder`, or an image that cannot be decoded.
-
-    Example:
-        >>> load_folder(Path("nowhere"), None, seed=0, test_fraction=0.2)
-        Traceback (most recent call last):
-        ...
-        mae_align.runtime.errors.InputError: no folder nowhere: give a folder with one sub-folder per class, folder:DIR
-    """
-    return in_memory(open_folder(root, image_size, seed, test_fraction))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

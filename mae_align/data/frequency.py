@@ -29,8 +29,9 @@ class BandErrors(NamedTuple):
     """Reconstruction error and centred energy by band, as sums over the pixels of one image, mean over images.
 
     Attributes:
-        error: [B] of x_hat - x, squared pixel units. energy: [B] of x - mean. share: [B] error / energy, NaN for bands
-            in which the images do not vary.
+        error: [B] of x_hat - x, squared pixel units.
+        energy: [B] of x - mean.
+        share: [B] error / energy, NaN for bands in which the images do not vary.
     """
 
     error: np.ndarray
@@ -65,7 +66,9 @@ def radial_bands(height: int, width: int, num_bands: int) -> np.ndarray:
     Small images have no frequency in some of many bands: such masks are empty.
 
     Args:
-        height, width: in pixels, any parity. num_bands: B.
+        height: in pixels, any parity.
+        width: likewise.
+        num_bands: B.
 
     Returns:
         [B, h, w] bool; every frequency lies in exactly one band.
@@ -80,7 +83,7 @@ def radial_bands(height: int, width: int, num_bands: int) -> np.ndarray:
     edges = band_edges(num_bands)
     if min(height, width) < 1:
         raise InputError(f"an image of {height} x {width} pixels has no frequencies")
-    radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None, :])
+    radius = _radii(height, width)
     band = np.clip(np.searchsorted(edges, radius, side="right") - 1, 0, num_bands - 1)
     return band[None] == np.arange(num_bands)[:, None, None]
 
@@ -103,40 +106,13 @@ def band_energy(images: jax.Array | np.ndarray, num_bands: int) -> jax.Array:
         >>> band_energy(np.ones((5, 4, 4, 3), np.float32), 3)[0].tolist()
         [48.0, 0.0, 0.0]
     """
-    x = _floating(images)
+    _check_axes(images)
+    x = jnp.asarray(images)
+    x = x if x.dtype in (jnp.float32, jnp.float64) else x.astype(jnp.float32)
     masks = jnp.asarray(radial_bands(x.shape[-3], x.shape[-2], num_bands), x.dtype)
     spectrum = jnp.fft.fft2(x, axes=(-3, -2), norm="ortho")
     power = (spectrum.real**2 + spectrum.imag**2).sum(-1)
     return jnp.einsum("...hw,bhw->...b", power, masks, precision=jax.lax.Precision.HIGHEST)
-
-
-def filter_band(images: jax.Array | np.ndarray, band: np.ndarray) -> jax.Array:
-    """The part of images within a band: F^-1 (band * F x); can be traced, with ``band`` static.
-
-    Args:
-        images: [..., h, w, c]. band: [h, w] bool, a row of :func:`radial_bands` or a union of several.
-
-    Returns:
-        [..., h, w, c] float. The parts of all bands add up to the images.
-
-    Raises:
-        InputError: fewer than three axes, a mask of another size, or one that separates a frequency from its negative
-            (the result would not be real).
-
-    Example:
-        >>> x = np.arange(16, dtype=np.float32).reshape(4, 4, 1)
-        >>> filter_band(x, radial_bands(4, 4, 4)[0])[0, 0].tolist()
-        [7.5]
-    """
-    x = _floating(images)
-    mask = np.asarray(band)
-    if mask.dtype != np.bool_ or mask.shape != x.shape[-3:-1]:
-        raise InputError(f"band of shape {list(mask.shape)} and dtype {mask.dtype}: give bool {list(x.shape[-3:-1])}")
-    if not np.array_equal(mask, np.roll(mask[::-1, ::-1], (1, 1), (0, 1))):
-        raise InputError("this band holds frequencies without their negatives: what it lets through is no real image")
-    spectrum = jnp.fft.fft2(x, axes=(-3, -2))
-    kept = jnp.where(jnp.asarray(mask).reshape((1,) * (x.ndim - 3) + (*mask.shape, 1)), spectrum, 0)
-    return jnp.fft.ifft2(kept, axes=(-3, -2)).real
 
 
 def mean_frequency(images: np.ndarray) -> np.ndarray:
@@ -160,9 +136,8 @@ def mean_frequency(images: np.ndarray) -> np.ndarray:
         [0.0, 0.7071]
     """
     x = np.asarray(images, np.float64)
-    if x.ndim < 3 or 0 in x.shape[-3:]:
-        raise InputError(f"images have shape {list(x.shape)}: give [..., h, w, c]")
-    radius = np.hypot(np.fft.fftfreq(x.shape[-3])[:, None], np.fft.fftfreq(x.shape[-2])[None, :])
+    _check_axes(x)
+    radius = _radii(x.shape[-3], x.shape[-2])
     power = (np.abs(np.fft.fft2(x, axes=(-3, -2))) ** 2).sum(-1)
     total = power.sum((-2, -1))
     return np.where(total > 0, (power * radius).sum((-2, -1)) / np.where(total > 0, total, 1.0), np.nan)
@@ -174,7 +149,8 @@ def error_by_band(
     """How much of each band a reconstruction misses.
 
     Args:
-        images: x [n, h, w, c] uint8 or floating. reconstructed: x_hat [n, h, w, c] in the same units.
+        images: x [n, h, w, c] uint8 or floating.
+        reconstructed: x_hat [n, h, w, c] in the same units.
         num_bands: B.
         mean_image: [h, w, c] about which the energy is taken (that of the training images); None: mean of ``images``.
 
@@ -215,8 +191,12 @@ def _summed(images: np.ndarray, num_bands: int) -> np.ndarray:
 _band_energy = partial(jax.jit, static_argnums=1)(band_energy)
 
 
-def _floating(images: jax.Array | np.ndarray) -> jax.Array:
+def _radii(height: int, width: int) -> np.ndarray:
+    """[h, w] radial frequency in cycles per pixel, in the order of ``fft2``."""
+    return np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None, :])
+
+
+def _check_axes(images: jax.Array | np.ndarray) -> None:
+    """Refuse what is no [..., h, w, c]."""
     if images.ndim < 3 or 0 in images.shape[-3:]:
         raise InputError(f"images have shape {list(images.shape)}: give [..., h, w, c]")
-    x = jnp.asarray(images)
-    return x if x.dtype in (jnp.float32, jnp.float64) else x.astype(jnp.float32)

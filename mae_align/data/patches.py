@@ -74,9 +74,6 @@ def check_ratio(ratio: float) -> None:
 
     Raises:
         InputError: NaN or outside [0, 1].
-
-    Example:
-        >>> check_ratio(0.75)
     """
     if not (math.isfinite(ratio) and 0.0 <= ratio <= 1.0):
         raise InputError(f"mask ratio {ratio}: give a number from 0 to 1")

@@ -21,7 +21,7 @@ class ImageBatch(NamedTuple):
         images: [b, h, w, c], the dtype of the source.
         labels: [b] int64.
         indices: [b] int64 positions in the source, the same whatever process reads them and in whatever order: what
-            :func:`mae_align.moments.moments.group_of` hashes.
+            :func:`mae_align.moments.accumulate.group_of` hashes.
     """
 
     images: np.ndarray
@@ -206,6 +206,7 @@ def global_batches(
 
 
 def _check_seed(seed: int | None) -> None:
+    """Refuse a seed that grain does not take."""
     if seed is not None and not 0 <= seed < 2**32:
         raise InputError(f"seed {seed}: give an integer from 0 to 2^32 - 1")
 

@@ -25,6 +25,7 @@ from mae_align.data.pictures import MODES
 from mae_align.data.source import BATCH, ImageSource, Splits
 from mae_align.data.tfds_source import INCOMPLETE, METADATA, import_tfds
 from mae_align.runtime.errors import InputError
+from mae_align.runtime.files import whole_file
 
 PLAN = "preparation.json"  # what the folder is made from; kept, so that the same command finds its work done
 
@@ -53,7 +54,7 @@ class Preparation:
 
 
 def write_prepared(
-    splits: Splits, path: Path, *, shards: int | None = None, shard_mb: float = 128.0, progress: bool = False
+    splits: Splits, path: str | Path, *, shards: int | None = None, shard_mb: float = 128.0, progress: bool = False
 ) -> Preparation:
     """Write both parts of a data set as a TFDS data set of ArrayRecord files.
 
@@ -186,9 +187,8 @@ def _write_all(tfds: Any, splits: Splits, plan: dict[str, Any], work: Path, prog
     elif any(not entry.name.endswith(".tmp") for entry in work.iterdir()):
         raise InputError(f"{work} holds files of something else: choose another --out or delete it")
     else:
-        unfinished = work / (PLAN + ".tmp")
-        unfinished.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, work / PLAN)
+        with whole_file(work / PLAN) as file:
+            file.write((json.dumps(plan, indent=2) + "\n").encode())
     features = _features(tfds, plan)
     written = 0
     bar = tqdm(total=sum(map(len, splits)), desc=plan["source"], unit="image", disable=not progress)

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from mae_align.data.dataset import ImageDataset
 from mae_align.data.digits import load_digits
-from mae_align.data.folder import load_folder, open_folder
+from mae_align.data.folder import open_folder
 from mae_align.data.idx import load_idx
 from mae_align.data.npz import load_npz
 from mae_align.data.resize import check_image_size, resize_dataset
@@ -41,64 +41,39 @@ class Source:
 
     Attributes:
         usage: how the name is written: ``scheme`` or ``scheme:ARGUMENT``.
-        load: from the argument ("" without one) and the options to the data set in memory.
-        open: the same to sources that read each image when it is asked for; None: the arrays of ``load``.
+        open: from the argument ("" without one) and the options to the data set, in memory or read image by image.
     """
 
     usage: str
-    load: Callable[[str, LoadOptions], ImageDataset]
-    open: Callable[[str, LoadOptions], Splits] | None = None
+    open: Callable[[str, LoadOptions], ImageDataset | Splits]
 
 
 def _path(argument: str) -> Path:
+    """A path in which ``~`` stands for the home folder."""
     return Path(os.path.expanduser(argument))
 
 
-def _digits(argument: str, options: LoadOptions) -> ImageDataset:
-    return load_digits(options.seed, options.test_fraction)
-
-
-def _idx(argument: str, options: LoadOptions) -> ImageDataset:
-    return load_idx(_path(argument))
-
-
-def _npz(argument: str, options: LoadOptions) -> ImageDataset:
-    return load_npz(_path(argument))
-
-
-def _folder(argument: str, options: LoadOptions) -> ImageDataset:
-    return load_folder(_path(argument), options.image_size, options.seed, options.test_fraction)
-
-
-def _open_folder(argument: str, options: LoadOptions) -> Splits:
+def _folder(argument: str, options: LoadOptions) -> Splits:
     return open_folder(_path(argument), options.image_size, options.seed, options.test_fraction)
 
 
-def _open_tfds(argument: str, options: LoadOptions) -> Splits:
+def _tfds(argument: str, options: LoadOptions) -> Splits:
     return open_tfds(argument, options.image_size, options.seed, options.test_fraction)
 
 
-def _open_prepared(argument: str, options: LoadOptions) -> Splits:
+def _prepared(argument: str, options: LoadOptions) -> Splits:
     return open_prepared(_path(argument), options.image_size, options.seed, options.test_fraction)
-
-
-def _tfds(argument: str, options: LoadOptions) -> ImageDataset:
-    return in_memory(_open_tfds(argument, options))
-
-
-def _prepared(argument: str, options: LoadOptions) -> ImageDataset:
-    return in_memory(_open_prepared(argument, options))
 
 
 # A new source is one loader and one line here.
 SOURCES: Mapping[str, Source] = MappingProxyType(
     {
-        "digits": Source("digits", _digits),
-        "idx": Source("idx:DIR", _idx),
-        "npz": Source("npz:FILE", _npz),
-        "folder": Source("folder:DIR", _folder, _open_folder),
-        "tfds": Source("tfds:NAME[/CONFIG]", _tfds, _open_tfds),
-        "prepared": Source("prepared:DIR", _prepared, _open_prepared),
+        "digits": Source("digits", lambda _, options: load_digits(options.seed, options.test_fraction)),
+        "idx": Source("idx:DIR", lambda argument, _: load_idx(_path(argument))),
+        "npz": Source("npz:FILE", lambda argument, _: load_npz(_path(argument))),
+        "folder": Source("folder:DIR", _folder),
+        "tfds": Source("tfds:NAME[/CONFIG]", _tfds),
+        "prepared": Source("prepared:DIR", _prepared),
     }
 )
 
@@ -114,7 +89,7 @@ def load_dataset(
     ``npz:FILE``           arrays x_train, y_train, x_test, y_test, and class_names if there are any
     ``folder:DIR``         one sub-folder of image files per class, with train/ and test/ if there are any
     ``tfds:NAME[/CONFIG]`` a set that TensorFlow Datasets has prepared as ArrayRecord; no TensorFlow needed
-    ``prepared:DIR``       the folder of such a set, as ``experiments.prepare_data`` writes it
+    ``prepared:DIR``       the folder of such a set, as ``mae_align.data.prepare`` writes it
     ====================== ===========================================================================
 
     Args:
@@ -134,9 +109,8 @@ def load_dataset(
         >>> load_dataset("digits")
         ImageDataset('digits', train 1438, test 359, image 8x8x1 uint8, 10 classes)
     """
-    source, argument = _find(name, image_size)
-    dataset = source.load(argument, LoadOptions(image_size, seed, test_fraction))
-    return dataset if image_size is None else resize_dataset(dataset, image_size)
+    found = _open(name, LoadOptions(image_size, seed, test_fraction))
+    return found if isinstance(found, ImageDataset) else in_memory(found)
 
 
 def open_splits(name: str, *, image_size: int | None = None, seed: int = 0, test_fraction: float = 0.2) -> Splits:
@@ -162,10 +136,8 @@ def open_splits(name: str, *, image_size: int | None = None, seed: int = 0, test
         >>> len(splits.train), len(splits.test)
         (1438, 359)
     """
-    source, argument = _find(name, image_size)
-    if source.open is not None:
-        return source.open(argument, LoadOptions(image_size, seed, test_fraction))
-    return dataset_splits(load_dataset(name, image_size=image_size, seed=seed, test_fraction=test_fraction))
+    found = _open(name, LoadOptions(image_size, seed, test_fraction))
+    return dataset_splits(found) if isinstance(found, ImageDataset) else found
 
 
 def open_source(
@@ -197,8 +169,8 @@ def open_source(
     return getattr(open_splits(name, image_size=image_size, seed=seed, test_fraction=test_fraction), split)
 
 
-def _find(name: str, image_size: int | None) -> tuple[Source, str]:
-    """The kind of data set and the argument that a name asks for."""
+def _open(name: str, options: LoadOptions) -> ImageDataset | Splits:
+    """The data set that a name asks for, of the size asked for."""
     scheme, colon, argument = name.partition(":")
     source = SOURCES.get(scheme)
     if source is None:
@@ -208,9 +180,12 @@ def _find(name: str, image_size: int | None) -> tuple[Source, str]:
         raise InputError(f"data set {name!r} lacks its {'name' if scheme == 'tfds' else 'path'}: write {source.usage}")
     if ":" not in source.usage and colon:
         raise InputError(f"data set {name!r}: {scheme} takes no argument, write {source.usage}")
-    if image_size is not None:
-        check_image_size(image_size)
-    return source, argument
+    if options.image_size is not None:
+        check_image_size(options.image_size)
+    found = source.open(argument, options)
+    if options.image_size is None or isinstance(found, Splits):
+        return found
+    return resize_dataset(found, options.image_size)
 
 
 def _hint(name: str) -> str:

@@ -104,9 +104,6 @@ def check_image_size(image_size: int) -> None:
 
     Raises:
         InputError: size below 1.
-
-    Example:
-        >>> check_image_size(32)
     """
     if image_size < 1:
         raise InputError(f"image_size {image_size}: give a side of at least 1 pixel")

@@ -10,6 +10,16 @@ from mae_align.data.dataset import ImageDataset
 from mae_align.runtime.errors import InputError
 
 
+def check_seed(seed: int) -> None:
+    """Refuse a negative seed.
+
+    Raises:
+        InputError: seed below 0.
+    """
+    if seed < 0:
+        raise InputError(f"seed {seed} is negative: give an integer >= 0")
+
+
 def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split positions into two parts that both hold every class, in the same proportions.
 
@@ -34,8 +44,7 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
     """
     if not 0.0 < fraction < 1.0:
         raise InputError(f"split fraction {fraction} must lie between 0 and 1, ends excluded")
-    if seed < 0:
-        raise InputError(f"seed {seed} is negative: give an integer >= 0")
+    check_seed(seed)
     labels = np.asarray(labels)
     classes, counts = np.unique(labels, return_counts=True)
     single = classes[counts < 2]

@@ -23,7 +23,9 @@ INCOMPLETE = ".incomplete"  # suffix of the folder in which a set is being prepa
 
 _HELD_OUT = ("test", "validation")  # in the order in which they are tried
 _PIXELS = (np.uint8, np.float32, np.float64)
-_OWN_FILES = "python -m experiments.prepare_data --data folder:DIR --out DIR2, then prepared:DIR2"
+_OWN_FILES = (
+    "mae_align.data.prepare.write_prepared(mae_align.data.open_splits('folder:DIR'), 'DIR2'), then prepared:DIR2"
+)
 
 
 def open_tfds(name: str, image_size: int | None, seed: int, test_fraction: float) -> Splits:
@@ -66,7 +68,7 @@ def open_tfds(name: str, image_size: int | None, seed: int, test_fraction: float
 
 
 def open_prepared(root: Path, image_size: int | None, seed: int, test_fraction: float) -> Splits:
-    """A data set in a folder of its own, as ``experiments.prepare_data`` or TFDS leave it.
+    """A data set in a folder of its own, as :func:`mae_align.data.prepare.write_prepared` or TFDS leave it.
 
     Args:
         root: the folder with ``dataset_info.json``.

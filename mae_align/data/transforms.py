@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mae_align.data.dataset import ImageDataset
+from mae_align.data.split import check_seed
 from mae_align.runtime.errors import InputError
 
 _WHITE = 255.0
@@ -167,7 +168,7 @@ def jitter(images: np.ndarray, relative_std: float, seed: int) -> np.ndarray:
         True
     """
     _check_rank(images, "images")
-    _check_seed(seed)
+    check_seed(seed)
     if not (math.isfinite(relative_std) and relative_std >= 0):
         raise InputError(f"relative_std {relative_std}: give a number >= 0")
     out = images.astype(np.float64)
@@ -186,20 +187,16 @@ def _parts(images: np.ndarray) -> list[np.ndarray]:
 
 
 def _check_rank(images: np.ndarray, what: str) -> None:
+    """Refuse what is no [n, h, w, c] or holds nothing."""
     if images.ndim != 4 or images.size == 0:
         raise InputError(f"{what} have shape {list(images.shape)}: give [n, h, w, c], none empty")
-
-
-def _check_seed(seed: int) -> None:
-    if seed < 0:
-        raise InputError(f"seed {seed} is negative: give an integer >= 0")
 
 
 def _check_blend(foreground: np.ndarray, backgrounds: np.ndarray, contrast: float, seed: int) -> None:
     """Refuse what cannot be blended."""
     _check_rank(foreground, "foreground images")
     _check_rank(backgrounds, "backgrounds")
-    _check_seed(seed)
+    check_seed(seed)
     if not 0.0 <= contrast <= 1.0:
         raise InputError(f"contrast {contrast}: give a number from 0 to 1")
     _, h, w, channels = foreground.shape

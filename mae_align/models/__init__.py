@@ -1,4 +1,7 @@
-"""Networks that learn by reconstruction or from labels (flax.nnx), in stored pixel units like the closed forms."""
+"""Networks that learn by reconstruction or from labels (flax.nnx), in stored pixel units like the closed forms.
+
+There is no mathematics here: the loss that a linear network minimises is that of docs/theory.md, section 3.
+"""
 
 from mae_align.models.base import Autoencoder, BottleneckAutoencoder, ImageModel, ModelKind
 from mae_align.models.classifier import Classifier, classification
@@ -16,9 +19,8 @@ from mae_align.models.vit_mae import (
     VIT_NANO,
     VIT_SMALL,
     VIT_TINY,
-    AllPixels,
+    Loss,
     MaskedAutoencoder,
-    MaskedPatches,
     MaskedPrediction,
     VitSize,
 )
@@ -29,7 +31,6 @@ __all__ = [
     "VIT_NANO",
     "VIT_SMALL",
     "VIT_TINY",
-    "AllPixels",
     "Autoencoder",
     "BottleneckAutoencoder",
     "Classifier",
@@ -38,10 +39,10 @@ __all__ = [
     "ConvClassifier",
     "GuidedAutoencoder",
     "ImageModel",
+    "Loss",
     "MLPAutoencoder",
     "MLPClassifier",
     "MaskedAutoencoder",
-    "MaskedPatches",
     "MaskedPrediction",
     "ModelKind",
     "Pixels",

@@ -31,7 +31,8 @@ class ImageModel(nnx.Module):
     Train and eval mode (batch normalisation) are the caller's: ``model.train()``, ``model.eval()``.
 
     Attributes:
-        image_shape: (h, w, c). kind: what its step is made of.
+        image_shape: (h, w, c).
+        kind: what its step is made of.
     """
 
     kind: ClassVar[ModelKind]
@@ -47,11 +48,7 @@ class ImageModel(nnx.Module):
         return Pixels(self.pixel_mean[...], self.pixel_scale[...])
 
     def check_shape(self, images: Array) -> None:
-        """Refuse images of another shape.
-
-        Raises:
-            InputError: not [b, h, w, c] with this model's (h, w, c).
-        """
+        """Refuse images that are not [b, h, w, c] with this model's (h, w, c)."""
         if tuple(images.shape[1:]) != self.image_shape:
             raise InputError(
                 f"images have shape {list(images.shape)}: this model takes [b, {', '.join(map(str, self.image_shape))}]"
@@ -75,38 +72,19 @@ class Autoencoder(ImageModel):
 
     @abc.abstractmethod
     def encode(self, images: Array) -> jax.Array:
-        """Features of the images as given.
-
-        Args:
-            images: [b, h, w, c] in stored pixel units.
-
-        Returns:
-            [b, k] float32.
-
-        Raises:
-            InputError: images of another shape.
-        """
+        """Features [b, k] float32 of the images [b, h, w, c] as given, in stored pixel units."""
 
     @abc.abstractmethod
     def reconstruct(self, images: Array) -> jax.Array:
-        """Reconstruction from the images as given.
-
-        Args:
-            images: [b, h, w, c] in stored pixel units.
-
-        Returns:
-            [b, h, w, c] float32 in stored pixel units.
-
-        Raises:
-            InputError: images of another shape.
-        """
+        """Reconstruction [b, h, w, c] float32 of the images [b, h, w, c] as given, both in stored pixel units."""
 
     @abc.abstractmethod
     def loss(self, images: Array, key: jax.Array) -> tuple[jax.Array, Metrics]:
         """Training loss, a mean over batch and pixels in normalised units.
 
         Args:
-            images: [b, h, w, c] clean, in stored pixel units. key: PRNG key of the corruption.
+            images: [b, h, w, c] clean, in stored pixel units.
+            key: PRNG key of the corruption.
 
         Returns:
             float32 scalar, and {"reconstruction": the same}.
@@ -119,7 +97,8 @@ class Autoencoder(ImageModel):
         """:meth:`loss` and :meth:`encode` of the clean images, for training with a head on the features.
 
         Args:
-            images: [b, h, w, c] clean, in stored pixel units. key: PRNG key of the corruption.
+            images: [b, h, w, c] clean, in stored pixel units.
+            key: PRNG key of the corruption.
 
         Returns:
             The loss, its metrics, features [b, k] float32. Costs another pass of the encoder over all of the image,

@@ -34,7 +34,8 @@ def classification(logits: jax.Array, labels: Array) -> Metrics:
     """Cross-entropy in nats and accuracy, means over the batch.
 
     Args:
-        logits: [b, q] float32. labels: [b] integers in 0..q - 1.
+        logits: [b, q] float32.
+        labels: [b] integers in 0..q - 1.
 
     Returns:
         {"cross_entropy", "accuracy"}, float32 scalars.
@@ -50,16 +51,45 @@ def classification(logits: jax.Array, labels: Array) -> Metrics:
     return {"cross_entropy": cross_entropy, "accuracy": (logits.argmax(axis=1) == labels).astype(jnp.float32).mean()}
 
 
-class Classifier(nnx.Module):
-    """Linear classifier on the features of an encoder, both trained.
-
-    The parameters of the autoencoder that its features do not use get gradients of zero.
+class AutoencoderWithHead(nnx.Module):
+    """An autoencoder and a linear head on its features; subclasses say how they are trained.
 
     Args:
-        autoencoder: the encoder, pretrained or not. num_classes: at least 2. rngs: of the head.
+        autoencoder: pretrained or not.
+        num_classes: at least 2.
+        rngs: of the head.
 
     Raises:
         InputError: fewer than two classes.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, num_classes: int, *, rngs: nnx.Rngs) -> None:
+        self.autoencoder = autoencoder
+        self.head = ClassHead(autoencoder.latent, num_classes, rngs=rngs)
+
+    @property
+    def kind(self) -> ModelKind:
+        """What the autoencoder's step is made of."""
+        return self.autoencoder.kind
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """(h, w, c)."""
+        return self.autoencoder.image_shape
+
+    def features(self, images: Array) -> jax.Array:
+        """Features of the autoencoder, [b, k] float32."""
+        return self.autoencoder.features(images)
+
+    def logits(self, images: Array) -> jax.Array:
+        """Logits of the head, [b, classes] float32."""
+        return self.head(self.features(images))
+
+
+class Classifier(AutoencoderWithHead):
+    """Linear classifier on the features of an encoder, both trained.
+
+    The parameters of the autoencoder that its features do not use get gradients of zero.
 
     Example:
         >>> import numpy as np
@@ -70,33 +100,13 @@ class Classifier(nnx.Module):
         (6, 3)
     """
 
-    def __init__(self, autoencoder: Autoencoder, num_classes: int, *, rngs: nnx.Rngs) -> None:
-        self.autoencoder = autoencoder
-        self.head = ClassHead(autoencoder.latent, num_classes, rngs=rngs)
-
-    @property
-    def kind(self) -> ModelKind:
-        """What the encoder's step is made of."""
-        return self.autoencoder.kind
-
-    @property
-    def image_shape(self) -> ImageShape:
-        """(h, w, c)."""
-        return self.autoencoder.image_shape
-
-    def features(self, images: Array) -> jax.Array:
-        """Features of the encoder, [b, k] float32."""
-        return self.autoencoder.features(images)
-
-    def logits(self, images: Array) -> jax.Array:
-        """[b, classes] float32."""
-        return self.head(self.features(images))
-
     def loss(self, images: Array, labels: Array, key: jax.Array) -> tuple[jax.Array, Metrics]:
         """Cross-entropy in nats.
 
         Args:
-            images: [b, h, w, c] in stored pixel units. labels: [b] integer class labels. key: unused.
+            images: [b, h, w, c] in stored pixel units.
+            labels: [b] integer class labels.
+            key: unused.
 
         Returns:
             float32 scalar, and {"cross_entropy", "accuracy"}.

@@ -26,9 +26,12 @@ class ConvAutoencoder(BottleneckAutoencoder):
     Any image size: sides are halved rounding up, and upsampling cuts off what is over.
 
     Args:
-        pixels: normalisation, and the image shape. widths: channels after each halving. latent: number of features k.
+        pixels: normalisation, and the image shape.
+        widths: channels after each halving.
+        latent: number of features k.
         activation: after every layer but the code and the output.
-        corruption: an object of :mod:`mae_align.corruption`, or None. dtype: of the products; parameters are float32.
+        corruption: an object of :mod:`mae_align.corruption`, or None.
+        dtype: of the products; parameters are float32.
         rngs: of the initial parameters.
 
     Raises:
@@ -87,14 +90,7 @@ class ConvAutoencoder(BottleneckAutoencoder):
 
 
 def check_positive(name: str, values: tuple[int, ...]) -> None:
-    """Refuse an empty tuple and numbers below 1.
-
-    Raises:
-        InputError: see above.
-
-    Example:
-        >>> check_positive("widths", (4, 8))
-    """
+    """Refuse an empty tuple and numbers below 1."""
     if not values or any(value < 1 for value in values):
         raise InputError(f"{name} {tuple(values)}: give at least one number, each at least 1")
 
@@ -116,7 +112,8 @@ def upsample(x: jax.Array, sides: Sides) -> jax.Array:
     """Nearest upsampling by the whole factor that covers ``sides``, cut to them.
 
     Args:
-        x: [b, h, w, c]. sides: height and width of the result.
+        x: [b, h, w, c].
+        sides: height and width of the result.
 
     Returns:
         [b, *sides, c], pixel (i, j) is x[i // factor, j // factor].

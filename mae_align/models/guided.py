@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from mae_align.data.patches import ImageShape
-from mae_align.models.base import Autoencoder, Metrics, ModelKind
-from mae_align.models.classifier import ClassHead, classification
+from mae_align.models.base import Metrics
+from mae_align.models.classifier import AutoencoderWithHead, classification
 from mae_align.models.pixels import Array
 
 
@@ -17,7 +15,8 @@ def scale_gradient(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x itself; its gradient is multiplied by the weight.
 
     Args:
-        x: any shape. weight: scalar; it gets no gradient.
+        x: any shape.
+        weight: scalar; it gets no gradient.
 
     Returns:
         x.
@@ -54,7 +53,7 @@ def in_head(path: jax.tree_util.KeyPath) -> bool:
     return path[:1] == (jax.tree_util.DictKey("head"),)
 
 
-class GuidedAutoencoder(nnx.Module):
+class GuidedAutoencoder(AutoencoderWithHead):
     """An autoencoder and a linear head on its features.
 
     loss = reconstruction + weight * cross-entropy for the autoencoder, while the head gets the full gradient of the
@@ -62,14 +61,9 @@ class GuidedAutoencoder(nnx.Module):
     alone, and its batch statistics. Its steps too, where gradients are not clipped or the head's are clipped apart:
     ``adamw(config, in_head)``.
 
-    Args:
-        autoencoder: what is guided. num_classes: at least 2. rngs: of the head.
-
-    Raises:
-        InputError: fewer than two classes.
-
     Example:
         >>> import numpy as np
+        >>> from flax import nnx
         >>> from mae_align.models import MLPAutoencoder, Pixels
         >>> images = np.random.default_rng(0).normal(size=(6, 2, 2, 1))
         >>> inner = MLPAutoencoder(Pixels.from_images(images), hidden=(), latent=2, rngs=nnx.Rngs(0))
@@ -79,38 +73,18 @@ class GuidedAutoencoder(nnx.Module):
         ['accuracy', 'cross_entropy', 'reconstruction']
     """
 
-    def __init__(self, autoencoder: Autoencoder, num_classes: int, *, rngs: nnx.Rngs) -> None:
-        self.autoencoder = autoencoder
-        self.head = ClassHead(autoencoder.latent, num_classes, rngs=rngs)
-
-    @property
-    def kind(self) -> ModelKind:
-        """What the autoencoder's step is made of."""
-        return self.autoencoder.kind
-
-    @property
-    def image_shape(self) -> ImageShape:
-        """(h, w, c)."""
-        return self.autoencoder.image_shape
-
-    def features(self, images: Array) -> jax.Array:
-        """Features of the autoencoder, [b, k] float32."""
-        return self.autoencoder.features(images)
-
     def reconstruct(self, images: Array) -> jax.Array:
         """Reconstruction of the autoencoder, [b, h, w, c] float32 in stored pixel units."""
         return self.autoencoder.reconstruct(images)
-
-    def logits(self, images: Array) -> jax.Array:
-        """Logits of the head, [b, classes] float32."""
-        return self.head(self.features(images))
 
     def loss(self, images: Array, labels: Array, key: jax.Array, weight: jax.Array) -> tuple[jax.Array, Metrics]:
         """Reconstruction + weight * cross-entropy.
 
         Args:
-            images: [b, h, w, c] clean, in stored pixel units. labels: [b] integer class labels. key: PRNG key of the
-                corruption. weight: float32 scalar, may be traced.
+            images: [b, h, w, c] clean, in stored pixel units.
+            labels: [b] integer class labels.
+            key: PRNG key of the corruption.
+            weight: float32 scalar, may be traced.
 
         Returns:
             float32 scalar, and {"reconstruction", "cross_entropy", "accuracy"}.

@@ -62,7 +62,8 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     """x + bias on every row; the gradient of the bias is a product (:func:`column_sums`).
 
     Args:
-        x: [n, w]. bias: [w] float32.
+        x: [n, w].
+        bias: [w] float32.
 
     Returns:
         [n, w] in the dtype of x.
@@ -89,7 +90,9 @@ class Dense(nnx.Module):
     """y = x W + b, on the last axis.
 
     Attributes:
-        kernel: [inputs, outputs] float32. bias: [outputs] float32, zero at first. dtype: of the product.
+        kernel: [inputs, outputs] float32.
+        bias: [outputs] float32, zero at first.
+        dtype: of the product.
 
     Example:
         >>> Dense(3, 2, rngs=nnx.Rngs(0))(jnp.ones((4, 5, 3))).shape
@@ -120,7 +123,9 @@ class LayerNorm(nnx.Module):
     """(x - mean) / sqrt(var + eps) * scale + bias over the last axis, in float32 whatever the compute dtype.
 
     Attributes:
-        scale, bias: [width] float32. epsilon: 1e-6, as in the published vision transformers. dtype: of the result.
+        scale, bias: [width] float32.
+        epsilon: 1e-6, as in the published vision transformers.
+        dtype: of the result.
 
     Example:
         >>> LayerNorm(2)(jnp.array([[1.0, 3.0]])).round(3).tolist()
@@ -159,7 +164,9 @@ class Attention(nnx.Module):
     """Multi-head self-attention, softmax(q k^T / sqrt(head)) v, over [batch * heads, tokens, head].
 
     Attributes:
-        qkv: Dense to queries, keys and values. out: Dense of the joined heads. heads: their number.
+        qkv: Dense to queries, keys and values.
+        out: Dense of the joined heads.
+        heads: their number.
 
     Raises:
         InputError: heads that do not divide the width.

@@ -26,10 +26,13 @@ class MLPAutoencoder(BottleneckAutoencoder):
     f(x') = b + Z^T g(x'): Theorem 2's network, whose loss on its training images PCA's bounds from below.
 
     Args:
-        pixels: normalisation, and the image shape. hidden: widths of the encoder's hidden layers.
-        decoder_hidden: widths of the decoder's, None for the encoder's reversed. latent: number of features k.
-        activation: between layers (not on the code), None for the identity. corruption: an object of
-            :mod:`mae_align.corruption`, or None. dtype: of the products; parameters are float32.
+        pixels: normalisation, and the image shape.
+        hidden: widths of the encoder's hidden layers.
+        decoder_hidden: widths of the decoder's, None for the encoder's reversed.
+        latent: number of features k.
+        activation: between layers (not on the code), None for the identity.
+        corruption: an object of :mod:`mae_align.corruption`, or None.
+        dtype: of the products; parameters are float32.
         rngs: of the initial parameters (Xavier uniform, zero biases).
 
     Raises:

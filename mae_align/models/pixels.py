@@ -34,7 +34,8 @@ class Pixels:
     the closed form's.
 
     Attributes:
-        mean: [h, w, c] float32 mean image. scale: scalar float32, both in stored pixel units.
+        mean: [h, w, c] float32 mean image.
+        scale: scalar float32, both in stored pixel units.
 
     Example:
         >>> pixels = Pixels.from_images(np.array([0.0, 4.0]).reshape(2, 1, 1, 1))

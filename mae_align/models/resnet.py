@@ -78,10 +78,14 @@ class ResNetAutoencoder(BottleneckAutoencoder):
     (:func:`mae_align.train.batch_norm.recalibrated`).
 
     Args:
-        pixels: normalisation, and the image shape. blocks: basic blocks per stage. width: channels of the first stage.
-        latent: number of features k. stem_stride: stride of the first convolution, of size max(3, 2 stride - 1): 1 for
-            small images (3x3), 4 for images of 224 pixels (7x7; the published one has 7x7 of stride 2 and a pooling).
-        corruption: an object of :mod:`mae_align.corruption`, or None. dtype: of the products; parameters are float32.
+        pixels: normalisation, and the image shape.
+        blocks: basic blocks per stage.
+        width: channels of the first stage.
+        latent: number of features k.
+        stem_stride: stride of the first convolution, of size max(3, 2 stride - 1): 1 for small images (3x3), 4 for
+            images of 224 pixels (7x7; the published one has 7x7 of stride 2 and a pooling).
+        corruption: an object of :mod:`mae_align.corruption`, or None.
+        dtype: of the products; parameters are float32.
         rngs: of the initial parameters.
 
     Raises:

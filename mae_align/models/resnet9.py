@@ -31,9 +31,11 @@ class ResNet9(SupervisedNetwork):
     then the largest value of each channel and a linear head (Balestriero & LeCun, 2024, arXiv 2402.11337).
 
     Args:
-        pixels: normalisation, and the image shape. num_classes: at least 2.
+        pixels: normalisation, and the image shape.
+        num_classes: at least 2.
         widths: channels of the stem and the four stages; 1,028 of the last is as published.
-        dtype: of the products; parameters and batch statistics are float32. rngs: of the initial parameters (He).
+        dtype: of the products; parameters and batch statistics are float32.
+        rngs: of the initial parameters (He).
 
     Raises:
         InputError: images under 16 pixels, not five widths, a width below 1, fewer than two classes.

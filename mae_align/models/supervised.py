@@ -43,17 +43,7 @@ class SupervisedNetwork(ImageModel):
         """Features [b, k] of normalised images [b, h, w, c], in the compute dtype."""
 
     def features(self, images: jax.Array) -> jax.Array:
-        """What the head is given.
-
-        Args:
-            images: [b, h, w, c] in stored pixel units.
-
-        Returns:
-            [b, k] float32.
-
-        Raises:
-            InputError: images of another shape.
-        """
+        """What the head is given, [b, k] float32, of images [b, h, w, c] in stored pixel units."""
         self.check_shape(images)
         return self.trunk(self.pixels.normalize(images)).astype(jnp.float32)
 
@@ -62,17 +52,7 @@ class SupervisedNetwork(ImageModel):
         return self.head(self.features(images))
 
     def loss(self, images: jax.Array, labels: jax.Array, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        """Cross-entropy in nats.
-
-        Args:
-            images: [b, h, w, c] in stored pixel units. labels: [b] integer class labels. key: unused.
-
-        Returns:
-            float32 scalar, and {"cross_entropy", "accuracy"}.
-
-        Raises:
-            InputError: images of another shape.
-        """
+        """Cross-entropy in nats; see :meth:`mae_align.models.Classifier.loss`."""
         del key
         metrics = classification(self.logits(images), labels)
         return metrics["cross_entropy"], metrics
@@ -85,8 +65,11 @@ class ConvClassifier(SupervisedNetwork):
     and stride 2, and several times as fast as one on three channels.
 
     Args:
-        pixels: normalisation, and the image shape. num_classes: at least 2. widths: channels of the convolutions.
-        batch_norm: batch normalisation after each; without it a bias. dtype: of the products; parameters are float32.
+        pixels: normalisation, and the image shape.
+        num_classes: at least 2.
+        widths: channels of the convolutions.
+        batch_norm: batch normalisation after each; without it a bias.
+        dtype: of the products; parameters are float32.
         rngs: of the initial parameters (He normal).
 
     Raises:
@@ -134,20 +117,19 @@ class ConvClassifier(SupervisedNetwork):
 
     def trunk(self, normalized: jax.Array) -> jax.Array:
         """Features of normalised images; see :meth:`SupervisedNetwork.trunk`."""
-        x = space_to_depth(normalized)
-        for index, convolution in enumerate(self.convolutions):
-            x = convolution(x)
-            x = jax.nn.relu(x if self.norms is None else self.norms[index](x))
-        return x.mean(axis=(1, 2))
+        return _through(self.convolutions, self.norms, space_to_depth(normalized)).mean(axis=(1, 2))
 
 
 class MLPClassifier(SupervisedNetwork):
     """Dense layers with rectifiers.
 
     Args:
-        pixels: normalisation, and the image shape. num_classes: at least 2. hidden: widths of the layers; the published
-            network has :func:`linear_widths`. batch_norm: batch normalisation before each rectifier.
-        dtype: of the products; parameters are float32. rngs: of the initial parameters (He normal).
+        pixels: normalisation, and the image shape.
+        num_classes: at least 2.
+        hidden: widths of the layers; the published network has :func:`linear_widths`.
+        batch_norm: batch normalisation before each rectifier.
+        dtype: of the products; parameters are float32.
+        rngs: of the initial parameters (He normal).
 
     Raises:
         InputError: no hidden layer, a width below 1, fewer than two classes.
@@ -180,18 +162,15 @@ class MLPClassifier(SupervisedNetwork):
 
     def trunk(self, normalized: jax.Array) -> jax.Array:
         """Features of normalised images; see :meth:`SupervisedNetwork.trunk`."""
-        x = normalized.reshape(len(normalized), -1)
-        for index, layer in enumerate(self.layers):
-            x = layer(x)
-            x = jax.nn.relu(x if self.norms is None else self.norms[index](x))
-        return x
+        return _through(self.layers, self.norms, normalized.reshape(len(normalized), -1))
 
 
 def linear_widths(inputs: int, outputs: int, depth: int) -> tuple[int, ...]:
     """Widths of the hidden layers between inputs and outputs, evenly spaced, as published.
 
     Args:
-        inputs, outputs: of the network. depth: numbers in the spacing, both ends included.
+        inputs, outputs: of the network.
+        depth: numbers in the spacing, both ends included.
 
     Returns:
         depth - 2 widths, rounded down.
@@ -227,9 +206,9 @@ def predicted_classes(model: nnx.Module, images: np.ndarray, batch_size: int = 5
     """The class of the largest logit, in the mode that the model is in.
 
     Args:
-        model: with ``logits(images)``, as of :meth:`mae_align.train.ensemble.Training.model`. images: [n, h, w, c] in
-            stored
-            pixel units. batch_size: images at a time; the last batch is filled up, so that one program serves.
+        model: with ``logits(images)``, as of :meth:`mae_align.train.ensemble.Training.model`.
+        images: [n, h, w, c] in stored pixel units.
+        batch_size: images at a time; the last batch is filled up, so that one program serves.
 
     Returns:
         [n] int64.
@@ -259,6 +238,14 @@ def predicted_classes(model: nnx.Module, images: np.ndarray, batch_size: int = 5
 @jax.jit
 def _logits(model: SupervisedNetwork, images: jax.Array) -> jax.Array:
     return model.logits(images)
+
+
+def _through(layers: nnx.List, norms: nnx.List[nnx.BatchNorm] | None, x: jax.Array) -> jax.Array:
+    """Each layer, its normalisation where there is one, and a rectifier."""
+    for index, layer in enumerate(layers):
+        x = layer(x)
+        x = jax.nn.relu(x if norms is None else norms[index](x))
+    return x
 
 
 def _norms(widths: tuple[int, ...], dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.List[nnx.BatchNorm]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -11,8 +12,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mae_align.corruption import FixedCountPatchMasking
-from mae_align.data.patches import PatchSize, patch_hw
+from mae_align.corruption import Corruption, FixedCountPatchMasking
+from mae_align.data.patches import patch_hw
 from mae_align.models.base import Autoencoder, Metrics, ModelKind
 from mae_align.models.layers import Activation, Block, Dense, LayerNorm, check_heads
 from mae_align.models.pixels import Array, Constant, Pixels
@@ -22,72 +23,47 @@ from mae_align.runtime.errors import InputError
 _PATCH_EPSILON = 1e-6
 
 
-@dataclasses.dataclass(frozen=True)
-class MaskedPatches:
-    """Loss on the hidden patches only, as published.
+class Loss(enum.Enum):
+    """What a masked autoencoder is trained for: a mean squared error, of which patches and in which units.
 
-    Attributes:
-        norm_pix: whether a target patch is normalised to mean 0 and variance 1 over its values (unbiased variance, 1e-6
-            added to it), rather than left in the units of :class:`Pixels`.
+    With x the normalised image (units of :class:`Pixels`) and f the prediction:
+
+    - ``standard``: |f - (x - mean) / deviation|^2 over hidden patches, with the mean and the deviation of each patch
+      (unbiased variance + 1e-6), as published.
+    - ``hidden``: |f - x|^2 over hidden patches.
+    - ``matched``: |f - x|^2 over all pixels, the objective of Theorem 3 with this mask.
     """
 
-    norm_pix: bool = True
+    standard = "standard"
+    hidden = "hidden"
+    matched = "matched"
 
     def check(self, num_hidden: int, patch_dim: int) -> None:
-        """Refuse a loss that has nothing to be measured on.
-
-        Raises:
-            InputError: no hidden patch, or patches of one value with ``norm_pix``.
-        """
-        if num_hidden == 0:
+        """Refuse no hidden patch where only hidden ones count, and ``standard`` with patches of one value."""
+        if num_hidden == 0 and self is not Loss.matched:
             raise InputError(
-                "a loss on hidden patches is empty where none is hidden: raise the ratio or use AllPixels()"
+                "a loss on hidden patches is empty where none is hidden: lower num_visible or use Loss.matched"
             )
-        if self.norm_pix and patch_dim < 2:
-            raise InputError("a patch of one value has no variance to divide by: use MaskedPatches(norm_pix=False)")
+        if patch_dim < 2 and self is Loss.standard:
+            raise InputError("a patch of one value has no variance to divide by: use Loss.hidden")
 
     def scored(self, patches: jax.Array, num_visible: int) -> jax.Array:
-        """The hidden ones of patches [b, N, ...], of which the first ``num_visible`` are visible."""
-        return patches[:, num_visible:]
+        """The patches that count, of [b, N, ...] with the ``num_visible`` visible ones first."""
+        return patches if self is Loss.matched else patches[:, num_visible:]
 
     def targets(self, patches: jax.Array) -> jax.Array:
         """What is to be predicted for normalised patches [b, N, patch_dim]."""
-        if not self.norm_pix:
+        if self is not Loss.standard:
             return patches
         mean, deviation = patch_statistics(patches)
         return (patches - mean) / deviation
 
     def pixels_of(self, predicted: jax.Array, patches: jax.Array) -> jax.Array:
         """Normalised patches of predictions, inverse of :meth:`targets`; ``patches`` lend their statistics."""
-        if not self.norm_pix:
+        if self is not Loss.standard:
             return predicted
         mean, deviation = patch_statistics(patches)
         return predicted * deviation + mean
-
-
-@dataclasses.dataclass(frozen=True)
-class AllPixels:
-    """Loss on all pixels, raw: the *matched* objective, that of Theorem 3 with this mask."""
-
-    def check(self, num_hidden: int, patch_dim: int) -> None:
-        """Every image has pixels."""
-
-    def scored(self, patches: jax.Array, num_visible: int) -> jax.Array:
-        """All patches."""
-        del num_visible
-        return patches
-
-    def targets(self, patches: jax.Array) -> jax.Array:
-        """The patches themselves."""
-        return patches
-
-    def pixels_of(self, predicted: jax.Array, patches: jax.Array) -> jax.Array:
-        """The predictions themselves."""
-        del patches
-        return predicted
-
-
-Objective = MaskedPatches | AllPixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,29 +106,36 @@ class MaskedAutoencoder(Autoencoder):
     """Vision transformer that sees n of N patches and predicts the others.
 
     Patches are numbered as in :mod:`mae_align.data.patches`. The encoder sees a class token and the visible patches,
-    with fixed sin-cos positions; a light decoder sees these and a learned mask token at each hidden place. With x the
-    normalised image: :class:`MaskedPatches` mean of (f - x)^2 over the hidden patches; :class:`AllPixels` over all.
+    with fixed sin-cos positions; a light decoder sees these and a learned mask token at each hidden place.
+    :class:`Loss` says what the predictions are compared with.
 
     Features are the mean over patches of the encoder's output after its last norm, of the whole image without a mask.
 
     Args:
-        pixels: normalisation, and the image shape. patch_size: int or (h, w), dividing the image.
-        mask_ratio: in [0, 1); n = max(1, round(N (1 - ratio))) patches stay visible.
-        width, depth, heads: of the encoder. decoder_width, decoder_depth, decoder_heads: of the decoder.
-        mlp_ratio: hidden width of a block's dense layers over its width. objective: the loss.
+        pixels: normalisation, and the image shape.
+        corruption: the mask, with an exact number of visible patches. Its patches divide the image. It has no fill:
+            the network never sees hidden patches.
+        width: of the encoder, the number of features k; a multiple of 4.
+        depth: blocks of the encoder.
+        heads: attention heads of the encoder, dividing its width.
+        decoder_width: of the decoder; a multiple of 4.
+        decoder_depth: blocks of the decoder.
+        decoder_heads: attention heads of the decoder, dividing its width.
+        mlp_ratio: hidden width of a block's dense layers over its width.
+        objective: the loss.
         activation: ``jax.nn.gelu`` (tanh form) or :func:`mae_align.models.gelu_exact` (as published).
-        dtype: of the products; parameters, norms and losses are float32. rngs: of the initial parameters.
+        dtype: of the products; parameters, norms and losses are float32.
+        rngs: of the initial parameters.
 
     Raises:
-        InputError: a patch that does not divide the image, heads that do not divide a width, a width that is no
-            multiple of 4, a depth below 0, a ratio outside [0, 1), or a loss on hidden patches where none is hidden.
+        InputError: another corruption, patches that do not divide the image, heads that do not divide a width, a width
+            that is no multiple of 4, a depth below 0, or a loss on hidden patches where none is hidden.
 
     Example:
         >>> images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
         >>> model = MaskedAutoencoder(
         ...     Pixels.from_images(images),
-        ...     patch_size=2,
-        ...     mask_ratio=0.75,
+        ...     corruption=FixedCountPatchMasking(2, num_visible=4),
         ...     width=8,
         ...     depth=1,
         ...     heads=2,
@@ -161,8 +144,8 @@ class MaskedAutoencoder(Autoencoder):
         ...     decoder_heads=2,
         ...     rngs=nnx.Rngs(0),
         ... )
-        >>> model.masking, jax.eval_shape(model.encode, images).shape
-        (FixedCountPatchMasking(patch_size=(2, 2), fill=None, num_visible=4), (5, 8))
+        >>> jax.eval_shape(model.encode, images).shape
+        (5, 8)
     """
 
     kind: ClassVar[ModelKind] = ModelKind.MATMUL
@@ -171,8 +154,7 @@ class MaskedAutoencoder(Autoencoder):
         self,
         pixels: Pixels,
         *,
-        patch_size: PatchSize,
-        mask_ratio: float,
+        corruption: FixedCountPatchMasking,
         width: int,
         depth: int,
         heads: int,
@@ -180,17 +162,18 @@ class MaskedAutoencoder(Autoencoder):
         decoder_depth: int,
         decoder_heads: int,
         mlp_ratio: int = 4,
-        objective: Objective = MaskedPatches(),
+        objective: Loss = Loss.standard,
         activation: Activation = jax.nn.gelu,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         super().__init__(pixels, width)
-        self.patch_size, self.grid = _whole_patches(self.image_shape, patch_size)
+        self.corruption = _exact_count(corruption)
+        self.corruption.check(self.image_shape)
+        self.patch_size, self.grid = _whole_patches(self.image_shape, self.corruption)
         self.num_patches = self.grid[0] * self.grid[1]
-        self.masking = FixedCountPatchMasking(self.patch_size, visible_patches(self.num_patches, mask_ratio))
         self.objective = objective
-        objective.check(self.num_patches - self.masking.num_visible, self.patch_dim)
+        objective.check(self.num_patches - corruption.num_visible, self.patch_dim)
         if depth < 0 or decoder_depth < 0 or mlp_ratio < 1:
             raise InputError(
                 f"depth={depth}, decoder_depth={decoder_depth}, mlp_ratio={mlp_ratio}: give depths of 0 or more and a "
@@ -224,43 +207,19 @@ class MaskedAutoencoder(Autoencoder):
         return self.patch_size[0] * self.patch_size[1] * self.image_shape[2]
 
     def patchify(self, images: jax.Array) -> jax.Array:
-        """Patches in the order of :mod:`mae_align.data.patches`, values of one in (row, column, channel) order.
-
-        Args:
-            images: [b, h, w, c].
-
-        Returns:
-            [b, N, patch_dim], same dtype.
-        """
+        """[b, N, patch_dim] of [b, h, w, c], numbered as in :mod:`mae_align.data.patches`, channels last in a patch."""
         (down, across), (ph, pw) = self.grid, self.patch_size
         parts = images.reshape(len(images), down, ph, across, pw, -1).swapaxes(2, 3)
         return parts.reshape(len(images), self.num_patches, -1)
 
     def unpatchify(self, patches: jax.Array) -> jax.Array:
-        """Inverse of :meth:`patchify`.
-
-        Args:
-            patches: [b, N, patch_dim].
-
-        Returns:
-            [b, h, w, c], same dtype.
-        """
+        """[b, h, w, c] of [b, N, patch_dim]: the inverse of :meth:`patchify`."""
         (down, across), (ph, pw) = self.grid, self.patch_size
         parts = patches.reshape(len(patches), down, across, ph, pw, -1).swapaxes(2, 3)
         return parts.reshape(len(patches), *self.image_shape)
 
     def targets(self, images: Array) -> jax.Array:
-        """What the decoder is to predict, for every patch.
-
-        Args:
-            images: [b, h, w, c] in stored pixel units.
-
-        Returns:
-            [b, N, patch_dim] float32: normalised pixels, with ``norm_pix`` also normalised per patch.
-
-        Raises:
-            InputError: images of another shape.
-        """
+        """What the decoder is to predict for every patch of images in stored pixel units, [b, N, patch_dim] float32."""
         return self.objective.targets(self._patches(images))
 
     def encode(self, images: Array) -> jax.Array:
@@ -271,8 +230,8 @@ class MaskedAutoencoder(Autoencoder):
     def reconstruct(self, images: Array) -> jax.Array:
         """Decoder's output with no patch hidden; see :meth:`Autoencoder.reconstruct`.
 
-        A loss on hidden patches never trained the decoder for this. With ``norm_pix`` the mean and the deviation of a
-        patch are those of the image as given: the network does not predict them.
+        A loss on hidden patches never trained the decoder for this. With ``Loss.standard`` the mean and the deviation
+        of a patch are those of the image as given: the network does not predict them.
         """
         patches = self._patches(images)
         tokens = self._encode_tokens(patches, self.positions[...][None])
@@ -283,7 +242,8 @@ class MaskedAutoencoder(Autoencoder):
         """Mask images as the loss does with this key, and predict every patch.
 
         Args:
-            images: [b, h, w, c] in stored pixel units. key: PRNG key of the masks.
+            images: [b, h, w, c] in stored pixel units.
+            key: PRNG key of the masks.
 
         Returns:
             Masks, predictions and masked images.
@@ -291,9 +251,9 @@ class MaskedAutoencoder(Autoencoder):
         Raises:
             InputError: images of another shape.
         """
-        order = self._order(key, len(images))
+        order = self.corruption.sample_order(key, len(images), self.num_patches)
         place = jnp.argsort(order, axis=1)
-        mask = place >= self.masking.num_visible
+        mask = place >= self.corruption.num_visible
         predicted = jnp.take_along_axis(self._predict_in(order, self._patches(images)), place[:, :, None], axis=1)
         masked = self.unpatchify(jnp.where(mask[:, :, None], 0.0, self._patches(images)))
         return MaskedPrediction(mask, predicted, self.pixels.restore(masked))
@@ -301,12 +261,12 @@ class MaskedAutoencoder(Autoencoder):
     def loss(self, images: Array, key: jax.Array) -> tuple[jax.Array, Metrics]:
         """Mean squared error over hidden patches, or over all pixels; see :meth:`Autoencoder.loss`.
 
-        The masks are those of ``masking.sample_kept(key, b, N)``.
+        The masks are those of ``corruption.sample(key, ...)``.
         """
         patches = self._patches(images)
-        order = self._order(key, len(images))
+        order = self.corruption.sample_order(key, len(images), self.num_patches)
         predicted, ordered = (
-            self.objective.scored(all_patches, self.masking.num_visible)
+            self.objective.scored(all_patches, self.corruption.num_visible)
             for all_patches in (self._predict_in(order, patches), _take(patches, order))
         )
         loss = jnp.mean(jnp.square(predicted - self.objective.targets(ordered)))
@@ -316,16 +276,12 @@ class MaskedAutoencoder(Autoencoder):
         self.check_shape(images)
         return self.patchify(self.pixels.normalize(images))
 
-    def _order(self, key: jax.Array, batch: int) -> jax.Array:
-        """[b, N] the patches of each image, the visible ones first: the draw of ``masking.sample_kept``."""
-        return jnp.argsort(jax.random.uniform(key, (batch, self.num_patches), jnp.float32), axis=1)
-
     def _predict_in(self, order: jax.Array, patches: jax.Array) -> jax.Array:
         """Predictions [b, N, patch_dim] in the given order, of which the first n are visible.
 
         Self-attention does not see the order of tokens, so they stay in it and only positions are looked up.
         """
-        visible = order[:, : self.masking.num_visible]
+        visible = order[:, : self.corruption.num_visible]
         tokens = self._encode_tokens(_take(patches, visible), self.positions[...][visible])
         return self._decode_tokens(tokens, self.decoder_positions[...][order])
 
@@ -347,21 +303,6 @@ class MaskedAutoencoder(Autoencoder):
         for block in self.decoder_blocks:
             x = block(x)
         return self.head(self.decoder_norm(x)[:, 1:]).astype(jnp.float32)
-
-
-def visible_patches(num_patches: int, mask_ratio: float) -> int:
-    """n = max(1, round(N (1 - ratio))).
-
-    Raises:
-        InputError: a ratio outside [0, 1).
-
-    Example:
-        >>> visible_patches(64, 0.75), visible_patches(4, 0.99)
-        (16, 1)
-    """
-    if not 0.0 <= mask_ratio < 1.0:
-        raise InputError(f"mask ratio {mask_ratio}: give a number from 0 to below 1")
-    return max(1, round(num_patches * (1.0 - mask_ratio)))
 
 
 def patch_statistics(patches: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -388,7 +329,8 @@ def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
     Angles are index / 10000^(4 i / width) for i < width / 4.
 
     Args:
-        grid: patches down and across. width: of a token.
+        grid: patches down and across.
+        width: of a token.
 
     Returns:
         [down * across, width] float32, in the order of :mod:`mae_align.data.patches`.
@@ -413,8 +355,21 @@ def _take(patches: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(patches, index[:, :, None], axis=1)
 
 
-def _whole_patches(image_shape: tuple[int, int, int], patch_size: PatchSize) -> tuple[tuple[int, int], tuple[int, int]]:
-    (height, width), (ph, pw) = image_shape[:2], patch_hw(patch_size)
+def _exact_count(corruption: Corruption) -> FixedCountPatchMasking:
+    """The corruption, if a masked autoencoder can take it."""
+    if not isinstance(corruption, FixedCountPatchMasking) or corruption.fill is not None:
+        raise InputError(
+            f"{corruption!r}: a masked autoencoder leaves out an exact number of patches, give "
+            "FixedCountPatchMasking(patch_size, num_visible) without a fill"
+        )
+    return corruption
+
+
+def _whole_patches(
+    image_shape: tuple[int, int, int], corruption: FixedCountPatchMasking
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Sides of a patch, and patches down and across."""
+    (height, width), (ph, pw) = image_shape[:2], patch_hw(corruption.patch_size)
     if height % ph or width % pw:
         raise InputError(f"patch {ph}x{pw} does not divide the image {height}x{width}: choose one that does")
     return (ph, pw), (height // ph, width // pw)

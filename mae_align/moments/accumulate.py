@@ -1,4 +1,10 @@
-"""Collects batches of any size into full steps of :mod:`mae_align.moments.sums`, by group, and adds them up."""
+"""From batches of images and targets to the sums that define moments, by group.
+
+:func:`check_batch` makes rows of them, :func:`pivots` chooses the points about which is summed and :func:`group_of` the
+group of a sample. :class:`Accumulator` collects batches of any size into full steps of :mod:`mae_align.moments.sums` on
+the devices of a mesh; :func:`sums_on_host` sums float64 images in memory where the host does it best. Both end in
+:class:`RawSums`.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +28,10 @@ from mae_align.runtime.processes import data_mesh, gathered, local_mesh
 
 # Few rows left over go in a smaller step: two programs at most are compiled.
 _FEW_ROWS = 64
-SUMS_REMEDY = "shrink the images, use fewer groups, or, with fewer images than pixel values, ma.Samples"
 # Steps on their way to the devices at any time: the host prepares one while another runs.
 _IN_FLIGHT = 2
+# Rows that the host multiplies at a time.
+_HOST_ROWS = 4096
 
 
 class TargetKind(enum.Enum):
@@ -40,7 +47,10 @@ class Layout:
     """What all batches of a stream have in common.
 
     Attributes:
-        image_shape: (h, w, c). dtype: name of the pixels' dtype. kind: of the targets. q: target columns.
+        image_shape: (h, w, c).
+        dtype: name of the pixels' dtype.
+        kind: of the targets.
+        q: target columns.
     """
 
     image_shape: ImageShape
@@ -68,7 +78,9 @@ class Batch(NamedTuple):
     """Checked samples.
 
     Attributes:
-        layout: see :class:`Layout`. rows: [b, d] pixels. labels: [b] int32; zeros where there are no classes.
+        layout: what it has in common with the others of its stream.
+        rows: [b, d] pixels.
+        labels: [b] int32; zeros where there are no classes.
         numbers: [b, q] float64 targets, [b, 0] where they are not numbers.
     """
 
@@ -82,8 +94,13 @@ class RawSums(NamedTuple):
     """The sums that define moments, in float64, g groups.
 
     Attributes:
-        pivot_x: [d]. pivot_y: [q]. counts: [g] int64. sum_x: [g, d]. sum_y: [g, q]. sum_xx: [g, d, d].
-        sum_xy: [g, d, q]. sum_yy: [g, q, q]; all about the pivots.
+        pivot_x: [d] and pivot_y: [q], the points about which all others are.
+        counts: [g] int64.
+        sum_x: [g, d].
+        sum_y: [g, q].
+        sum_xx: [g, d, d].
+        sum_xy: [g, d, q].
+        sum_yy: [g, q, q].
     """
 
     pivot_x: np.ndarray
@@ -100,7 +117,8 @@ def check_batch(images: np.ndarray, targets: np.ndarray | None, num_classes: int
     """Images and targets as rows.
 
     Args:
-        images: [b, h, w, c]. targets: [b] class labels, numbers [b] or [b, q], or None.
+        images: [b, h, w, c].
+        targets: [b] class labels, numbers [b] or [b, q], or None.
         num_classes: q for class labels; default: largest label + 1.
 
     Raises:
@@ -180,6 +198,7 @@ class _Pending:
         self.numbers = np.empty((capacity, layout.q if layout.kind is TargetKind.numbers else 0))
 
     def take(self, batch: Batch, which: slice | np.ndarray) -> None:
+        """Append rows of a batch."""
         rows = batch.rows[which]
         to = slice(self.count, self.count + len(rows))
         self.rows[to], self.labels[to], self.numbers[to] = rows, batch.labels[which], batch.numbers[which]
@@ -193,7 +212,9 @@ class Accumulator:
     host, in float64. Every process adds its own samples; :meth:`finish` adds up processes and devices.
 
     Args:
-        layout: of all batches. pivot_x, pivot_y: see :func:`pivots`; the same in every process.
+        layout: of all batches.
+        pivot_x: see :func:`pivots`; the same in every process.
+        pivot_y: likewise.
         groups: samples are spread over this many groups.
         mesh: one or several devices, of this process or of all; None for one device.
 
@@ -216,11 +237,7 @@ class Accumulator:
     ) -> None:
         if groups < 1:
             raise InputError(f"groups={groups}: ask for at least 1 group")
-        check_memory(
-            accumulator_bytes(layout.d, groups),
-            f"second moments of {layout.d} pixel values in {groups} group(s)",
-            SUMS_REMEDY,
-        )
+        _check_memory(layout.d, groups)
         dtype = np.dtype(layout.dtype)
         self._x64 = dtype == np.float64
         if mesh is None:
@@ -254,7 +271,8 @@ class Accumulator:
         """Add samples.
 
         Args:
-            batch: of the same layout. index: [b] their positions in the whole data set, which decide the groups.
+            batch: of the same layout.
+            index: [b] their positions in the whole data set, which decide the groups.
         """
         if self.groups == 1:
             self._fill(0, batch, None)
@@ -292,6 +310,7 @@ class Accumulator:
         self._add_on_host(g, rows)
 
     def _add_on_host(self, g: int, rows: _Pending) -> None:
+        """Counts, and the products with targets that are numbers."""
         n, host = rows.count, self._host
         host["counts"][g] += n
         host["classes"][g] += np.bincount(rows.labels[:n], minlength=self.layout.columns)
@@ -378,14 +397,19 @@ def _joined(pair: sums.Pair) -> np.ndarray:
     return np.asarray(pair[0], np.float64) + np.asarray(pair[1], np.float64)
 
 
-_ROWS = 4096
+def _check_memory(d: int, groups: int) -> None:
+    """Refuse sums that cannot fit."""
+    remedy = "shrink the images, use fewer groups, or, with fewer images than pixel values, ma.Samples"
+    check_memory(accumulator_bytes(d, groups), f"second moments of {d} pixel values in {groups} group(s)", remedy)
 
 
 def sums_on_host(batch: Batch, member: np.ndarray, groups: int) -> RawSums:
     """Sums about the mean of the first rows; in float64 that pivot leaves no cancellation worth a second pass.
 
     Args:
-        batch: float64 rows [n, d]. member: [n] group of each. groups: g.
+        batch: float64 rows [n, d].
+        member: [n] group of each.
+        groups: g.
 
     Returns:
         The sums. Cost: n d^2 multiply-adds; memory 8 g d^2 bytes and 4,096 rows.
@@ -394,14 +418,13 @@ def sums_on_host(batch: Batch, member: np.ndarray, groups: int) -> RawSums:
         InputError: not enough memory.
 
     Example:
-        >>> from mae_align.moments.accumulate import check_batch
         >>> batch = check_batch(np.array([1.0, 3.0]).reshape(2, 1, 1, 1), None, None)
         >>> sums_on_host(batch, np.zeros(2, int), 1).sum_xx.tolist()
         [[[2.0]]]
     """
     pivot_x, pivot_y = pivots(batch)
     d, q = batch.layout.d, len(pivot_y)
-    check_memory(accumulator_bytes(d, groups), f"second moments of {d} pixel values in {groups} group(s)", SUMS_REMEDY)
+    _check_memory(d, groups)
     out = RawSums(
         pivot_x,
         pivot_y,
@@ -415,8 +438,8 @@ def sums_on_host(batch: Batch, member: np.ndarray, groups: int) -> RawSums:
     for g in range(groups):
         index = np.flatnonzero(member == g) if groups > 1 else None
         count = len(member) if index is None else len(index)
-        for start in range(0, count, _ROWS):
-            take = slice(start, start + _ROWS) if index is None else index[start : start + _ROWS]
+        for start in range(0, count, _HOST_ROWS):
+            take = slice(start, start + _HOST_ROWS) if index is None else index[start : start + _HOST_ROWS]
             z = batch.rows[take] - pivot_x
             if batch.layout.kind is TargetKind.classes:
                 y = np.eye(q)[batch.labels[take]]

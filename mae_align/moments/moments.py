@@ -37,6 +37,7 @@ from mae_align.runtime.files import read_arrays, write_arrays
 
 __all__ = ["Moments", "SecondMoments", "assemble", "group_of"]
 _SUMS = ("counts", "sum_x", "sum_y", "sum_xx", "sum_xy", "sum_yy")
+_ARRAYS = ("pivot_x", "pivot_y", *_SUMS)
 _FILE_KIND, _FILE_VERSION = "moments", 1
 
 
@@ -71,7 +72,11 @@ class Moments:
         pivot_x: [d] point about which the x sums are kept.
         pivot_y: [q] likewise for targets.
         counts: [g] int64, samples per group.
-        sum_x: [g, d]. sum_y: [g, q]. sum_xx: [g, d, d]. sum_xy: [g, d, q]. sum_yy: [g, q, q]. All float64.
+        sum_x: [g, d].
+        sum_y: [g, q].
+        sum_xx: [g, d, d].
+        sum_xy: [g, d, q].
+        sum_yy: [g, q, q]. All sums are float64.
 
     Memory: 8 g d^2 bytes.
 
@@ -164,7 +169,7 @@ class Moments:
                 targets,
                 num_classes=self.num_targets if targets is not None and are_class_labels(targets) else None,
                 center=self.center,
-                groups=len(self.counts),
+                groups=self.num_groups,
                 preprocessing=self.preprocessing,
                 first_index=self.count,
             )
@@ -190,15 +195,7 @@ class Moments:
             >>> float(a.merge(b).sxx[0, 0])
             0.25
         """
-        for name in ("image_shape", "pixel_dtype", "center", "preprocessing"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                raise InputError(f"moments made differently do not merge: {name} is {mine!r} and {theirs!r}")
-        if self.sum_xy.shape != other.sum_xy.shape:
-            raise InputError(
-                "moments made differently do not merge: [groups, pixels, targets] are "
-                f"{list(self.sum_xy.shape)} and {list(other.sum_xy.shape)}"
-            )
+        check_alike(self, other, ("image_shape", "pixel_dtype", "center", "preprocessing", "num_targets", "num_groups"))
         share = other.count / max(self.count + other.count, 1)
         pivot_x, pivot_y = self.pivot_x, self.pivot_y
         if not np.array_equal(pivot_x, other.pivot_x):
@@ -218,11 +215,11 @@ class Moments:
         """
         return dataclasses.replace(self, **{name: getattr(self, name).sum(0, keepdims=True) for name in _SUMS})
 
-    def select_groups(self, groups: np.ndarray) -> Moments:
+    def select_groups(self, groups: np.ndarray | slice) -> Moments:
         """The moments of some of the groups.
 
         Args:
-            groups: indices of the groups.
+            groups: indices of the groups; a slice copies nothing.
 
         Example:
             >>> m = Moments.from_arrays(np.ones((8, 1, 1, 1)), np.arange(8) % 2, groups=2)
@@ -247,11 +244,8 @@ class Moments:
             >>> Moments.load(file).count
             2
         """
-        arrays = {name: getattr(self, name) for name in ("pivot_x", "pivot_y", *_SUMS)}
-        fields = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in arrays
-        }
-        write_arrays(path, _FILE_KIND, _FILE_VERSION, fields, arrays)
+        fields = {name: getattr(self, name) for name in ("image_shape", "pixel_dtype", "center", "preprocessing")}
+        write_arrays(path, _FILE_KIND, _FILE_VERSION, fields, dict(zip(_ARRAYS, self.state, strict=True)))
 
     @classmethod
     def load(cls, path: str | Path) -> Moments:
@@ -271,13 +265,22 @@ class Moments:
     @property
     def state(self) -> tuple[np.ndarray, ...]:
         """All arrays that define these moments (for a fingerprint)."""
-        sums = (self.sum_x, self.sum_y, self.sum_xx, self.sum_xy, self.sum_yy)
-        return (self.pivot_x, self.pivot_y, self.counts, *sums)
+        return tuple(getattr(self, name) for name in _ARRAYS)
 
     @property
     def count(self) -> int:
         """Number of samples n."""
         return int(self.counts.sum())
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups g."""
+        return len(self.counts)
+
+    @property
+    def most_rank(self) -> int:
+        """Largest rank that the covariance can have, with a noise floor: one for every pixel value."""
+        return self.num_pixels
 
     @property
     def num_pixels(self) -> int:
@@ -326,10 +329,9 @@ class Moments:
     @property
     def yty(self) -> np.ndarray:
         """[q, q] uncentred second moment mean(y y^T), the weight of the paper's alignment ratio."""
-        n, s = self.count, self.sum_y.sum(0)
-        return (self.sum_yy.sum(0) + np.outer(s, self.pivot_y) + np.outer(self.pivot_y, s)) / n + np.outer(
-            self.pivot_y, self.pivot_y
-        )
+        s, pivot = self.sum_y.sum(0), self.pivot_y
+        moved = self.sum_yy.sum(0) + np.outer(s, pivot) + np.outer(pivot, s)
+        return moved / self.count + np.outer(pivot, pivot)
 
     def second_moments(self) -> SecondMoments:
         """Moments of all groups together about the mean (about zero where ``center`` is False).
@@ -358,7 +360,8 @@ class Moments:
         """Moments of all groups together about given centres (held-out data about the *training* means).
 
         Args:
-            mean_x: [d]. mean_y: [q].
+            mean_x: [d].
+            mean_y: [q].
 
         Returns:
             count, sxx, sxy, syy as means over the samples.
@@ -369,8 +372,7 @@ class Moments:
             1.0
         """
         # Summed first, so that only one [d, d] array is moved.
-        total = {name: getattr(self, name).sum(0, keepdims=True) for name in _SUMS}
-        moved = dataclasses.replace(self, **total)._about_pivot(mean_x, mean_y)
+        moved = self.ungrouped()._about_pivot(mean_x, mean_y)
         n = max(self.count, 1)
         return SecondMoments(self.count, moved.sum_xx[0] / n, moved.sum_xy[0] / n, moved.sum_yy[0] / n)
 
@@ -378,7 +380,8 @@ class Moments:
         """One :class:`SecondMoments` per group, about given centres, made one at a time to save memory.
 
         Args:
-            mean_x: [d]. mean_y: [q].
+            mean_x: [d].
+            mean_y: [q].
 
         Yields:
             The moments of each group, as means over the group's own samples (zeros for an empty group).
@@ -388,9 +391,8 @@ class Moments:
             >>> sum(g.count for g in m.groups_about(m.mean_x, m.mean_y))
             8
         """
-        for g in range(len(self.counts)):
-            part = dataclasses.replace(self, **{name: getattr(self, name)[g : g + 1] for name in _SUMS})
-            yield part.about(mean_x, mean_y)
+        for g in range(self.num_groups):
+            yield self.select_groups(slice(g, g + 1)).about(mean_x, mean_y)
 
     def _about_pivot(self, pivot_x: np.ndarray, pivot_y: np.ndarray) -> Moments:
         """The same moments with the sums kept about other pivots."""
@@ -421,12 +423,32 @@ class Moments:
         )
 
 
+def check_alike(mine: object, theirs: object, names: tuple[str, ...]) -> None:
+    """Refuse to merge what was made differently.
+
+    Args:
+        mine: moments or samples.
+        theirs: others of the same class.
+        names: of the properties that must be equal.
+
+    Raises:
+        InputError: one of them differs.
+    """
+    for name in names:
+        a, b = getattr(mine, name), getattr(theirs, name)
+        if a != b:
+            kind = type(mine).__name__.lower()
+            raise InputError(f"{kind} made differently do not merge: {name} is {a!r} and {b!r}")
+
+
 def assemble(raw: RawSums, layout: Layout, *, center: bool, preprocessing: str) -> Moments:
     """Moments from sums; inexact pivots move to the mean, so that later merges lose nothing to cancellation.
 
     Args:
-        raw: see :class:`mae_align.moments.accumulate.RawSums`. layout: of the batches that were added up.
-        center, preprocessing: as in :meth:`Moments.from_arrays`.
+        raw: see :class:`mae_align.moments.accumulate.RawSums`.
+        layout: of the batches that were added up.
+        center: as in :meth:`Moments.from_arrays`.
+        preprocessing: likewise.
 
     Example:
         >>> batch = check_batch(np.ones((2, 1, 1, 1)), None, None)

@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from mae_align.moments.moments import Moments, group_of
+from mae_align.moments.accumulate import group_of
+from mae_align.moments.moments import Moments, check_alike
 from mae_align.runtime.checks import check_images, check_targets
 from mae_align.runtime.errors import InputError
 from mae_align.runtime.memory import accumulator_bytes, check_memory, dual_bytes, primal_bytes
+
+_ARRAYS = ("images", "targets", "member")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,10 +102,7 @@ class Samples:
             >>> a.merge(a).count
             4
         """
-        for name in ("image_shape", "pixel_dtype", "center", "preprocessing", "num_targets", "num_groups"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                raise InputError(f"samples made differently do not merge: {name} is {mine!r} and {theirs!r}")
+        check_alike(self, other, ("image_shape", "pixel_dtype", "center", "preprocessing", "num_targets", "num_groups"))
         parts = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in _ARRAYS}
         return dataclasses.replace(self, **parts)
 
@@ -130,6 +130,11 @@ class Samples:
     def pixel_dtype(self) -> str:
         """Dtype name of the pixels."""
         return self.images.dtype.name
+
+    @property
+    def most_rank(self) -> int:
+        """Largest rank of the samples about their mean."""
+        return min(self.count - self.center, self.num_pixels)
 
     @property
     def num_pixels(self) -> int:
@@ -176,9 +181,6 @@ class Samples:
         return self.targets.T @ self.targets / self.count
 
 
-_ARRAYS = ("images", "targets", "member")
-
-
 def dual_is_cheaper(n: int, d: int) -> bool:
     """Whether the dual of n samples costs less than the primal of d pixel values.
 
@@ -189,7 +191,8 @@ def dual_is_cheaper(n: int, d: int) -> bool:
         dual   = 3 d n^2 + 36 n^3         inner products, P and the blocks, and eigendecompositions of size n
 
     Args:
-        n: number of samples. d: number of pixel values.
+        n: number of samples.
+        d: number of pixel values.
 
     Example:
         >>> dual_is_cheaper(1500, 150528), dual_is_cheaper(1500, 784)
@@ -232,8 +235,11 @@ def summarize(
     Samples are kept where n < d and 3 d n^2 + 36 n^3 < n d^2 + 37 d^3 (:func:`dual_is_cheaper`).
 
     Args:
-        images: [n, h, w, c] uint8 or floating. targets: [n] class labels, or numbers [n] or [n, q].
-        num_classes: q for class labels. center: take both about their means. groups: for standard errors.
+        images: [n, h, w, c] uint8 or floating.
+        targets: [n] class labels, or numbers [n] or [n, q].
+        num_classes: q for class labels.
+        center: take both about their means.
+        groups: for standard errors.
         preprocessing: description of how the pixels were made.
         like: the summary this one goes with (held-out data with its training data, parts to be merged): the same kind.
 

@@ -55,11 +55,10 @@ def stream_moments(
     1e-6 of the Frobenius norm for any split, and bit for bit after an interruption.
 
     **Several processes** (see :func:`mae_align.runtime.processes.start_distributed`). Give each a stream of its own
-    samples and
-    one mesh over all devices; all get the same moments. The group of a sample depends on its index in the whole data
-    set. Batches of :func:`mae_align.data.pipeline.batches` bring their indices. Without, sample j of a process's stream
-    has index first_index + j index_step: process p of m that reads every m-th sample gives ``first_index=p,
-    index_step=m``, and one that reads a contiguous part gives where the part starts.
+    samples and one mesh over all devices; all get the same moments. The group of a sample depends on its index in the
+    whole data set. Batches of :func:`mae_align.data.pipeline.batches` bring their indices. Without, sample j of a
+    process's stream has index first_index + j index_step: process p of m that reads every m-th sample gives
+    ``first_index=p, index_step=m``, and one that reads a contiguous part gives where the part starts.
 
     **Resume.** With ``checkpoint`` the partial sums are saved every ``checkpoint_every`` seconds and at the end of the
     stream; called again with the same arguments the stream goes on after the last saved batch. An iterator with
@@ -71,14 +70,17 @@ def stream_moments(
         batches: images [b, h, w, c], (images, targets) or (images, targets, indices [b]); b may vary. Targets: [b]
             class labels, numbers [b] or [b, q], or None. Images: as in :meth:`Moments.from_arrays`.
         num_classes: q, for class labels (a stream does not know its largest label beforehand).
-        center, groups, preprocessing: as in :meth:`Moments.from_arrays`.
+        center: as in :meth:`Moments.from_arrays`.
+        groups: likewise.
+        preprocessing: likewise.
         mesh: devices over which rows are split (:func:`mae_align.runtime.processes.data_mesh`); None for one device
-            of this
-            process. A mesh over several processes adds up what all of them read.
-        first_index, index_step: see above.
+            of this process. A mesh over several processes adds up what all of them read.
+        first_index: of the stream's first sample, see above.
+        index_step: from one sample of the stream to the next.
         total: number of images of this stream, for the time left.
         progress: show images per second and the time left on standard error (in process 0).
-        checkpoint: folder for the partial sums. checkpoint_every: seconds; 0 for every batch.
+        checkpoint: folder for the partial sums.
+        checkpoint_every: seconds; 0 for every batch.
         identity: what the stream is, such as a hash over its files: a checkpoint of another is refused. Without, only
             ``total`` and the first batch tell two streams apart.
 
@@ -215,6 +217,7 @@ def _go_to(iterator: Iterator[RawBatch], fields: dict[str, Any]) -> None:
 
 
 def _source_state(iterator: Iterator[RawBatch]) -> dict[str, Any] | None:
+    """Where an iterator is, as JSON values, if it can say so."""
     if not isinstance(iterator, ResumableIterator):
         return None
     state = iterator.get_state()
@@ -229,12 +232,14 @@ def _write_checkpoint(
     images: int,
     number: int,
 ) -> None:
+    """Everything that is needed to go on behind batch ``number``."""
     fields = {"settings": settings, "images": images, "batches": number, "source": _source_state(iterator)}
     kept = {"pivot_x": accumulator.pivot_x, "pivot_y": accumulator.pivot_y}
     write_arrays(file, _FILE_KIND, _FILE_VERSION, fields, accumulator.state() | kept)
 
 
 def _read_checkpoint(file: Path, settings: dict[str, Any]) -> ArrayFile:
+    """What :func:`_write_checkpoint` wrote; that of another stream is refused."""
     saved = read_arrays(file, _FILE_KIND, _FILE_VERSION)
     theirs = saved.fields["settings"]
     other = [name for name in settings if settings[name] != theirs.get(name)]

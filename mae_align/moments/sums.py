@@ -1,8 +1,15 @@
-"""Symmetric products z^T z at little more than half of the multiplications.
+"""Sums of products over rows on the devices of a mesh: exact for 8-bit images, centred for floats.
 
-XLA has no rank-k update: a product of z with itself computes every entry twice. Split in blocks of columns, only the
-blocks on and over the diagonal are needed; four blocks save 3/8 of the work and are still wide enough for a fast
-product.
+Of rows x (pixels) and e (indicators of classes, or ones) every device keeps the sums of z z^T and z e^T, z = x - pivot:
+
+* 8-bit rows (:class:`ByteSums`): z are integers of at most 2^7 in size, and their products are summed as integers in
+  two limbs. No order, batch size or number of devices changes a bit.
+* float rows (:class:`FloatSums`): sums about the mean so far, merged with those of each step by the update of Chan,
+  Golub & LeVeque (1983), each as an unevaluated sum of two floats.
+
+XLA has no rank-k update: a product of z with itself computes every entry twice. Split in blocks of columns
+(:func:`upper_blocks`) only those on and over the diagonal are needed; four blocks save 3/8 of the work and are still
+wide enough for a fast product.
 """
 
 from __future__ import annotations
@@ -19,97 +26,6 @@ from jax.sharding import Mesh, NamedSharding
 # Narrower blocks save more multiplications and run slower; measured best on a CPU at d = 784 to 3,072.
 _BLOCKS = 4
 _NARROWEST = 192
-
-
-def _starts(d: int) -> range:
-    return range(0, d, max(-(-d // _BLOCKS), _NARROWEST))
-
-
-@jax.jit
-def upper_blocks(z: jax.Array) -> tuple[jax.Array, ...]:
-    """Rows of blocks of z^T z, each from the diagonal to the right edge.
-
-    Args:
-        z: [n, d]. Integers up to 2^7 are exact in float32 at any matmul precision; floats use the highest.
-
-    Returns:
-        Blocks [b, d - i b] for i = 0, 1, ...; :func:`add_upper` knows where they belong. Cost: 5/8 of n d^2
-        multiply-adds. Traceable.
-
-    Example:
-        >>> [block.shape for block in upper_blocks(jnp.ones((5, 400)))]
-        [(192, 400), (192, 208), (16, 16)]
-    """
-    d = z.shape[1]
-    starts = _starts(d)
-    high = jax.lax.Precision.HIGHEST
-    return tuple(jnp.dot(z[:, i : min(i + starts.step, d)].T, z[:, i:], precision=high) for i in starts)
-
-
-def add_upper(total: np.ndarray, blocks: Sequence[jax.Array | np.ndarray]) -> None:
-    """Add the blocks of :func:`upper_blocks` to the upper block triangle of a matrix, in place.
-
-    Args:
-        total: [d, d]. blocks: as returned.
-
-    Example:
-        >>> total = np.zeros((2, 2))
-        >>> add_upper(total, upper_blocks(jnp.eye(2)))
-        >>> total.tolist()
-        [[1.0, 0.0], [0.0, 1.0]]
-    """
-    for i, block in zip(_starts(len(total)), blocks, strict=True):
-        total[i : i + len(block), i:] += np.asarray(block)
-
-
-def mirror_upper(total: np.ndarray) -> None:
-    """Make a matrix symmetric, in place, from its upper block triangle.
-
-    Args:
-        total: [d, d] with whatever below the diagonal blocks.
-
-    Example:
-        >>> total = np.triu(np.ones((400, 400)))
-        >>> mirror_upper(total)
-        >>> bool((total == total.T).all())
-        False
-        >>> float(total[300, 10])  # below the diagonal blocks
-        1.0
-    """
-    d = len(total)
-    for i in _starts(d):
-        end = min(i + _starts(d).step, d)
-        total[end:, i:end] = total[i:end, end:].T
-
-
-@jax.jit
-def gram(z: jax.Array) -> jax.Array:
-    """z^T z, symmetric to the last bit off the diagonal blocks.
-
-    Args:
-        z: [n, d].
-
-    Returns:
-        [d, d]. Cost: 5/8 of n d^2 multiply-adds and two passes over the result. Traceable.
-
-    Example:
-        >>> gram(jnp.ones((3, 2))).tolist()
-        [[3.0, 3.0], [3.0, 3.0]]
-    """
-    blocks = upper_blocks(z)
-    d = z.shape[1]
-    starts = _starts(d)
-    rows = []
-    for row, i in enumerate(starts):
-        # Left of the diagonal: the columns of the rows above, transposed.
-        left = [
-            blocks[above][:, i - above_start : i - above_start + starts.step].T
-            for above, above_start in enumerate(starts[:row])
-        ]
-        rows.append(jnp.concatenate([*left, blocks[row]], axis=1))
-    return jnp.concatenate(rows, axis=0)
-
-
 BYTE_PIVOT = 128
 # |x - 128| <= 2^7, so 1,024 products of at most 2^14 stay within the 2^24 integers that float32 holds exactly.
 MAX_ROWS = 1024
@@ -128,7 +44,8 @@ class ByteSums(NamedTuple):
     """Integer sums of each device, D devices; each is low + 2^16 high.
 
     Attributes:
-        xx: for each row of blocks two int32 [D, b, d - i b]. xe: two int32 [D, d, e].
+        xx: for each row of blocks two int32 [D, b, d - i b].
+        xe: two int32 [D, d, e].
     """
 
     xx: Blocks
@@ -139,8 +56,10 @@ class FloatSums(NamedTuple):
     """Centred sums of each device, D devices; each pair is high + low.
 
     Attributes:
-        count: [D] int32 rows so far. row: two [D, d + e], sum of z = x - pivot and of the indicators.
-        xx: for each row of blocks two [D, b, d - i b], about the mean of these rows. xe: two [D, d, e] likewise.
+        count: [D] int32 rows so far.
+        row: two [D, d + e], sum of z = x - pivot and of the indicators.
+        xx: for each row of blocks two [D, b, d - i b], about the mean of these rows.
+        xe: two [D, d, e] likewise.
     """
 
     # Hides tuple.count, which nobody misses here.
@@ -169,7 +88,8 @@ def empty(mesh: Mesh, d: int, e: int, dtype: np.dtype) -> Sums:
 
     Args:
         mesh: one axis, "data", of D devices of this process.
-        d: pixel values. e: indicator columns.
+        d: pixel values.
+        e: indicator columns.
         dtype: of the rows: uint8, float32 or float64 (float64 inside ``jax.enable_x64``).
 
     Returns:
@@ -203,7 +123,8 @@ def add_rows(mesh: Mesh, dtype: np.dtype) -> jax.stages.Wrapped:
     is. No collective.
 
     Args:
-        mesh: as in :func:`empty`. dtype: of the rows.
+        mesh: as in :func:`empty`.
+        dtype: of the rows.
 
     Example:
         >>> from mae_align.runtime.processes import data_mesh
@@ -364,3 +285,93 @@ def reduce_program(mesh: Mesh) -> jax.stages.Wrapped:
         return jax.lax.psum(jnp.concatenate([part.ravel() for part in parts]), _AXIS)
 
     return jax.jit(jax.shard_map(add_up, mesh=mesh, in_specs=jax.P(_AXIS), out_specs=jax.P()))
+
+
+def _starts(d: int) -> range:
+    """First columns of the blocks."""
+    return range(0, d, max(-(-d // _BLOCKS), _NARROWEST))
+
+
+@jax.jit
+def upper_blocks(z: jax.Array) -> tuple[jax.Array, ...]:
+    """Rows of blocks of z^T z, each from the diagonal to the right edge.
+
+    Args:
+        z: [n, d]. Integers up to 2^7 are exact in float32 at any matmul precision; floats use the highest.
+
+    Returns:
+        Blocks [b, d - i b] for i = 0, 1, ...; :func:`add_upper` knows where they belong. Cost: 5/8 of n d^2
+        multiply-adds. Traceable.
+
+    Example:
+        >>> [block.shape for block in upper_blocks(jnp.ones((5, 400)))]
+        [(192, 400), (192, 208), (16, 16)]
+    """
+    d = z.shape[1]
+    starts = _starts(d)
+    return tuple(jnp.dot(z[:, i : min(i + starts.step, d)].T, z[:, i:], precision=_HIGHEST) for i in starts)
+
+
+def add_upper(total: np.ndarray, blocks: Sequence[jax.Array | np.ndarray]) -> None:
+    """Add the blocks of :func:`upper_blocks` to the upper block triangle of a matrix, in place.
+
+    Args:
+        total: [d, d].
+        blocks: as returned.
+
+    Example:
+        >>> total = np.zeros((2, 2))
+        >>> add_upper(total, upper_blocks(jnp.eye(2)))
+        >>> total.tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
+    for i, block in zip(_starts(len(total)), blocks, strict=True):
+        total[i : i + len(block), i:] += np.asarray(block)
+
+
+def mirror_upper(total: np.ndarray) -> None:
+    """Make a matrix symmetric, in place, from its upper block triangle.
+
+    Args:
+        total: [d, d] with whatever below the diagonal blocks.
+
+    Example:
+        >>> total = np.triu(np.ones((400, 400)))
+        >>> mirror_upper(total)
+        >>> bool((total == total.T).all())
+        False
+        >>> float(total[300, 10])  # below the diagonal blocks
+        1.0
+    """
+    d = len(total)
+    for i in _starts(d):
+        end = min(i + _starts(d).step, d)
+        total[end:, i:end] = total[i:end, end:].T
+
+
+@jax.jit
+def gram(z: jax.Array) -> jax.Array:
+    """z^T z, symmetric to the last bit off the diagonal blocks.
+
+    Args:
+        z: [n, d].
+
+    Returns:
+        [d, d]. Cost: 5/8 of n d^2 multiply-adds and two passes over the result. Traceable.
+
+    Example:
+        >>> gram(jnp.ones((3, 2))).tolist()
+        [[3.0, 3.0], [3.0, 3.0]]
+    """
+    blocks = upper_blocks(z)
+    d = z.shape[1]
+    starts = _starts(d)
+    rows = []
+    for row, i in enumerate(starts):
+        # Left of the diagonal: the columns of the rows above, transposed.
+        left = [
+            blocks[above][:, i - above_start : i - above_start + starts.step].T
+            for above, above_start in enumerate(starts[:row])
+        ]
+        rows.append(jnp.concatenate([*left, blocks[row]], axis=1))
+    return jnp.concatenate(rows, axis=0)

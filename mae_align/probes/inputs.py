@@ -20,7 +20,9 @@ def per_feature(mean: np.ndarray, variance: np.ndarray, eps: float) -> np.ndarra
     """Every feature to unit variance; a constant one to 0.
 
     Args:
-        mean: [k]. variance: [k]. eps: relative precision in which features are stored: below it lies no variance.
+        mean: [k].
+        variance: [k].
+        eps: relative precision in which features are stored: below it lies no variance.
 
     Returns:
         [k] multipliers.
@@ -37,7 +39,9 @@ def one_scale(mean: np.ndarray, variance: np.ndarray, eps: float) -> np.ndarray:
     """All features by one number, to unit variance on average: directions and relative sizes stay as the encoder gave.
 
     Args:
-        mean: [k]. variance: [k]. eps: as in :func:`per_feature`.
+        mean: [k].
+        variance: [k].
+        eps: as in :func:`per_feature`.
 
     Returns:
         [k] multipliers, 0 for constant features.
@@ -51,22 +55,12 @@ def one_scale(mean: np.ndarray, variance: np.ndarray, eps: float) -> np.ndarray:
 
 
 def name_of(normalization: Normalization) -> str:
-    """Name of a normalisation for a protocol: that of the function.
-
-    Example:
-        >>> name_of(per_feature)
-        'per_feature'
-    """
+    """Name of a normalisation for a protocol: that of the function."""
     return getattr(normalization, "__name__", repr(normalization))
 
 
 def precision(dtype: str) -> float:
-    """Relative precision of stored features: 0 for integers, whose moments are exact.
-
-    Example:
-        >>> precision("uint8")
-        0.0
-    """
+    """Relative precision of stored features: 0 for integers, whose moments are exact."""
     return 0.0 if np.dtype(dtype).kind in "iub" else float(np.finfo(dtype).eps)
 
 
@@ -74,7 +68,8 @@ def check_features(features: np.ndarray, width: int | None = None) -> np.ndarray
     """Features [n, k] as uint8, float32 or float64, finite.
 
     Args:
-        features: [n, k]. width: k, where it is known.
+        features: [n, k].
+        width: k, where it is known.
 
     Raises:
         InputError: another rank, type or width, an empty axis, NaN or infinite values.
@@ -114,7 +109,9 @@ class Task(NamedTuple):
     """Columns start:stop of the target matrix.
 
     Attributes:
-        name: of the task. start, stop: columns. labelled: whether they are one-hot rows of classes.
+        name: of the task.
+        start, stop: columns.
+        labelled: whether they are one-hot rows of classes.
     """
 
     name: str
@@ -132,7 +129,8 @@ class Rows(NamedTuple):
     """Samples in memory.
 
     Attributes:
-        features: [n, k]. targets: [n] class labels, or numbers [n] or [n, q].
+        features: [n, k].
+        targets: [n] class labels, or numbers [n] or [n, q].
     """
 
     features: np.ndarray
@@ -179,7 +177,9 @@ def target_matrix(targets: Mapping[str, np.ndarray], tasks: tuple[Task, ...], n:
     """Targets of all tasks side by side.
 
     Args:
-        targets: by task, as in :func:`layout`. tasks: its layout. n: number of samples.
+        targets: by task, as in :func:`layout`.
+        tasks: its layout.
+        n: number of samples.
 
     Returns:
         [n, Q] float64.
@@ -214,7 +214,9 @@ class Split:
     """Positions of the samples that a probe is fitted on and of those on which it is chosen.
 
     Attributes:
-        train: [m] int64, ascending. val: [v] int64, ascending. seed: it was drawn with.
+        train: [m] int64, ascending.
+        val: [v] int64, ascending.
+        seed: it was drawn with.
     """
 
     train: np.ndarray

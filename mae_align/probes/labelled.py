@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mae_align.probes.inputs import Normalization, Rows, check_features, layout, precision, validation_split
+from mae_align.probes.result import ProbeResult, Protocol
 from mae_align.runtime.checks import are_class_labels, check_labels
 from mae_align.runtime.errors import InputError
 
@@ -25,13 +27,24 @@ class Parts(NamedTuple):
     """The parts of one classification task, normalised by the training features.
 
     Attributes:
-        train, val, test: their samples. num_classes: q.
+        train, val, test: their samples.
+        num_classes: q.
     """
 
     train: Labelled
     val: Labelled
     test: Labelled
     num_classes: int
+
+    def result(self, accuracies: tuple[float, float, float], **protocol: Any) -> ProbeResult:
+        """Accuracies of the three parts as a result, r2 NaN: no estimate of the one-hot rows was made.
+
+        Args:
+            accuracies: on the training, validation and test samples.
+            protocol: fields of :class:`Protocol` but the numbers of samples.
+        """
+        numbers = {"n_train": len(self.train.y), "n_val": len(self.val.y), "n_test": len(self.test.y)}
+        return ProbeResult(*accuracies, math.nan, math.nan, math.nan, Protocol(**numbers, **protocol))
 
 
 def class_parts(
@@ -47,9 +60,11 @@ def class_parts(
     """Checked and normalised parts of a task whose targets are classes.
 
     Args:
-        train, test: features [n, k] and labels [n]. num_classes: q; default: largest training label + 1.
+        train, test: features [n, k] and labels [n].
+        num_classes: q; default: largest training label + 1.
         val: None: carved out of ``train`` by :func:`validation_split` with ``val_fraction`` and ``seed``.
-        normalization: made from the features that are fitted on. dtype: of the normalised features.
+        normalization: made from the features that are fitted on.
+        dtype: of the normalised features.
 
     Returns:
         The parts.
@@ -83,18 +98,7 @@ def class_parts(
 
 
 def class_count(targets: np.ndarray, num_classes: int | None) -> int:
-    """Number of classes of a task, q.
-
-    Args:
-        targets: [n] training labels. num_classes: q, where the largest label is missing among them.
-
-    Raises:
-        InputError: targets that are no class labels, or all of one class.
-
-    Example:
-        >>> class_count(np.array([0, 2]), None)
-        3
-    """
+    """Number of classes q of training labels [n]; refuses targets that are no class labels, and labels of one class."""
     given = np.asarray(targets)
     if not are_class_labels(given):
         raise InputError(f"targets of dtype {given.dtype} and {given.ndim} axes are no class labels: use ridge_probe")
@@ -102,18 +106,7 @@ def class_count(targets: np.ndarray, num_classes: int | None) -> int:
 
 
 def class_labels(targets: np.ndarray, n: int, q: int) -> np.ndarray:
-    """Class labels as int32.
-
-    Args:
-        targets: [n]. n: number of samples. q: number of classes.
-
-    Raises:
-        InputError: no integers, another number of them, or outside 0..q - 1.
-
-    Example:
-        >>> class_labels(np.array([0, 2]), 2, 3).dtype.name
-        'int32'
-    """
+    """Labels [n] as int32; refuses another number of them, no integers, and labels outside 0..q - 1."""
     targets = np.asarray(targets)
     if not are_class_labels(targets) or len(targets) != n:
         raise InputError(f"targets of shape {list(targets.shape)} and dtype {targets.dtype}: give {n} class labels")

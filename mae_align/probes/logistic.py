@@ -21,7 +21,7 @@ from numpy.typing import DTypeLike
 
 from mae_align.probes.inputs import Normalization, Rows, name_of, per_feature
 from mae_align.probes.labelled import Labelled, class_parts
-from mae_align.probes.result import ProbeResult, Protocol
+from mae_align.probes.result import ProbeResult
 from mae_align.runtime.devices import solve_context, solve_dtype
 from mae_align.runtime.errors import InputError
 
@@ -39,8 +39,11 @@ class LogisticPath(NamedTuple):
     """Logistic regressions of one training set, strongest first: logits = z weights[i] + bias[i].
 
     Attributes:
-        strengths: [S], descending. weights: [S, k, q]. bias: [S, q], adding up to 0.
-        gradient: [S] largest entry of the gradient where the solver ended. steps: [S] of L-BFGS.
+        strengths: [S], descending.
+        weights: [S, k, q].
+        bias: [S, q], adding up to 0.
+        gradient: [S] largest entry of the gradient where the solver ended.
+        steps: [S] of L-BFGS.
     """
 
     strengths: np.ndarray
@@ -63,7 +66,9 @@ def logistic_path(
     """Logistic regressions for several strengths, each started from the one before.
 
     Args:
-        z: [n, k] normalised features. labels: [n] integers in 0..q - 1. num_classes: q.
+        z: [n, k] normalised features.
+        labels: [n] integers in 0..q - 1.
+        num_classes: q.
         strengths, tolerance, max_steps, dtype: as in :func:`logistic_probe`.
 
     Returns:
@@ -111,10 +116,13 @@ def logistic_probe(
     """Logistic probe of one task; the strength of largest validation accuracy, of equal ones of least cross-entropy.
 
     Args:
-        train_features: [n, k]. train_targets: [n] class labels. test_features, test_targets: likewise.
+        train_features: [n, k].
+        train_targets: [n] class labels.
+        test_features, test_targets: likewise.
         num_classes, val, val_fraction, normalization, seed, features: as in :func:`mae_align.probes.ridge_probe`.
-        strengths: [S] a above, positive. tolerance: largest entry of the gradient at the end. max_steps: L-BFGS steps
-            for each strength; the protocol says how many strengths ended above the tolerance.
+        strengths: [S] a above, positive.
+        tolerance: largest entry of the gradient at the end.
+        max_steps: L-BFGS steps for each strength; the protocol says how many strengths ended above the tolerance.
         dtype: "float64", or "float32" where speed matters more (its gradients end at about 1e-6).
 
     Returns:
@@ -140,13 +148,11 @@ def logistic_probe(
     grid = path.strengths
     best = int(np.lexsort((grid, -loss, accuracy))[-1])
     on_train, on_test = (float(_scores(path, slice(best, best + 1), p)[0][0]) for p in (parts.train, parts.test))
-    protocol = Protocol(
+    return parts.result(
+        (on_train, float(accuracy[best]), on_test),
         probe="logistic",
         features=features,
         normalization=name_of(normalization),
-        n_train=len(parts.train.y),
-        n_val=len(parts.val.y),
-        n_test=len(parts.test.y),
         seed=seed,
         strength=float(grid[best]),
         selected_by="accuracy, then cross-entropy",
@@ -161,8 +167,6 @@ def logistic_probe(
             ("steps", int(path.steps.sum())),
         ),
     )
-    nan = float("nan")
-    return ProbeResult(on_train, float(accuracy[best]), on_test, nan, nan, nan, protocol)
 
 
 def _logits(weights: _Weights, z: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ import optax
 
 from mae_align.probes.inputs import Normalization, Rows, name_of, per_feature
 from mae_align.probes.labelled import class_parts
-from mae_align.probes.result import ProbeResult, Protocol
+from mae_align.probes.result import ProbeResult
 from mae_align.runtime.errors import InputError
 
 
@@ -68,11 +68,16 @@ def mlp_probe(
     """Probe with one hidden layer of one task.
 
     Args:
-        train_features: [n, k]. train_targets: [n] class labels. test_features, test_targets: likewise.
+        train_features: [n, k].
+        train_targets: [n] class labels.
+        test_features, test_targets: likewise.
         num_classes, val, val_fraction, normalization, features: as in :func:`mae_align.probes.ridge_probe`.
-        hidden: width m. learning_rate, weight_decay: of AdamW. batch_size: at most as many as fitted samples are used;
-            what does not fill a batch waits for another epoch's order.
-        max_epochs: at most. patience: epochs without a better one after which training ends.
+        hidden: width m.
+        learning_rate, weight_decay: of AdamW.
+        batch_size: at most as many as fitted samples are used; what does not fill a batch waits for another epoch's
+            order.
+        max_epochs: at most.
+        patience: epochs without a better one after which training ends.
         seed: of the split, the weights and the orders.
 
     Returns:
@@ -99,22 +104,19 @@ def mlp_probe(
         )
     train, test = Rows(train_features, train_targets), Rows(test_features, test_targets)
     parts = class_parts(train, test, num_classes, val, val_fraction, normalization, seed, np.dtype(np.float32))
-    n = len(parts.train.y)
     fitted_on, chosen_on, tested_on = (
         (jnp.asarray(p.x), jnp.asarray(p.y)) for p in (parts.train, parts.val, parts.test)
     )
     rates = jnp.asarray([learning_rate, weight_decay], jnp.float32)
     limits = jnp.asarray([max_epochs, patience])
-    sizes = (int(hidden), parts.num_classes, min(int(batch_size), n))
+    sizes = (int(hidden), parts.num_classes, min(int(batch_size), len(parts.train.y)))
     end = _fit(jax.random.key(seed), *fitted_on, *chosen_on, rates, limits, *sizes)
     on_train, on_test = (float(_scores(end.best, *part)[0]) for part in (fitted_on, tested_on))
-    protocol = Protocol(
+    return parts.result(
+        (on_train, float(end.accuracy), on_test),
         probe="mlp",
         features=features,
         normalization=name_of(normalization),
-        n_train=n,
-        n_val=len(parts.val.y),
-        n_test=len(parts.test.y),
         seed=seed,
         selected_by="accuracy, then cross-entropy",
         settings=(
@@ -128,8 +130,6 @@ def mlp_probe(
             ("epochs_trained", int(end.epoch)),
         ),
     )
-    nan = float("nan")
-    return ProbeResult(on_train, float(end.accuracy), on_test, nan, nan, nan, protocol)
 
 
 def _logits(weights: _Weights, z: jax.Array) -> jax.Array:
@@ -144,9 +144,7 @@ def _loss(weights: _Weights, z: jax.Array, labels: jax.Array) -> jax.Array:
 @jax.jit
 def _scores(weights: _Weights, z: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Accuracy and mean cross-entropy."""
-    logits = _logits(weights, z)
-    loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    return (logits.argmax(1) == labels).mean(), loss
+    return (_logits(weights, z).argmax(1) == labels).mean(), _loss(weights, z, labels)
 
 
 @partial(jax.jit, static_argnums=(7, 8, 9))

@@ -17,7 +17,7 @@ import numpy as np
 
 from mae_align.probes.inputs import Normalization, Rows, name_of, per_feature
 from mae_align.probes.labelled import class_parts
-from mae_align.probes.result import ProbeResult, Protocol
+from mae_align.probes.result import ProbeResult
 from mae_align.runtime.errors import InputError
 
 # Weights of votes from cosines, both of any one shape; hashable.
@@ -83,10 +83,13 @@ def knn_probe(
     """Nearest-neighbour probe of one task; k of largest validation accuracy, the smaller of equal ones.
 
     Args:
-        train_features: [n, k]. train_targets: [n] class labels. test_features, test_targets: likewise.
+        train_features: [n, k].
+        train_targets: [n] class labels.
+        test_features, test_targets: likewise.
         num_classes, val, val_fraction, normalization, seed, features: as in :func:`mae_align.probes.ridge_probe`.
         neighbors: values of k to choose among; one alone is fixed; None: those of ``NEIGHBORS`` that are fewer than the
-            fitted samples. votes: :class:`ExponentialVotes` or :func:`plain_votes`.
+            fitted samples.
+        votes: :class:`ExponentialVotes` or :func:`plain_votes`.
 
     Returns:
         Scores (r2 is NaN; the training accuracy leaves each sample out of its own neighbours, on 2,000 samples at most)
@@ -128,13 +131,11 @@ def knn_probe(
     on_test = accuracies(*parts.test, nobody[1])
     some = np.sort(np.random.default_rng(seed).permutation(n)[:_TRAIN_SAMPLES])
     on_train = accuracies(parts.train.x[some], parts.train.y[some], some.astype(np.int32))
-    protocol = Protocol(
+    return parts.result(
+        (float(on_train[best]), float(on_val[best]), float(on_test[best])),
         probe="knn",
         features=features,
         normalization=name_of(normalization),
-        n_train=n,
-        n_val=len(parts.val.y),
-        n_test=len(parts.test.y),
         seed=seed,
         selected_by="accuracy" if len(counts) > 1 else "",
         settings=(
@@ -145,9 +146,6 @@ def knn_probe(
             ("train_samples_scored", len(some)),
         ),
     )
-    nan = float("nan")
-    accuracy = (float(on_train[best]), float(on_val[best]), float(on_test[best]))
-    return ProbeResult(*accuracy, nan, nan, nan, protocol)
 
 
 def _unit(x: jax.Array) -> jax.Array:

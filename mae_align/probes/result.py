@@ -11,9 +11,13 @@ class Protocol:
     """How a probe was fitted: part of every result, and enough to repeat it.
 
     Attributes:
-        probe: which probe. features: what it was fitted on, in the words of the caller. normalization: of the features.
-        n_train: samples it was fitted on. n_val: samples it was chosen on (never refitted on them). n_test: samples it
-            was tested on. seed: of the split, and of the probe where it draws numbers.
+        probe: which probe.
+        features: what it was fitted on, in the words of the caller.
+        normalization: of the features.
+        n_train: samples it was fitted on.
+        n_val: samples it was chosen on (never refitted on them).
+        n_test: samples it was tested on.
+        seed: of the split, and of the probe where it draws numbers.
         strength: the chosen one; None where the probe has none.
         selected_by: what was best on the validation samples; empty where nothing was selected.
         settings: what else defines the probe, as (name, value).

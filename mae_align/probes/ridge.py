@@ -57,7 +57,8 @@ class RidgePath:
     Attributes:
         strengths: [S], relative to the mean variance of a normalised feature.
         weights: [S, k, Q] float64, of features as given (the normalisation is in them).
-        mean_x: [k]. mean_y: [Q].
+        mean_x: [k].
+        mean_y: [Q].
     """
 
     strengths: np.ndarray
@@ -76,7 +77,8 @@ def ridge_path(
 
     Args:
         train: moments of features as images [n, 1, 1, k] (:func:`mae_align.probes.as_images`) and targets.
-        strengths: [S], at least 0. normalization: :func:`per_feature` or :func:`one_scale`.
+        strengths: [S], at least 0.
+        normalization: :func:`per_feature` or :func:`one_scale`.
 
     Returns:
         The regressions, float64. Cost: one eigh of size k and S k^2 Q multiply-adds; memory 8 S k Q bytes.
@@ -138,12 +140,14 @@ def ridge_probe(
     """Ridge probe of one task.
 
     Args:
-        train_features: [n, k] uint8 or floating. train_targets: [n] class labels, or numbers [n] or [n, q].
+        train_features: [n, k] uint8 or floating.
+        train_targets: [n] class labels, or numbers [n] or [n, q].
         test_features, test_targets: likewise, never looked at before the strength is chosen.
         num_classes: for class labels; default: largest training label + 1.
         val: samples on which the strength is chosen; None: ``val_fraction`` of the training samples, which then are
             not fitted on (:func:`validation_split` with ``seed``).
-        strengths, normalization: as in :func:`ridge_path`. features: name of the features for the protocol.
+        strengths, normalization: as in :func:`ridge_path`.
+        features: name of the features for the protocol.
 
     Returns:
         Scores and protocol. Cost: n k (k + Q) multiply-adds, one eigh of size k, S n_val k Q for the choice.
@@ -190,7 +194,8 @@ def ridge_probe_many(
     """Ridge probes of many tasks on the same samples, from one eigendecomposition; a strength for each task.
 
     Args:
-        train_features: [n, k]. train_targets: by task, as in :func:`ridge_probe`.
+        train_features: [n, k].
+        train_targets: by task, as in :func:`ridge_probe`.
         test_features, test_targets: likewise.
         num_classes: by task, where the largest label is missing in training.
         val: features and targets by task. None: a split of the training samples that keeps the proportions of the task

@@ -1,11 +1,8 @@
-"""Where and how precisely everything runs: processes, meshes, devices, floating point types, BLAS threads, workers.
+"""How precisely and on what everything is solved: floating point types, devices, BLAS threads, workers.
 
-Policy: several processes start together only where flags or the environment say so (:func:`start_distributed`). Meshes
-have one axis, "data", of type Auto (:func:`data_mesh`). Sums over images need no float64 on any device (8-bit images
-are summed as integers, float32 ones in pairs of float32); float64 images are summed in float64. Solves run in float64
-unless float32 is asked for, on the default backend where it has float64 and on the host CPU where it does not (TPU). On
-a CPU each solve uses one BLAS thread, because LAPACK's symmetric eigensolver hardly scales with threads; parallelism
-comes from a pool of one worker per usable core. Networks train on a mesh of two axes (:func:`train_mesh`).
+Solves run in float64 unless float32 is asked for, on the default backend where it has float64 and on the host CPU where
+it does not (TPU). On a CPU each solve uses one BLAS thread, because LAPACK's symmetric eigensolver hardly scales with
+threads; parallelism comes from a pool of one worker per usable core.
 """
 
 from __future__ import annotations

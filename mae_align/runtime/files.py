@@ -1,4 +1,11 @@
-"""Finished parts of a sweep on disk, so that a killed sweep goes on where it stopped."""
+"""Files that are written whole or not at all, and what tells one computation's results from another's.
+
+* :func:`whole_file`: every file here appears under its name only when it is complete.
+* :func:`write_arrays`, :func:`read_arrays`: one file of arrays and fields with a kind, a version and a checksum.
+* :func:`fingerprint`, :func:`identity`: a hash of data and settings, and of an object such as a corruption.
+* :func:`claim`, :class:`PointStore`: a folder that belongs to one computation, and its finished points, so that one
+  that was killed goes on where it stopped.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +15,11 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 import types
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -20,101 +27,58 @@ import numpy as np
 
 from mae_align.runtime.errors import InputError
 
-
-def fingerprint(arrays: Iterable[np.ndarray], settings: Mapping[str, object]) -> str:
-    """SHA-256 over arrays and settings: the identity of a computation.
-
-    Args:
-        arrays: any arrays. settings: JSON-able values (others by their ``repr``).
-
-    Returns:
-        64 hexadecimal digits.
-
-    Example:
-        >>> len(fingerprint([np.zeros(2)], {"k": 3}))
-        64
-    """
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode())
-    for array in arrays:
-        array = np.ascontiguousarray(array)
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(array.data)
-    return digest.hexdigest()
+# Of write_arrays: who wrote a file, and the member that says what is in it.
+_FORMAT, _HEADER = "mae_align", "header"
 
 
-class PointStore:
-    """A folder of finished points; every file is written whole or not at all.
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write beside its place; it is moved there when the block ends, and removed where the block fails.
 
     Args:
-        path: folder, made if missing. identity: what the points belong to (see :func:`fingerprint`).
+        path: its place, in a folder that exists; a file that is there stays until then.
 
     Raises:
-        InputError: the folder holds points of another computation or cannot be written, or its identity file is
-            damaged.
+        OSError: a place that cannot be written to.
 
     Example:
-        >>> folder = tempfile.mkdtemp()
-        >>> PointStore(folder, "a").save("p0", {"x": np.ones(1)})
-        >>> PointStore(folder, "a").load("p0")["x"].tolist(), PointStore(folder, "a").load("p1")
-        ([1.0], None)
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "note.txt"
+        >>> with whole_file(path) as file:
+        ...     _ = file.write(b"done")
+        ...     before = path.exists()
+        >>> before, path.read_text()
+        (False, 'done')
     """
-
-    def __init__(self, path: str | Path, identity: str) -> None:
-        self.path = Path(path)
-        mark = self.path / "identity.json"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if not mark.exists():
-                self._write(mark, lambda file: file.write(json.dumps({"identity": identity}).encode()))
-                return
-        except OSError as error:
-            raise InputError(f"cannot use the folder {self.path} ({error.strerror}): choose another one") from error
-        try:
-            found = json.loads(mark.read_text())["identity"]
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise InputError(f"{mark} is damaged: delete the folder {self.path} and run again") from error
-        if found != identity:
-            raise InputError(
-                f"{self.path} holds points of another computation (other data or settings): "
-                "choose another folder or delete it"
-            )
-
-    def load(self, key: str) -> dict[str, np.ndarray] | None:
-        """The arrays of a finished point, or None; a damaged file is reported and computed again."""
-        file = self.path / f"{key}.npz"
-        if not file.exists():
-            return None
-        try:
-            with np.load(file, allow_pickle=False) as data:
-                return {name: data[name] for name in data.files}
-        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile):
-            warnings.warn(f"{file} is damaged and is computed again", stacklevel=2)
-            return None
-
-    def save(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write the arrays of a finished point."""
-        self._write(self.path / f"{key}.npz", lambda file: np.savez(file, allow_pickle=False, **arrays))
-
-    def _write(self, target: Path, write: Callable[[IO[bytes]], object]) -> None:
-        handle, name = tempfile.mkstemp(dir=self.path, prefix=".", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                write(file)
-            os.replace(name, target)
-        except BaseException:
-            os.unlink(name)
-            raise
+    # Not tempfile's: its files are for their owner alone, and prepared data or moments may be meant for others.
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with unfinished.open("xb") as file:
+            yield file
+        os.replace(unfinished, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
 
 
-_FORMAT = "mae_align"
-_HEADER = "header"
+def remove_unfinished(path: Path) -> None:
+    """Remove what writers of ``path`` that were killed left beside it; no other writer may be at work.
+
+    Example:
+        >>> import tempfile
+        >>> remove_unfinished(Path(tempfile.mkdtemp()) / "x.npz")
+    """
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 class ArrayFile(NamedTuple):
     """What a file holds.
 
     Attributes:
-        fields: JSON values. arrays: by name.
+        fields: JSON values.
+        arrays: by name.
     """
 
     fields: dict[str, Any]
@@ -124,17 +88,20 @@ class ArrayFile(NamedTuple):
 def write_arrays(
     path: str | Path, kind: str, version: int, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> None:
-    """Write a file beside its place and move it there.
+    """Write arrays and fields to one file, whole or not at all.
 
     Args:
         path: the file; its folder is made if missing.
-        kind: what the file holds, in words for messages. version: of this kind, from 1.
-        fields: JSON values. arrays: of numbers, by name; "header" is taken.
+        kind: what the file holds, in words for messages.
+        version: of this kind, from 1.
+        fields: JSON values.
+        arrays: of numbers, by name; "header" is taken.
 
     Raises:
         InputError: a place that cannot be written to.
 
     Example:
+        >>> import tempfile
         >>> file = os.path.join(tempfile.mkdtemp(), "x.npz")
         >>> write_arrays(file, "numbers", 1, {"unit": "m"}, {"a": np.arange(2)})
         >>> read_arrays(file, "numbers", 1)
@@ -152,39 +119,21 @@ def write_arrays(
     text = np.frombuffer(json.dumps(header).encode(), np.uint8)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror}): choose another place") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
+        with whole_file(path) as file:
             np.savez(file, allow_pickle=False, **{_HEADER: text}, **arrays)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        if isinstance(error, OSError):
-            raise InputError(f"cannot write {path} ({error.strerror}): choose another place") from error
-        raise
-
-
-def remove_unfinished(path: str | Path) -> None:
-    """Remove what writers of ``path`` that were killed left beside it; no other writer may be at work.
-
-    Example:
-        >>> remove_unfinished(os.path.join(tempfile.mkdtemp(), "x.npz"))
-    """
-    path = Path(path)
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}): choose another place") from error
 
 
 def read_arrays(path: str | Path, kind: str, version: int) -> ArrayFile:
     """Read a file of a kind and check every byte of it.
 
     Args:
-        path: the file. kind: as it was written. version: the newest that the caller understands.
+        path: the file.
+        kind: as it was written.
+        version: the newest that the caller understands.
 
     Returns:
         Fields and arrays as they were written.
@@ -242,9 +191,32 @@ def _parsed(text: np.ndarray) -> dict[str, Any]:
 
 
 def _checksum(kind: str, version: int, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of all that a file holds."""
     settings = {"kind": kind, "version": version, "fields": dict(fields), "arrays": list(arrays)}
     # Through JSON and back, as the reader will see the fields: a tuple is a list there.
     return fingerprint(arrays.values(), json.loads(json.dumps(settings)))
+
+
+def fingerprint(arrays: Iterable[np.ndarray], settings: Mapping[str, object]) -> str:
+    """SHA-256 over arrays and settings: the identity of a computation.
+
+    Args:
+        arrays: any arrays.
+        settings: JSON-able values (others by their ``repr``).
+
+    Returns:
+        64 hexadecimal digits.
+
+    Example:
+        >>> len(fingerprint([np.zeros(2)], {"k": 3}))
+        64
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode())
+    for array in arrays:
+        array = np.ascontiguousarray(array)
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
 
 
 def identity(thing: object) -> str:
@@ -270,6 +242,7 @@ def identity(thing: object) -> str:
 
 
 def _content(thing: object) -> object:
+    """What tells a thing from another, as JSON values."""
     if thing is None or isinstance(thing, str | bool | int | float | bytes):
         return repr(thing)
     if isinstance(thing, np.generic):
@@ -332,39 +305,84 @@ def _named_globals(function: types.FunctionType) -> dict[str, object]:
 
 
 def _code(code: types.CodeType) -> list[object]:
+    """What a function does: its instructions, the names they use and their constants."""
     constants = [_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
     return [code.co_code.hex(), list(code.co_names), constants]
 
 
-def claim(folder: Path, identity: str) -> str | None:
-    """Write or compare identity.json.
+def claim(folder: Path, identity: str, what: str) -> None:
+    """Make a folder that of one computation, noted in its identity.json, or make sure that it is.
 
     Args:
-        folder: made if missing. identity: of the run.
+        folder: made if missing.
+        identity: what the folder belongs to (see :func:`fingerprint`).
+        what: it holds, for messages.
 
-    Returns:
-        What is wrong, or None.
+    Raises:
+        InputError: the folder holds those of another computation or cannot be used, or its identity.json is damaged.
 
     Example:
         >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> claim(folder, "a"), claim(folder, "a"), "another" in str(claim(folder, "b"))
-        (None, None, True)
+        >>> claim(folder := Path(tempfile.mkdtemp()), "a", "points")
+        >>> claim(folder, "b", "points")
+        Traceback (most recent call last):
+        ...
+        mae_align.runtime.errors.InputError: ... holds points of another computation (other data or settings): ...
     """
     mark = folder / "identity.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if mark.exists():
-            found = json.loads(mark.read_text(encoding="utf-8"))["identity"]
-            other = "holds checkpoints of another computation (other data or settings)"
-            return None if found == identity else f"{folder} {other}: choose another folder or delete it"
-        if any(entry.name.isdecimal() for entry in folder.iterdir()):
-            return f"{folder} has checkpoints but no identity.json: choose another folder or delete it"
-        unfinished = mark.with_name(".identity.json.tmp")
-        unfinished.write_text(json.dumps({"identity": identity}) + "\n", encoding="utf-8")
-        os.replace(unfinished, mark)
+        if not mark.exists():
+            with whole_file(mark) as file:
+                file.write(json.dumps({"identity": identity}).encode())
+            return
     except OSError as error:
-        return f"cannot use the folder {folder} ({error.strerror}): choose another"
-    except (ValueError, KeyError, TypeError):
-        return f"{mark} is damaged: delete the folder {folder} and run again"
-    return None
+        raise InputError(f"cannot use the folder {folder} ({error.strerror}): choose another one") from error
+    try:
+        found = json.loads(mark.read_text(encoding="utf-8"))["identity"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"{mark} is damaged: delete the folder {folder} and run again") from error
+    if found != identity:
+        raise InputError(
+            f"{folder} holds {what} of another computation (other data or settings): choose another folder or delete it"
+        )
+
+
+class PointStore:
+    """A folder of finished points; every file is written whole or not at all.
+
+    Args:
+        path: folder, made if missing.
+        identity: what the points belong to (see :func:`fingerprint`).
+
+    Raises:
+        InputError: as :func:`claim`.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> PointStore(folder, "a").save("p0", {"x": np.ones(1)})
+        >>> PointStore(folder, "a").load("p0")["x"].tolist(), PointStore(folder, "a").load("p1")
+        ([1.0], None)
+    """
+
+    def __init__(self, path: str | Path, identity: str) -> None:
+        self.path = Path(path)
+        claim(self.path, identity, "points")
+
+    def load(self, key: str) -> dict[str, np.ndarray] | None:
+        """The arrays of a finished point, or None; a damaged file is reported and computed again."""
+        file = self.path / f"{key}.npz"
+        if not file.exists():
+            return None
+        try:
+            with np.load(file, allow_pickle=False) as data:
+                return {name: data[name] for name in data.files}
+        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile):
+            warnings.warn(f"{file} is damaged and is computed again", stacklevel=2)
+            return None
+
+    def save(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write the arrays of a finished point."""
+        with whole_file(self.path / f"{key}.npz") as file:
+            np.savez(file, allow_pickle=False, **arrays)

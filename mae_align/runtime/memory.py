@@ -54,7 +54,8 @@ def accumulator_bytes(d: int, groups: int) -> int:
     """Memory to sum second moments: sums of 5 bytes for each entry and group, and their float64 copies at the end.
 
     Args:
-        d: number of pixel values. groups: of the samples.
+        d: number of pixel values.
+        groups: of the samples.
 
     Returns:
         About 5 g d^2 + 16 g d^2 bytes.
@@ -86,7 +87,8 @@ def dual_bytes(n: int, d: int) -> int:
     """Memory to factorise n samples: the same of n x n, and a block of pixels in float64.
 
     Args:
-        n: number of samples. d: number of pixel values.
+        n: number of samples.
+        d: number of pixel values.
 
     Returns:
         56 n^2 + 24 n PIXELS_AT_ONCE bytes, beside the images themselves.
@@ -104,8 +106,13 @@ def sweep_bytes(rank: int, workers: int, bases: int, points: int, max_k: int, ta
     Bases of 3 r^2 numbers, at most ``2 workers + 1`` of them, 10 r^2 in each running solve, and what every point keeps.
 
     Args:
-        rank: r. workers: solves at a time. bases: pairs of patch size and noise. points: cells of the grid.
-        max_k: number of features. targets: q. groups: of held-out samples, 0 without.
+        rank: r.
+        workers: solves at a time.
+        bases: pairs of patch size and noise.
+        points: cells of the grid.
+        max_k: number of features.
+        targets: q.
+        groups: of held-out samples, 0 without.
 
     Returns:
         8 r^2 (3 min(bases, 2 workers + 1) + 10 min(points, workers)) + 16 points max_k (q + 2 groups + 8) bytes.
@@ -122,13 +129,12 @@ def check_memory(needed: int, what: str, remedy: str) -> None:
     """Refuse what cannot fit.
 
     Args:
-        needed: bytes. what: the work, for the message. remedy: what to do instead.
+        needed: bytes.
+        what: the work, for the message.
+        remedy: what to do instead.
 
     Raises:
         InputError: more is needed than :func:`available_bytes`.
-
-    Example:
-        >>> check_memory(1, "nothing", "")
     """
     available = available_bytes()
     if available is not None and needed > available:

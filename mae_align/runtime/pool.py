@@ -21,8 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from tqdm import tqdm
 
-from mae_align.closed_form.point import PointProgram
-from mae_align.runtime.devices import has_float64, is_cpu, solve_dtype
+from mae_align.runtime.devices import has_float64, is_cpu, solve_device, solve_dtype, worker_count
 from mae_align.runtime.errors import InputError
 from mae_align.runtime.files import PointStore
 from mae_align.runtime.processes import of_first, refused_together
@@ -53,6 +52,71 @@ class TaskGroup(Generic[Basis]):
 
     make_basis: Callable[[], Basis]
     tasks: Sequence[Task[Basis]]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a sweep is run; none of it changes the numbers beyond rounding.
+
+    Attributes:
+        workers: threads on a CPU; default one per core.
+        batch_size: grid points per call; default 1 on a CPU, 8 on an accelerator (vmapped).
+        progress: show a progress bar.
+        store: folder for finished points; the same sweep started again goes on from there. Of several processes the
+            first alone reads and writes it.
+        mesh: devices over which the points are spread (its axes are taken together, ``batch_size`` counts for each
+            device). Default: all devices of all processes where there are several processes or accelerators that have
+            the solves' precision; none on the CPU of one process, where a pool of threads is faster than virtual
+            devices, and for float64 beside a TPU, where every host solves the whole grid on its CPU.
+
+    Example:
+        >>> RunOptions(workers=2).batch_size is None
+        True
+    """
+
+    workers: int | None = None
+    batch_size: int | None = None
+    progress: bool = False
+    store: str | Path | None = None
+    mesh: Mesh | None = None
+
+    def check(self) -> None:
+        """Refuse numbers below 1.
+
+        Raises:
+            InputError: naming the option.
+        """
+        worker_count(self.workers)
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InputError(f"batch_size={self.batch_size}: give at least 1")
+
+
+def execute(
+    groups: Sequence[TaskGroup[Basis]],
+    run: RunOptions,
+    *,
+    dtype: str,
+    identity: Callable[[], str],
+    mesh: Mesh | None = None,
+) -> dict[str, Arrays]:
+    """Run every task that is not stored yet, on threads of a CPU or one call at a time on an accelerator or a mesh.
+
+    Args:
+        groups: what to do.
+        run: workers, progress and store.
+        dtype: of the solves, which says where they run.
+        identity: gives what stored points belong to (:func:`mae_align.runtime.files.fingerprint`).
+        mesh: that the tasks spread themselves over, or None.
+
+    Returns:
+        As :func:`run_groups`.
+
+    Raises:
+        InputError: the store holds points of something else.
+    """
+    store = shared_store(run.store, identity)
+    threads = worker_count(run.workers) if mesh is None and is_cpu(solve_device(dtype)) else 1
+    return run_groups(groups, workers=threads, store=store, progress=run.progress)
 
 
 def run_groups(
@@ -185,48 +249,46 @@ def default_mesh(dtype: str) -> Mesh | None:
 
 
 @functools.cache
-def over_mesh(program: PointProgram, mesh: Mesh, num_shared: int) -> Callable[..., Any]:
-    """The program of a point, mapped over points that are spread over a mesh.
+def over_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """A pure function of a point, mapped over points that are spread over a mesh.
 
     Args:
-        program: of a point. mesh: its axes are taken together. num_shared: arguments that every point shares.
+        function: ``(shared, point, *, max_k)`` on pytrees of arrays.
+        mesh: its axes are taken together.
 
     Returns:
-        Jitted function of (shared arguments..., w [n, r], alpha [n], beta [n], max_k=...), n a multiple of the number
-        of devices; the results lie where they were computed. No collective.
+        Jitted ``(shared, points, *, max_k)``, every array of ``points`` with a leading axis whose length is a multiple
+        of the number of devices; the results lie where they were computed. No collective.
     """
-    points = jax.P(mesh.axis_names)
+    spec = jax.P(mesh.axis_names)
 
     @functools.partial(jax.jit, static_argnames="max_k")
-    def call(*args: Any, max_k: int) -> Any:
-        def local(shared: Any, mapped: Any) -> Any:
-            return jax.lax.map(lambda point: program.point(*shared, *point, max_k=max_k), mapped)
+    def call(shared: Any, points: Any, *, max_k: int) -> Any:
+        def local(shared: Any, points: Any) -> Any:
+            return jax.lax.map(lambda point: function(shared, point, max_k=max_k), points)
 
-        spread = jax.shard_map(local, mesh=mesh, in_specs=(jax.P(), points), out_specs=points)
-        return spread(args[:num_shared], args[num_shared:])
+        return jax.shard_map(local, mesh=mesh, in_specs=(jax.P(), spec), out_specs=spec)(shared, points)
 
     return call
 
 
-def solve_over_mesh(
-    program: PointProgram, mesh: Mesh, shared: tuple[Any, ...], mapped: tuple[np.ndarray, ...], max_k: int
-) -> Any:
+def solve_over_mesh(function: Callable[..., Any], mesh: Mesh, shared: Any, points: Any, max_k: int) -> Any:
     """Solve points on every device of a mesh and gather the results on every process.
 
     Args:
-        program: of a point. mesh: of devices, also of several processes that all call this in step.
-        shared: pytrees of arrays, the same on every process. mapped: arrays [n, ...]; filled up to a multiple of the
-            number of devices with the last point.
+        function: of a point, see :func:`over_mesh`.
+        mesh: of devices, also of several processes that all call this in step.
+        shared: pytree of arrays, the same on every process.
+        points: pytree of NumPy arrays [n, ...]; filled up to a multiple of the number of devices with the last point.
         max_k: number of features.
 
     Returns:
         Pytree of NumPy arrays [n, ...].
     """
-    n, size = len(mapped[0]), mesh.devices.size
+    n, size = len(jax.tree.leaves(points)[0]), mesh.devices.size
     fill = np.minimum(np.arange(-(-n // size) * size), n - 1)
-    out = over_mesh(program, mesh, len(shared))(
-        *replicated(shared, mesh), *(_placed(a[fill], mesh, jax.P(mesh.axis_names)) for a in mapped), max_k=max_k
-    )
+    placed = jax.tree.map(lambda a: _placed(a[fill], mesh, jax.P(mesh.axis_names)), points)
+    out = over_mesh(function, mesh)(replicated(shared, mesh), placed, max_k=max_k)
     if jax.process_count() > 1:
         out = multihost_utils.process_allgather(out, tiled=True)
     return jax.tree.map(lambda a: np.asarray(a)[:n], out)

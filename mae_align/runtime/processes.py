@@ -1,23 +1,22 @@
-"""Where and how precisely everything runs: processes, meshes, devices, floating point types, BLAS threads, workers.
+"""Several processes of one run: how they start, the meshes of devices they share, what they tell each other.
 
-Policy: several processes start together only where flags or the environment say so (:func:`start_distributed`). Meshes
-have one axis, "data", of type Auto (:func:`data_mesh`). Sums over images need no float64 on any device (8-bit images
-are summed as integers, float32 ones in pairs of float32); float64 images are summed in float64. Solves run in float64
-unless float32 is asked for, on the default backend where it has float64 and on the host CPU where it does not (TPU). On
-a CPU each solve uses one BLAS thread, because LAPACK's symmetric eigensolver hardly scales with threads; parallelism
-comes from a pool of one worker per usable core. Networks train on a mesh of two axes (:func:`train_mesh`).
+Several processes start together only where flags or the environment say so (:func:`start_distributed`). All axes of
+meshes are of type Auto; rows are split over one axis, "data" (:func:`data_mesh`), the training of networks over two
+(:func:`train_mesh`). What one process refuses, all refuse (:func:`refused_together`). Within one process nothing is
+sent.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.monitoring
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from mae_align.runtime.errors import InputError
 
@@ -125,7 +124,7 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:  # pyright: 
         >>> data_mesh(jax.devices()[:1]).shape
         OrderedDict(...)
     """
-    return Mesh(np.array(jax.devices() if devices is None else devices), ("data",), axis_types=(AxisType.Auto,))
+    return _mesh(np.array(jax.devices() if devices is None else devices), "data")
 
 
 def train_mesh(ensemble: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:  # pyright: ignore[reportInvalidTypeForm]
@@ -145,7 +144,12 @@ def train_mesh(ensemble: int = 1, devices: Sequence[jax.Device] | None = None) -
     found = np.array(jax.devices() if devices is None else devices)
     if ensemble < 1 or len(found) % ensemble:
         raise InputError(f"ensemble={ensemble} does not divide {len(found)} devices: choose a divisor of them")
-    return Mesh(found.reshape(ensemble, -1), ("ensemble", "data"), axis_types=(AxisType.Auto,) * 2)
+    return _mesh(found.reshape(ensemble, -1), "ensemble", "data")
+
+
+def _mesh(devices: np.ndarray, *axes: str) -> Mesh:
+    """A mesh of devices laid out in an array, with axes of type Auto."""
+    return Mesh(devices, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def local_mesh(mesh: Mesh) -> Mesh:
@@ -158,7 +162,6 @@ def local_mesh(mesh: Mesh) -> Mesh:
         InputError: a mesh of some processes only, or with different numbers of devices.
 
     Example:
-        >>> from mae_align.runtime.processes import data_mesh
         >>> dict(local_mesh(data_mesh(jax.devices()[:1])).shape)
         {'data': 1}
     """
@@ -170,19 +173,41 @@ def local_mesh(mesh: Mesh) -> Mesh:
             f"the mesh has {counts} devices by process, of {jax.process_count()} processes: "
             "give a mesh of this process alone, or of all processes with as many devices each"
         )
-    own = np.array([d for d in devices if d.process_index == mine])
-    return Mesh(own, ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    return data_mesh([d for d in devices if d.process_index == mine])
 
 
 def processes(mesh: Mesh) -> int:
     """Number of processes with devices in a mesh.
 
     Example:
-        >>> from mae_align.runtime.processes import data_mesh
         >>> processes(data_mesh(jax.devices()[:1]))
         1
     """
     return len({d.process_index for d in mesh.devices.flat})
+
+
+def place(shape: tuple[int, ...], sharding: NamedSharding, read: Callable[[Any], np.ndarray]) -> jax.Array:
+    """A global array of what each process has on the host; explicit transfers, without a collective.
+
+    ``jax.device_put`` of the whole would compare the arrays of all processes, with a collective.
+
+    Args:
+        shape: of the global array.
+        sharding: of it.
+        read: from a global index (a tuple of slices) to that part of it; asked for the parts on this process's devices
+            only.
+
+    Returns:
+        The array; its dtype is that of the parts.
+
+    Example:
+        >>> everywhere = NamedSharding(train_mesh(devices=jax.devices()[:1]), jax.P())
+        >>> place((2,), everywhere, np.arange(2).__getitem__).tolist()
+        [0, 1]
+    """
+    parts = sharding.addressable_devices_indices_map(shape).items()
+    arrays = [jax.device_put(read(part), device) for device, part in parts]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
 def gathered(arrays: Sequence[np.ndarray], mesh: Mesh) -> list[list[np.ndarray]]:
@@ -196,15 +221,12 @@ def gathered(arrays: Sequence[np.ndarray], mesh: Mesh) -> list[list[np.ndarray]]
         For each process its arrays. No collective within one process.
 
     Example:
-        >>> from mae_align.runtime.processes import data_mesh
         >>> gathered([np.ones(2)], data_mesh(jax.devices()[:1]))
         [[array([1., 1.])]]
     """
     arrays = [np.ascontiguousarray(array) for array in arrays]
     if processes(mesh) == 1:
         return [arrays]
-    from jax.experimental import multihost_utils
-
     # As bytes: JAX would round float64 and int64 outside its float64 mode.
     message = np.concatenate([array.reshape(-1).view(np.uint8) for array in arrays])
     received = np.asarray(multihost_utils.process_allgather(message))
@@ -227,8 +249,6 @@ def of_first(data: bytes) -> bytes:
     """
     if jax.process_count() == 1:
         return data
-    from jax.experimental import multihost_utils
-
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     sent = np.zeros(size, np.uint8)
     sent[: len(data)] = np.frombuffer(data, np.uint8)[:size]
@@ -258,8 +278,6 @@ def refused_together(count: int | None = None) -> Iterator[None]:
     if (jax.process_count() if count is None else count) == 1:
         yield
         return
-    from jax.experimental import multihost_utils
-
     refusal, words = None, b""
     try:
         yield

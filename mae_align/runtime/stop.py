@@ -18,7 +18,8 @@ class StopSignals:
         wanted: whether to listen; several processes have a common way to stop instead.
 
     Attributes:
-        received: whether one came. interrupted: whether it was SIGINT, as of Ctrl-C.
+        received: whether one came.
+        interrupted: whether it was SIGINT, as of Ctrl-C.
 
     Example:
         >>> with StopSignals(True) as signals:

@@ -1,4 +1,4 @@
-"""Random views of training images, on the device: crops that are resized back, mirror images, grey images."""
+"""Random views of training images, on the device: shifts, crops that are resized back, mirror images, grey images."""
 
 from __future__ import annotations
 
@@ -18,18 +18,24 @@ _LUMA = (0.299, 0.587, 0.114)
 _LARGEST_ASPECT = 4 / 3
 
 
+# Folded into the key of the step, so that views never meet what the model draws from it.
+_STREAM = 0xC409
+
+
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
     """What is done to each training image, independently; nothing by default.
 
     Attributes:
-        smallest_crop: smallest share of the image's area that a crop keeps; a crop of a share drawn from
+        shift: most pixels that the image is moved by each way. What comes in over the border is the image reflected
+            there, the border itself not repeated.
+        smallest_crop: smallest share of the image's area that a crop keeps. A crop of a share drawn from
             [smallest_crop, 1], sides in a proportion from 3:4 to 4:3, is resized to the whole image. 1 for no crops.
-        flip: probability of a mirror image, left to right: 0 for digits and characters.
+        flip: probability of a mirror image, left to right: 0 for digits and characters, whose class it may change.
         grey: probability that an image of three channels becomes grey.
 
     Raises:
-        InputError: a share outside (0, 1] or a probability outside [0, 1].
+        InputError: a negative shift, a share outside (0, 1], a probability outside [0, 1], or a shift beside crops.
 
     Example:
         >>> x = jnp.arange(4.0).reshape(1, 1, 4, 1)
@@ -37,40 +43,79 @@ class Augmentation:
         [3.0, 2.0, 1.0, 0.0]
     """
 
+    shift: int = 0
     smallest_crop: float = 1.0
     flip: float = 0.0
     grey: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.shift < 0:
+            raise InputError(f"shift={self.shift}: give a number of pixels, at least 0")
         if not 0 < self.smallest_crop <= 1:
             raise InputError(f"smallest_crop={self.smallest_crop}: give a share over 0 and at most 1")
+        if self.shift and self.smallest_crop < 1:
+            raise InputError(f"shift={self.shift} and smallest_crop={self.smallest_crop} both move images: give one")
         for name in ("flip", "grey"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}={getattr(self, name)}: give a probability from 0 to 1")
+
+    def check(self, image_shape: ImageShape) -> None:
+        """Refuse images (h, w, c) that ``shift`` reaches over, and grey ones of another number of channels than 3."""
+        height, width, channels = image_shape
+        if min(height, width) <= self.shift:
+            raise InputError(f"shift={self.shift} reaches over images of {height} x {width}: make it less")
+        if self.grey > 0 and channels != 3:
+            raise InputError(f"images of {channels} channels: only colour images of 3 can become grey")
 
     def __call__(self, key: jax.Array, images: jax.Array) -> jax.Array:
         """Random views; each image has its own.
 
         Args:
-            key: PRNG key. images: [b, h, w, c] floating.
+            key: PRNG key.
+            images: [b, h, w, c] floating.
 
         Returns:
             [b, h, w, c], the same dtype. Traceable. Cost of a crop: b h w (h + w) c.
 
         Raises:
-            InputError: grey images of another number of channels than 3.
+            InputError: as :meth:`check`.
         """
-        crop, flip, grey = jax.random.split(key, 3)
+        self.check((images.shape[1], images.shape[2], images.shape[3]))
+        place, flip, grey = jax.random.split(key, 3)
+        if self.shift > 0:
+            images = random_shifts(place, images, self.shift)
         if self.smallest_crop < 1:
-            images = random_crops(crop, images, self.smallest_crop)
+            images = random_crops(place, images, self.smallest_crop)
         if self.flip > 0:
             images = _sometimes(flip, self.flip, images[:, :, ::-1], images)
         if self.grey > 0:
-            if images.shape[3] != 3:
-                raise InputError(f"images of {images.shape[3]} channels: only colour images of 3 can become grey")
             luma = (images * jnp.asarray(_LUMA, images.dtype)[None, None, None]).sum(-1, keepdims=True)
             images = _sometimes(grey, self.grey, jnp.broadcast_to(luma, images.shape), images)
         return images
+
+
+def random_shifts(key: jax.Array, images: jax.Array, most: int) -> jax.Array:
+    """Images moved by whole pixels, uniform in [-most, most] each way, reflected at the border.
+
+    Args:
+        key: PRNG key.
+        images: [b, h, w, c].
+        most: pixels, below both sides.
+
+    Returns:
+        [b, h, w, c], the same dtype; every value is one of the image.
+
+    Example:
+        >>> random_shifts(jax.random.key(0), jnp.arange(3.0).reshape(1, 1, 3, 1), 0).ravel().tolist()
+        [0.0, 1.0, 2.0]
+    """
+    batch, height, width, channels = images.shape
+    moves = jax.random.randint(key, (2, batch, 1), -most, most + 1)
+    rows = _reflected(jnp.arange(height)[None] + moves[0], height)
+    columns = _reflected(jnp.arange(width)[None] + moves[1], width)
+    # Whole rows first: two gathers of long runs are cheaper than one of pixels.
+    lines = jnp.take_along_axis(images.reshape(batch, height, width * channels), rows[:, :, None], axis=1)
+    return jnp.take_along_axis(lines.reshape(batch, height, width, channels), columns[:, None, :, None], axis=2)
 
 
 def random_crops(key: jax.Array, images: jax.Array, smallest: float) -> jax.Array:
@@ -80,7 +125,9 @@ def random_crops(key: jax.Array, images: jax.Array, smallest: float) -> jax.Arra
     image's sides; position uniform.
 
     Args:
-        key: PRNG key. images: [b, h, w, c] floating. smallest: share of the area in (0, 1].
+        key: PRNG key.
+        images: [b, h, w, c] floating.
+        smallest: share of the area in (0, 1].
 
     Returns:
         [b, h, w, c].
@@ -108,69 +155,9 @@ def random_crops(key: jax.Array, images: jax.Array, smallest: float) -> jax.Arra
 
 
 def _sometimes(key: jax.Array, probability: float, changed: jax.Array, images: jax.Array) -> jax.Array:
+    """Each image changed with this probability."""
     chosen = jax.random.bernoulli(key, probability, (len(images),))
     return jnp.where(chosen[:, None, None, None], changed, images)
-
-
-# Folded into the key of the step, so that crops never meet what the model draws from it.
-_STREAM = 0xC409
-
-
-@dataclasses.dataclass(frozen=True)
-class CropFlip:
-    """A window of the image at random, moved by up to ``pad`` pixels each way, and its mirror image half of the time.
-
-    What the window shows beyond the border is the image reflected there (the border itself not repeated).
-
-    Attributes:
-        pad: largest move, in pixels; 0 for none. flip: whether to mirror left and right: not for digits and characters,
-            whose class it may change.
-
-    Raises:
-        InputError: a negative number of pixels.
-
-    Example:
-        >>> CropFlip(pad=0, flip=False)(jax.random.key(0), jnp.arange(4.0).reshape(1, 2, 2, 1)).ravel().tolist()
-        [0.0, 1.0, 2.0, 3.0]
-    """
-
-    pad: int
-    flip: bool
-
-    def __post_init__(self) -> None:
-        if self.pad < 0:
-            raise InputError(f"pad={self.pad}: give a number of pixels, at least 0")
-
-    def check(self, image_shape: ImageShape) -> None:
-        """Refuse images too small to be reflected.
-
-        Raises:
-            InputError: a side of at most ``pad`` pixels.
-        """
-        if min(image_shape[:2]) <= self.pad:
-            raise InputError(f"pad={self.pad} reaches over images of {image_shape[0]} x {image_shape[1]}: make it less")
-
-    def __call__(self, key: jax.Array, images: jax.Array) -> jax.Array:
-        """One draw for each image.
-
-        Args:
-            key: PRNG key. images: [b, h, w, c].
-
-        Returns:
-            [b, h, w, c] in the same dtype; every value is one of the image.
-        """
-        self.check((images.shape[1], images.shape[2], images.shape[3]))
-        batch, height, width, channels = images.shape
-        moves = jax.random.randint(jax.random.fold_in(key, 0), (2, batch, 1), -self.pad, self.pad + 1)
-        rows = _reflected(jnp.arange(height)[None] + moves[0], height)
-        columns = _reflected(jnp.arange(width)[None] + moves[1], width)
-        if self.flip:
-            mirrored = jax.random.bernoulli(jax.random.fold_in(key, 1), 0.5, (batch, 1))
-            columns = jnp.where(mirrored, columns[:, ::-1], columns)
-        # Whole rows first: two gathers of long runs are cheaper than one of pixels.
-        lines = jnp.take_along_axis(images.reshape(batch, height, width * channels), rows[:, :, None], axis=1)
-        picked = jnp.take_along_axis(lines.reshape(batch, height, width, channels), columns[:, None, :, None], axis=2)
-        return picked
 
 
 def _reflected(index: jax.Array, size: int) -> jax.Array:
@@ -179,11 +166,12 @@ def _reflected(index: jax.Array, size: int) -> jax.Array:
     return last - jnp.abs(last - jnp.abs(index))
 
 
-def augmented(objective: Objective, augmentation: CropFlip) -> Objective:
+def augmented(objective: Objective, augmentation: Augmentation) -> Objective:
     """The same objective on augmented images; evaluation is not touched.
 
     Args:
-        objective: as :func:`mae_align.train.ensemble.classify`. augmentation: of every training batch.
+        objective: as :func:`mae_align.train.ensemble.classify`.
+        augmentation: of every training batch.
 
     Returns:
         An objective for :class:`mae_align.train.ensemble.Training`: the draw depends on the member's seed and the
@@ -191,7 +179,7 @@ def augmented(objective: Objective, augmentation: CropFlip) -> Objective:
 
     Example:
         >>> from mae_align.train.ensemble import classify
-        >>> callable(augmented(classify, CropFlip(4, True)))
+        >>> callable(augmented(classify, Augmentation(shift=4, flip=0.5)))
         True
     """
 

@@ -9,9 +9,10 @@ import numpy as np
 from flax import nnx
 
 from mae_align.runtime.errors import InputError
+from mae_align.runtime.processes import place
 from mae_align.train.batches import check_examples
 from mae_align.train.ensemble import Training, TrainState
-from mae_align.train.step import compile_statistics, place
+from mae_align.train.step import compile_statistics
 
 
 def has_batch_statistics(state: TrainState) -> bool:
@@ -31,7 +32,8 @@ def recalibrated(training: Training, state: TrainState, images: np.ndarray) -> T
     every layer behind layers that normalise by that batch.
 
     Args:
-        training: of the state. state: it stays as it is.
+        training: of the state.
+        state: it stays as it is.
         images: [n, h, w, c] in stored units, at least a batch, the same in every process.
 
     Returns:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
@@ -19,6 +18,11 @@ from mae_align.runtime.devices import is_cpu
 from mae_align.runtime.errors import InputError
 from mae_align.runtime.memory import available_bytes
 
+if TYPE_CHECKING:
+    from mae_align.train.ensemble import Training, TrainState
+
+Metrics = dict[str, jax.Array]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,18 +30,15 @@ class DeviceData:
     """A whole data set on the devices, one copy on each.
 
     Attributes:
-        images: [n, h, w, c] in stored units, uint8 or float32. labels: [n] int32, [n, q] float32, or None.
+        images: [n, h, w, c] in stored units, uint8 or float32.
+        labels: [n] int32, [n, q] float32, or None.
     """
 
     images: jax.Array
     labels: jax.Array | None
 
     def batch(self, rows: jax.Array | None, step: jax.Array, index: jax.Array, size: int) -> tuple[jax.Array, Any]:
-        """Images [size, h, w, c] and labels of one member's step.
-
-        Args:
-            rows: [n] permutation of this epoch. step: of the run, int32 scalar. index: unused. size: of a batch.
-        """
+        """Images [size, h, w, c] and labels of one member's step of the run; its order of the images is ``rows``."""
         del index
         assert rows is not None
         start = step % (len(self.images) // size) * size
@@ -51,18 +52,15 @@ class Batches:
     """Batches of a stream on the devices, their rows split over the "data" axis.
 
     Attributes:
-        images: [S, B, h, w, c] in stored units. labels: [S, B] int32, [S, B, q] float32, or None.
+        images: [S, B, h, w, c] in stored units.
+        labels: [S, B] int32, [S, B, q] float32, or None.
     """
 
     images: jax.Array
     labels: jax.Array | None
 
     def batch(self, rows: jax.Array | None, step: jax.Array, index: jax.Array, size: int) -> tuple[jax.Array, Any]:
-        """Images [B, h, w, c] and labels, the same for every member.
-
-        Args:
-            rows, step, size: unused. index: of the batch in this stream, int32 scalar.
-        """
+        """Images [B, h, w, c] and labels of batch ``index`` of this stream, the same for every member."""
         del rows, step, size
         return jax.tree.map(
             lambda array: jax.lax.dynamic_index_in_dim(array, index, keepdims=False), (self.images, self.labels)
@@ -78,8 +76,10 @@ def check_examples(
     """Images as uint8 or float32 and labels as int32 or float32, checked.
 
     Args:
-        images: [n, h, w, c] uint8 or floating. labels: [n] integer classes, numbers [n, q], or None. image_shape: the
-            model's (h, w, c). num_classes: of its head for labels, None without one.
+        images: [n, h, w, c] uint8 or floating.
+        labels: [n] integer classes, numbers [n, q], or None.
+        image_shape: the model's (h, w, c).
+        num_classes: of its head for labels, None without one.
 
     Raises:
         InputError: images of another shape, NaN, or labels that do not fit.
@@ -116,7 +116,8 @@ def check_fits(arrays: Sequence[np.ndarray | None], devices: Sequence[jax.Device
     """Refuse a data set of which one copy on each device does not fit.
 
     Args:
-        arrays: of the set. devices: of this process; virtual devices of a CPU share its memory.
+        arrays: of the set.
+        devices: of this process; virtual devices of a CPU share its memory.
 
     Raises:
         InputError: more than is free.
@@ -138,11 +139,6 @@ def check_fits(arrays: Sequence[np.ndarray | None], devices: Sequence[jax.Device
         )
 
 
-if TYPE_CHECKING:
-    from mae_align.train.ensemble import DeviceData, Training, TrainState
-Metrics = dict[str, jax.Array]
-
-
 @runtime_checkable
 class Feed(Protocol):
     """Batches for a training loop, and the place in them."""
@@ -160,7 +156,7 @@ class Feed(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ResidentImages:
     """Images on the device: the batch of a step is a function of member and step, so there is no place to keep.
 

@@ -54,7 +54,8 @@ class BestBy:
     """The metric by which the best checkpoint is chosen.
 
     Attributes:
-        metric: its name. better: which end of it is good.
+        metric: its name.
+        better: which end of it is good.
 
     Example:
         >>> BestBy("loss").score({"loss": 2.0}) < BestBy("loss").score({"loss": 1.0})
@@ -74,7 +75,9 @@ class Restored(NamedTuple):
     """What a checkpoint holds.
 
     Attributes:
-        step: steps done. state: the pytree. position: the JSON values saved beside it.
+        step: steps done.
+        state: the pytree.
+        position: the JSON values saved beside it.
     """
 
     step: int
@@ -141,9 +144,11 @@ class Checkpoints:
         # Orbax wants an absolute path.
         folder = Path(folder).expanduser().absolute()
         with refused_together():
-            refusal = (claim(folder, identity) or put_aside_damaged(folder)) if jax.process_index() == 0 else None
-            if refusal is not None:
-                raise InputError(refusal)
+            if jax.process_index() == 0:
+                if not (folder / "identity.json").exists() and _steps(folder):
+                    raise InputError(f"{folder} has checkpoints but no identity.json: choose another or delete it")
+                claim(folder, identity, "checkpoints")
+                put_aside_damaged(folder)
         _quiet_orbax()
         return cls(folder, every, keep_latest, keep_best)
 
@@ -393,20 +398,24 @@ def _checksum(leaves: dict[str, jax.Array]) -> jax.Array:
 _SIZES = "sizes.json"
 
 
-def put_aside_damaged(folder: Path) -> str | None:
-    """Put checkpoints aside whose files are cut off or missing; what is wrong if no other is left, or None."""
-    steps = sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal())
+def _steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, if there is one."""
+    return sorted(int(entry.name) for entry in folder.glob("*") if entry.name.isdecimal())
+
+
+def put_aside_damaged(folder: Path) -> None:
+    """Put checkpoints aside whose files are cut off or missing; an InputError if no other is left."""
+    steps = _steps(folder)
     found = {step: _condition(folder / str(step), newest=step == steps[-1]) for step in steps}
     whole = [step for step, condition in found.items() if condition is _Condition.WHOLE]
     if found and not whole:
-        return none_left(folder, list(found))
+        raise InputError(none_left(folder, list(found)))
     for step, condition in found.items():
         if condition is _Condition.PARTIAL and step < max(whole):
             # A run was killed while it removed the old one.
             shutil.rmtree(folder / str(step))
         elif condition is not _Condition.WHOLE:
             put_aside(folder, step, max(whole))
-    return None
 
 
 class _Condition(enum.Enum):

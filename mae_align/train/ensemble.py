@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from mae_align.data.patches import ImageShape
 from mae_align.runtime.devices import is_cpu
 from mae_align.runtime.errors import InputError
-from mae_align.runtime.processes import train_mesh
+from mae_align.runtime.processes import place, train_mesh
 from mae_align.train.batches import Batches, DeviceData, check_examples, check_fits
 from mae_align.train.step import (
     Member,
@@ -40,7 +40,6 @@ from mae_align.train.step import (
     in_eval_mode,
     permutations,
     pick,
-    place,
     reconstruct,
     weights_key,
 )
@@ -68,10 +67,10 @@ class Training:
             nothing from them later on.
         objective: :func:`reconstruct`, :func:`guide`, :func:`classify`, or any function like them.
         optimizer: of one network, as :func:`mae_align.train.optimizer.adamw`.
-        batch_size: B, images of a step over all devices. num_members: E.
+        batch_size: B, images of a step over all devices.
+        num_members: E.
         mesh: of :func:`mae_align.runtime.processes.train_mesh`; default: all devices as the data axis. Members are
-            split over
-            "ensemble", the images of a batch over "data", on which parameters are copied.
+            split over "ensemble", the images of a batch over "data", on which parameters are copied.
         steps_per_call: most steps of one dispatch; default 64. The result does not depend on it.
         program: default: the faster one, :func:`mae_align.train.step.choose_program`.
         compiler_options: of XLA for the programs of steps and features, as `jax.jit` takes them.
@@ -215,8 +214,8 @@ class Training:
         """A data set on every device, bytes as bytes.
 
         Args:
-            images: [n, h, w, c] uint8 or floating, the same in every process. labels: [n] integer classes, or numbers
-                [n, q]; None where the objective needs none.
+            images: [n, h, w, c] uint8 or floating, the same in every process.
+            labels: [n] integer classes, or numbers [n, q]; None where the objective needs none.
 
         Returns:
             The data on the mesh, n h w c bytes (times 4 for floats) on every device.
@@ -239,7 +238,9 @@ class Training:
         Batch b of the epoch is entries b B..(b + 1) B - 1; what does not fill a batch is left out.
 
         Args:
-            state: only its keys matter. epoch: from 0. n: number of images.
+            state: only its keys matter.
+            epoch: from 0.
+            n: number of images.
 
         Returns:
             [E, n] int32 on the devices; each row a permutation that depends on its member's seed and the epoch alone.
@@ -252,7 +253,9 @@ class Training:
         The batch of step s follows from (seed, s): pass s // (n // B) over the images, in the order of that pass.
 
         Args:
-            state: deleted by this call. data: of :meth:`put`. num_steps: at least 1.
+            state: deleted by this call.
+            data: of :meth:`put`.
+            num_steps: at least 1.
 
         Returns:
             The new state, and metrics [num_steps, E] on the devices: "loss", "gradient_norm" (before clipping) and the
@@ -302,8 +305,10 @@ class Training:
         """One step on each batch of a stream, the same for every member; the old state is given away.
 
         Args:
-            state: deleted by this call. images: [S, b, h, w, c], the rows of each batch that are this process's part
-                (:attr:`batch_rows`; all B of them in a run of one process). labels: [S, b], [S, b, q] or None.
+            state: deleted by this call.
+            images: [S, b, h, w, c], the rows of each batch that are this process's part (:attr:`batch_rows`; all B of
+                them in a run of one process).
+            labels: [S, b], [S, b, q] or None.
 
         Returns:
             The new state, and metrics [S, E] as from :meth:`advance`. A number of batches S that was not seen before
@@ -351,14 +356,7 @@ class Training:
         return place((count, self.batch_size, *array.shape[1:]), self.recipe.sharding(None, "data"), read)
 
     def model(self, state: TrainState, member: int) -> Any:
-        """A copy of one member's network in eval mode, on the default device.
-
-        Args:
-            state: of this training. member: in 0..E - 1.
-
-        Raises:
-            InputError: no such member.
-        """
+        """A copy of the network of one member in 0..E - 1, in eval mode on the default device."""
         if not 0 <= member < self.num_members:
             raise InputError(f"member {member}: there are members 0 to {self.num_members - 1}")
         parts = self._pick((state.params, state.rest), self.recipe.on_all(np.int32(member)))
@@ -369,7 +367,8 @@ class Training:
         """Features of every member, in eval mode, of images as given.
 
         Args:
-            state: of this training. images: [n, h, w, c], the same in every process.
+            state: of this training.
+            images: [n, h, w, c], the same in every process.
             batch_size: images at a time, rounded up to a multiple of the "data" axis.
 
         Returns:

@@ -104,11 +104,7 @@ class MetricLog:
         self._texts |= {name: f"{np.mean(lists[name]):.4g}" for name in self._shown if name in lists}
 
     def progress(self, step: int, loss: float, images: int) -> None:
-        """Move the progress line to a step.
-
-        Args:
-            step: steps done. loss: to show. images: that all members have seen since the last call.
-        """
+        """Move the progress line to a step; ``images`` is what all members have seen since the last call."""
         bar = self._bar
         if bar is None:
             return

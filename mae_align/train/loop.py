@@ -33,7 +33,9 @@ class Diverged(InputError):
     """A loss or a parameter became NaN or infinite.
 
     Attributes:
-        step: the first such step, counted from 1. member: which model. checkpoint: the last good one, if any.
+        step: the first such step, counted from 1.
+        member: which model.
+        checkpoint: the last good one, if any.
     """
 
     def __init__(self, what: str, step: int, member: int, checkpoints: Checkpoints | None) -> None:
@@ -49,7 +51,8 @@ class Preempted(Exception):
     """SIGTERM came, everything is saved, and the same call goes on where it stopped.
 
     Attributes:
-        step: the checkpoint. status: what a command that ends by it exits with, 128 + SIGTERM.
+        step: the checkpoint.
+        status: what a command that ends by it exits with, 128 + SIGTERM.
     """
 
     status = 143
@@ -131,8 +134,8 @@ def fit(
     Args:
         training: what makes the steps.
         state: of ``training.init``; donated. Its shardings are those of a restored state.
-        source: images on the device, of ``training.put``, or a stream:
-        :class:`mae_align.train.batches.StreamedBatches`.
+        source: images on the device, of ``training.put``, or a stream
+            (:class:`mae_align.train.batches.StreamedBatches`).
         num_steps: of the whole run, those before an interruption included.
         checkpoints: where to save and to go on from.
         log: where metrics go; started here.

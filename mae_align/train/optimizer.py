@@ -66,7 +66,9 @@ def warmup_cosine(learning_rate: float, warmup_steps: int, total_steps: int) -> 
     first step moves already, and after T nothing does.
 
     Args:
-        learning_rate: L > 0. warmup_steps: w in 0..T - 1. total_steps: T >= 1.
+        learning_rate: L > 0.
+        warmup_steps: w in 0..T - 1.
+        total_steps: T >= 1.
 
     Returns:
         Function of the step (int32 scalar, from 0) to a float32 scalar. Traceable.

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mae_align.models import ModelKind
 from mae_align.runtime.devices import is_cpu
+from mae_align.runtime.processes import place
 from mae_align.train.batches import Source
 
 Metrics = dict[str, jax.Array]
@@ -37,6 +38,8 @@ class Member:
     guidance: jax.Array
 
 
+# (model, images [b, h, w, c] float32 in stored units, labels, key of the step, the member's scalars) -> the loss, a
+# float32 scalar, and metrics by name. Labels are [b] int32, [b, q] float32 or None.
 Objective = Callable[[Any, jax.Array, Any, jax.Array, Member], tuple[jax.Array, Metrics]]
 
 
@@ -50,7 +53,8 @@ class TrainState:
         params: trained parameters; every array has a leading axis E.
         rest: the other variables (batch statistics, constants), leading axis E.
         opt_state: state of the optimiser, leading axis E.
-        keys: [E] typed PRNG keys, constant over the run. member: see :class:`Member`.
+        keys: [E] typed PRNG keys, constant over the run.
+        member: see :class:`Member`.
     """
 
     step: jax.Array
@@ -72,7 +76,9 @@ class Orders:
     """The order of the images that each member is going through: a memo, remade where another one is asked for.
 
     Attributes:
-        rows: [E, n] int32. epoch: [E] int32, -1 where there is none yet. keys: [E, ...] uint32, key data of whom it is.
+        rows: [E, n] int32.
+        epoch: [E] int32, -1 where there is none yet.
+        keys: [E, ...] uint32, key data of whom it is.
     """
 
     rows: jax.Array
@@ -81,21 +87,13 @@ class Orders:
 
     @classmethod
     def blank(cls, keys: jax.Array, n: int) -> Orders:
-        """No permutation yet.
-
-        Args:
-            keys: [E] typed. n: number of images.
-        """
+        """No permutation yet, of n images for each of the keys [E]."""
         members = keys.shape[0]
         data = jnp.zeros_like(jax.random.key_data(keys))
         return cls(jnp.zeros((members, n), jnp.int32), jnp.full(members, -1, jnp.int32), data)
 
     def at(self, keys: jax.Array, epoch: jax.Array) -> Orders:
-        """The permutations of these members in this epoch; costs a sort only where they are not at hand.
-
-        Args:
-            keys: [E] typed. epoch: int32 scalar.
-        """
+        """The permutations of the members with keys [E] in this epoch; costs a sort only where they are not at hand."""
         data = jax.random.key_data(keys)
         known = (self.epoch == epoch).all() & (self.keys == data).all()
         rows = jax.lax.cond(known, lambda: self.rows, lambda: permutations(keys, epoch, self.rows.shape[1]))
@@ -113,14 +111,7 @@ def step_key(key: jax.Array, step: jax.Array) -> jax.Array:
 
 
 def permutations(keys: jax.Array, epoch: jax.Array, n: int) -> jax.Array:
-    """The order in which each member goes through n images in one epoch; depends on its own key alone.
-
-    Args:
-        keys: [E] typed. epoch: int32 scalar. n: number of images.
-
-    Returns:
-        [E, n] int32, each row a permutation of 0..n - 1.
-    """
+    """[E, n] int32: the order in which the member of each key [E] goes through n images in one epoch."""
 
     def one(key: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(key, _ORDERS), epoch)
@@ -132,43 +123,18 @@ def permutations(keys: jax.Array, epoch: jax.Array, n: int) -> jax.Array:
 def reconstruct(
     model: Any, images: jax.Array, labels: Any, key: jax.Array, member: Member
 ) -> tuple[jax.Array, Metrics]:
-    """The autoencoder's own loss, labels unused.
-
-    Args:
-        model: with `loss(images, key)`. images: [b, h, w, c] float32 in stored units. labels: anything.
-        key: PRNG key of the step. member: unused.
-
-    Returns:
-        The loss, float32 scalar, and the model's metrics.
-    """
+    """The autoencoder's own loss ``model.loss(images, key)``; labels are not used. See :data:`Objective`."""
     del labels, member
     return model.loss(images, key)
 
 
 def guide(model: Any, images: jax.Array, labels: Any, key: jax.Array, member: Member) -> tuple[jax.Array, Metrics]:
-    """Reconstruction and, weighted by the member's guidance, the cross-entropy of the labels.
-
-    Args:
-        model: with `loss(images, labels, key, weight)`, as :class:`mae_align.models.GuidedAutoencoder`.
-        images: [b, h, w, c] float32 in stored units. labels: [b] int32. key: PRNG key of the step.
-        member: its guidance counts.
-
-    Returns:
-        The loss, float32 scalar, and the model's metrics.
-    """
+    """Reconstruction and the cross-entropy of the labels, weighted by the member's guidance. See :data:`Objective`."""
     return model.loss(images, labels, key, member.guidance)
 
 
 def classify(model: Any, images: jax.Array, labels: Any, key: jax.Array, member: Member) -> tuple[jax.Array, Metrics]:
-    """The classifier's own loss.
-
-    Args:
-        model: with `loss(images, labels, key)`, as :class:`mae_align.models.Classifier`.
-        images: [b, h, w, c] float32 in stored units. labels: [b] int32. key: PRNG key of the step. member: unused.
-
-    Returns:
-        The loss, float32 scalar, and the model's metrics.
-    """
+    """The classifier's own loss ``model.loss(images, labels, key)``. See :data:`Objective`."""
     del member
     return model.loss(images, labels, key)
 
@@ -187,7 +153,8 @@ def choose_program(kind: ModelKind, platform: str) -> Program:
     """The program for a kind of model on a backend: the faster one for ensembles.
 
     Args:
-        kind: what a step of the model is made of. platform: of the devices, as `jax.Device.platform`.
+        kind: what a step of the model is made of.
+        platform: of the devices, as `jax.Device.platform`.
 
     Returns:
         ONE_BY_ONE for convolutions on a CPU, VMAPPED_SCAN otherwise; the module says why.
@@ -224,8 +191,12 @@ class Recipe:
     """What a training step is made of.
 
     Attributes:
-        graphdef: of the model. objective: see :data:`mae_align.train.step.Objective`. optimizer: of one member.
-        batch_size: B. mesh: with axes "ensemble" and "data". compiler_options: of XLA, as `jax.jit` takes them.
+        graphdef: of the model.
+        objective: see :data:`mae_align.train.step.Objective`.
+        optimizer: of one member.
+        batch_size: B.
+        mesh: with axes "ensemble" and "data".
+        compiler_options: of XLA, as `jax.jit` takes them.
     """
 
     graphdef: Any
@@ -269,15 +240,7 @@ class Recipe:
         step: jax.Array,
         index: jax.Array,
     ) -> tuple[Moving, Metrics]:
-        """One step of one member.
-
-        Args:
-            moving: of this member. key: its key. member: its scalars. rows: its order of the images.
-            source: of batches. step: of the run. index: of this step in this call.
-
-        Returns:
-            What moved, and float32 scalars: loss, norm of the gradient before clipping, the objective's metrics.
-        """
+        """One step of one member: what moved; loss, norm of the gradient before clipping, the objective's metrics."""
         params, rest, opt_state = moving
         batch = source.batch(rows, step, index, self.batch_size)
         images, labels = jax.lax.with_sharding_constraint(batch, self.sharding("data"))
@@ -321,31 +284,8 @@ class Recipe:
         return step // (orders.rows.shape[1] // self.batch_size)
 
 
-def place(shape: tuple[int, ...], sharding: NamedSharding, read: Callable[[Any], np.ndarray]) -> jax.Array:
-    """A global array of what each process has on the host; explicit transfers, without a collective.
-
-    Args:
-        shape: of the global array. sharding: of it. read: from a global index (a tuple of slices) to that part of it;
-            asked for the parts on this process's devices only.
-
-    Example:
-        >>> from mae_align.runtime.processes import train_mesh
-        >>> everywhere = NamedSharding(train_mesh(devices=jax.devices()[:1]), PartitionSpec())
-        >>> place((2,), everywhere, np.arange(2).__getitem__).tolist()
-        [0, 1]
-    """
-    parts = sharding.addressable_devices_indices_map(shape).items()
-    arrays = [jax.device_put(read(part), device) for device, part in parts]
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-
-
 def compile_run(program: Program, recipe: Recipe, state_shardings: Any, steps_per_call: int) -> Run:
-    """What makes up to `steps_per_call` steps at a time.
-
-    Args:
-        program: see :class:`Program`. recipe: of a step. state_shardings: of a :class:`TrainState`.
-        steps_per_call: most steps of a call.
-    """
+    """What makes up to `steps_per_call` steps at a time, of a :class:`TrainState` with these shardings."""
     orders = recipe.sharding("ensemble")
     layout = (state_shardings, orders, recipe.sharding())
     if program is Program.ONE_BY_ONE:
@@ -443,14 +383,7 @@ def _one_by_one(recipe: Recipe, layout: tuple[Any, Any, Any], steps_per_call: in
 
 
 def compile_features(program: Program, recipe: Recipe) -> Callable[[TrainState, jax.Array], np.ndarray]:
-    """The function that takes features of a batch with every member.
-
-    Args:
-        program: of the training; convolutions on a CPU are no faster side by side here either. recipe: of it.
-
-    Returns:
-        A function (state, images [b, h, w, c] split over "data") -> [E, b, k] float32 on the host.
-    """
+    """A function (state, images [b, h, w, c] split over "data") -> features [E, b, k] float32 on the host."""
 
     def encode(params: nnx.State, rest: nnx.State, images: jax.Array) -> jax.Array:
         model = in_eval_mode(recipe.graphdef, params, rest)

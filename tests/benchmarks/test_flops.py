@@ -14,6 +14,7 @@ from flax import nnx
 
 from benchmarks import flops, start, timing
 from benchmarks.flops import count_flops
+from mae_align.corruption import FixedCountPatchMasking
 from mae_align.models import MaskedAutoencoder, MLPAutoencoder, Pixels
 from mae_align.runtime.errors import InputError
 
@@ -73,8 +74,7 @@ def test_masked_autoencoder_by_formula_and_xla() -> None:
     batch, patches, visible, values, width, narrow = 32, 16, 4, 12, 48, 32
     model = MaskedAutoencoder(
         PIXELS,
-        patch_size=2,
-        mask_ratio=0.75,
+        corruption=FixedCountPatchMasking(2, visible),
         width=width,
         depth=1,
         heads=4,

@@ -12,7 +12,8 @@ import optax
 import pytest
 from flax import nnx
 
-from mae_align.models import MaskedAutoencoder, MaskedPatches, MLPAutoencoder, Pixels, gelu_exact
+from mae_align.corruption import FixedCountPatchMasking
+from mae_align.models import Loss, MaskedAutoencoder, MLPAutoencoder, Pixels, gelu_exact
 from mae_align.train.optimizer import OptimizerConfig, adamw
 
 torch = pytest.importorskip("torch")
@@ -46,16 +47,15 @@ def _masked(exact: bool, norm_pix: bool) -> tuple[MaskedAutoencoder, Any]:
     size: dict[str, Any] = dict(width=12, depth=2, heads=3, decoder_width=8, decoder_depth=1, decoder_heads=2)
     model = MaskedAutoencoder(
         PIXELS,
-        patch_size=2,
-        mask_ratio=0.75,
-        objective=MaskedPatches(norm_pix),
+        corruption=FixedCountPatchMasking(2, num_visible=4),
+        objective=Loss.standard if norm_pix else Loss.hidden,
         activation=gelu_exact if exact else jax.nn.gelu,
         rngs=nnx.Rngs(0),
         **size,
     )
     target = torch_models.MaskedAutoencoder(
         torch_models.Normalize(PIXELS.mean, float(PIXELS.scale)),
-        torch_models.MaskedSizes((8, 8, 3), 2, model.masking.num_visible, **size),
+        torch_models.MaskedSizes((8, 8, 3), 2, model.corruption.num_visible, **size),
         norm_pix=norm_pix,
         approximate="none" if exact else "tanh",
         positions=np.asarray(model.positions[...]),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import mae_align as ma
 from mae_align.closed_form import compare
 from mae_align.closed_form.factorize import factorize
-from mae_align.closed_form.features import clean_images
+from mae_align.closed_form.features import clean_images, corruption_features
 from mae_align.corruption import Corruption
 from mae_align.moments.moments import group_of
 from mae_align.runtime.errors import InputError
@@ -137,7 +137,7 @@ def test_some_task_attains_the_bound():
 def test_rms_change_is_that_of_random_tasks(compared):
     rng = np.random.default_rng(0)
     problem = factorize(images())
-    span = compare.span_of(problem, ma.PatchMasking(1, 0.5), 20).q
+    span = corruption_features(problem, ma.PatchMasking(1, 0.5), max_k=20).q
     y = rng.normal(size=(problem.rank, 40_000))
     y /= np.linalg.norm(y, axis=0)
     change = ((span.T @ y) ** 2).sum(0) - (y[:20] ** 2).sum(0)
@@ -222,7 +222,12 @@ def test_a_lost_leading_feature_is_no_sampling_noise():
 
 def test_losses_are_those_of_the_first_features_in_order():
     problem = factorize(images())
-    a, b = (compare.span_of(problem, c, 12) for c in (ma.PatchMasking(1, 0.5), ma.PatchMasking(2, 0.9)))
+    a, b = (
+        compare.Span(found.q, found.gap)
+        for found in (
+            corruption_features(problem, c, max_k=12) for c in (ma.PatchMasking(1, 0.5), ma.PatchMasking(2, 0.9))
+        )
+    )
     found = compare.figures(a, b, [12, 5], 10)
     projection = b.q[:, :5] @ b.q[:, :5].T
     expected = [j - np.trace(a.q[:, :j].T @ projection @ a.q[:, :j]) for j in range(1, 6)]

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 import mae_align as ma
 from mae_align.closed_form.factorize import PrimalProblem, factorize
-from mae_align.closed_form.features import corruption_features, moments_features, nested_basis
+from mae_align.closed_form.features import clean_images, corruption_features, moments_features, nested_basis
 from mae_align.corruption import Corruption, CorruptionMoments
 from mae_align.moments.moments import Moments
 from tests import oracles
+from tests.oracles import SHAPE
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +168,42 @@ def test_features_that_clean_images_show_by_rounding_alone_are_none():
     moments = ma.Moments.from_arrays(x, x.reshape(200, 8)[:, :2])
     found = ma.corruption_sweep(moments, [ma.LinearCorruption(rotation)], pixel_noise=0.0)
     assert (found.r2.fillna(0.0) < 1e-9).all()
+
+
+CHEAP = {
+    "mask": ma.PatchMasking(2, 0.5),
+    "exact count": ma.FixedCountPatchMasking.from_ratio(2, 0.5, SHAPE),
+    "random ratio": ma.RandomRatioMasking.from_ratio(2, 0.5, SHAPE),
+    "all masked": ma.PatchMasking(2, 1.0),
+    "single pixels": ma.PatchMasking(1, 0.8),
+    "nothing masked": ma.PatchMasking(2, 0.0),
+    "isotropic noise": ma.GaussianNoise(0.7),
+    "noise as an array": ma.GaussianNoise(np.full(SHAPE, 0.7)),
+}
+
+
+@pytest.mark.parametrize("name", CHEAP)
+@pytest.mark.parametrize("case", ["regular", "singular", "target"])
+def test_cheap_corruptions_have_the_features_of_the_general_path(name, case):
+    """Masks of patches and isotropic noise take a short way; it ends where the general one does."""
+    images = oracles.train().images.astype(np.float64)
+    if case == "singular":  # repeated pixels, and fewer images than pixels
+        images = np.repeat(images[:40, ::2], 2, axis=1)
+    moments = Moments.from_arrays(images, np.arange(len(images)) % 3)
+    noise = 0.0 if case == "singular" else None
+    problem = factorize(moments, pixel_noise=noise, target=ma.HighPass(1.5) if case == "target" else None)
+    corrupted = CHEAP[name].moments(clean_images(problem))
+    cheap, general = corruption_features(problem, CHEAP[name]), moments_features(problem, corrupted)
+    most = min(len(cheap.mu), len(general.mu), 15)
+    for k in (1, 3, most):
+        if general.gap[k - 1] > 1e-6:
+            np.testing.assert_allclose(*(f.q[:, :k] @ f.q[:, :k].T for f in (cheap, general)), atol=1e-7)
+            rebuilt = (f.encoder[:, :k] @ f.decoder[:k] for f in (cheap, general))
+            np.testing.assert_allclose(*rebuilt, atol=1e-7)
+        assert cheap.loss(k) == pytest.approx(general.loss(k), rel=1e-9)
+    np.testing.assert_allclose(cheap.mu[:most], general.mu[:most], rtol=1e-7)
+    size = cheap.encoder.T @ corrupted.gram @ cheap.encoder
+    np.testing.assert_allclose(size, np.eye(len(size)), atol=1e-7)
+    few = corruption_features(problem, CHEAP[name], max_k=3)
+    np.testing.assert_allclose(few.encoder, cheap.encoder[:, :3], atol=1e-12)
+    np.testing.assert_allclose(few.gap, cheap.gap[:3], atol=1e-12)

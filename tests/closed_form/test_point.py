@@ -5,8 +5,10 @@ import jax
 import numpy as np
 import pytest
 
-from mae_align.closed_form import point as grid
+from mae_align.closed_form import point
+from mae_align.closed_form.basis import PatchBasis
 from mae_align.closed_form.held_out import HeldOut
+from mae_align.closed_form.point import Shared, Solution, Weights
 from mae_align.runtime.devices import solve_context
 from tests import oracles
 
@@ -19,6 +21,18 @@ def random_problem(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
     e, _ = np.linalg.qr(rng.normal(size=(R, R)))
     s = np.sort(rng.uniform(0.1, 4.0, R))[::-1].copy()
     return e, e.T @ np.diag(s) @ e, rng.normal(size=(R, Q)) / 3, s, rng.uniform(0.2, 2.0, R)
+
+
+def shared(e, gram, target, s, held: HeldOut | None = None) -> Shared:
+    return Shared(PatchBasis(e, np.ones(R), gram, target), s, held)  # pyright: ignore[reportArgumentType]
+
+
+def at(w, alpha, beta) -> Weights:
+    return Weights(*(np.asarray(a, np.float64) for a in (w, alpha, beta)))  # pyright: ignore[reportArgumentType]
+
+
+def on_host(solution: Solution) -> Solution:
+    return jax.tree.map(np.asarray, solution)
 
 
 def direct(gram, target, w, alpha, beta):
@@ -48,11 +62,12 @@ def up_to_sign(rows: np.ndarray, reference: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def solve():
     """solve_point, compiled here under a guard: one trace serves every value of w, alpha and beta."""
-    compiled = jax.jit(chex.assert_max_traces(grid.solve_point, n=1), static_argnames="max_k")
+    compiled = jax.jit(chex.assert_max_traces(point.solve_point, n=1), static_argnames="max_k")
 
-    def call(*args, max_k: int = K):
+    def call(gram, target, w, alpha, beta, max_k: int = K):
         with solve_context("float64"):
-            return jax.tree.map(np.asarray, compiled(*(np.asarray(a, np.float64) for a in args), max_k=max_k))
+            together = jax.tree.map(np.float64, shared(np.eye(R), gram, target, np.ones(R)))
+            return on_host(compiled(together, at(w, alpha, beta), max_k=max_k))
 
     return call
 
@@ -110,7 +125,7 @@ def test_targets_of_very_different_strength_each_meet_reconstruction_where_they_
 def test_targets_that_no_pixel_explains_give_reconstruction_and_no_nan(solve, beta):
     _, gram, _, _, w = random_problem(3)
     found = solve(gram, np.zeros((R, Q)), w, 0.5, beta)
-    assert all(np.isfinite(a).all() for a in found)
+    assert all(np.isfinite(a).all() for a in found.named().values())
     np.testing.assert_array_equal(found.t, 0.0)
 
 
@@ -134,8 +149,8 @@ def test_features_of_very_different_weight_stay_orthonormal(solve):
 def test_features_are_what_the_targets_and_the_explained_variance_are_about(solve):
     e, gram, target, s, w = random_problem(5)
     with solve_context("float64"):
-        solve_all = jax.jit(grid.solve_features, static_argnames="max_k")
-        many, f_many = solve_all(e, gram, target, s, w, np.float64(0.2), np.float64(0.8), max_k=R)
+        solve_all = jax.jit(point.features_of, static_argnames="max_k")
+        many, f_many = solve_all(shared(e, gram, target, s), at(w, 0.2, 0.8), max_k=R)
         many, f_many = jax.tree.map(np.asarray, (many, f_many))
     few = solve(gram, target, w, 0.2, 0.8)
     for name in ("mu", "gap", "t"):  # fewer features are the leading ones
@@ -156,35 +171,32 @@ def test_a_batch_of_points_is_the_loop_over_them(solve):
     e, gram, target, s, _ = random_problem(6)
     points = [(random_problem(seed)[4], alpha, beta) for seed, alpha, beta in ((7, 0.0, 1.0), (8, 0.5, 0.5), (9, 1, 0))]
     with solve_context("float64"):
-        w, alpha, beta = (np.stack(column).astype(np.float64) for column in zip(*points, strict=True))
-        curves = jax.tree.map(np.asarray, grid.CURVES.many(gram, target, w, alpha, beta, max_k=K))
-        features = jax.tree.map(np.asarray, grid.FEATURES.many(e, gram, target, s, w, alpha, beta, max_k=K))
-    for i, point in enumerate(points):
-        one = solve(gram, target, *point)
-        for batch in (curves, features):
+        all_points = at(*(np.stack(column) for column in zip(*points, strict=True)))
+        batches = [
+            on_host(point.solve_many(function, shared(e, gram, target, s), all_points, max_k=K))
+            for function in (point.solve_point, point.solve_features)
+        ]
+    for i, where in enumerate(points):
+        one = solve(gram, target, *where)
+        for batch in batches:
             np.testing.assert_allclose(batch.mu[i], one.mu, atol=1e-12)
             np.testing.assert_allclose(batch.gap[i], one.gap, atol=1e-10)
             np.testing.assert_allclose(up_to_sign(batch.t[i], one.t), one.t, atol=1e-11)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.7, 50.0])
-@pytest.mark.parametrize("program", [grid.CURVES, grid.FEATURES, grid.HELD_OUT], ids=lambda p: p.name)
-def test_where_nothing_is_masked_or_supervised_the_axes_are_the_solution(program, noise):
+@pytest.mark.parametrize("held_out", [False, True])
+def test_where_nothing_is_masked_or_supervised_the_axes_are_the_solution(noise, held_out):
     _, _, target, s, _ = random_problem(11)
     w = np.ones(R) if noise == 0 else np.sqrt(s / (s + noise))
     rng = np.random.default_rng(5)
     root = rng.normal(size=(R, R))
     held = HeldOut(root @ root.T, rng.normal(size=(R, Q)), np.float64(9.0), *held_groups(root, rng))
-    before = (held,) if program is grid.HELD_OUT else ()
-    shared = {
-        "curves": (np.diag(s), target),
-        "features": (np.eye(R), np.diag(s), target, s),
-        "held out": (np.eye(R), np.diag(s), target, s, held),
-    }[program.name]
+    together = shared(np.eye(R), np.diag(s), target, s, held if held_out else None)
     with solve_context("float64"):
-        known = program.named(jax.tree.map(np.asarray, program.diagonal(*before, s, target, w, 0.25, max_k=K)))
-        solved = program.named(jax.tree.map(np.asarray, program.one(*shared, w, 0.0, 0.25, max_k=K)))
-    assert known.keys() == solved.keys()
+        known = point.solve_one(point.solve_diagonal, together, at(w, 0.0, 0.25), max_k=K).named()
+        solved = point.solve_one(point.solve_features, together, at(w, 0.0, 0.25), max_k=K).named()
+    assert known.keys() == solved.keys() and ("errors" in known) == held_out
     for name, value in solved.items():
         found = up_to_sign(known[name], value) if name == "t" else known[name]
         np.testing.assert_allclose(found, value, rtol=1e-5 if name == "group_errors" else 1e-9, atol=1e-12)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import math
 import os
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import chex
-import jax
 import numpy as np
 import pytest
 import xarray as xr
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 import mae_align as ma
-from mae_align.closed_form import point as grid
+from mae_align.closed_form import factorize, point
 from mae_align.moments.moments import Moments
 from mae_align.runtime import files as store
 from mae_align.runtime import pool as runner
@@ -297,8 +297,8 @@ def test_a_second_call_with_other_values_compiles_nothing(fit, unseen, joint):
 
 
 def test_the_function_of_a_grid_point_is_traced_once(fit, monkeypatch):
-    compiled = jax.jit(chex.assert_max_traces(grid.solve_point, n=1), static_argnames="max_k")
-    monkeypatch.setattr(grid, "CURVES", grid.CURVES._replace(one=compiled))
+    once = chex.assert_max_traces(point.solve_point, n=1)
+    monkeypatch.setattr(sweep_module, "solve_point", functools.wraps(point.solve_point)(once))
     found = ma.masking_sweep(fit, [1, 2, (3, 4)], [0.0, 0.2, 0.4, 1.0], run=ALONE)
     assert found.r2.notnull().all()
 
@@ -327,16 +327,15 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(fit, tmp_path, monkeypatc
         solved.append(1)
         return whole_program(*args, **kwargs)
 
-    whole_program = grid.CURVES.one
-    monkeypatch.setattr(grid, "CURVES", grid.CURVES._replace(one=counted))
+    whole_program = sweep_module.solve_one
+    monkeypatch.setattr(sweep_module, "solve_one", counted)
     resumed = ma.masking_sweep(fit, *grid_of_masks, run=options)
     xr.testing.assert_identical(resumed, whole)
     points = 1 + 2 * 3  # p = 0 is shared by the patch sizes
     assert len(solved) == points - sum(not key.startswith("je-") for key in saved)
 
     # A finished sweep solves nothing and needs no patch basis; how it is run is not part of its identity.
-    monkeypatch.setattr(sweep_module, "patch_basis", None)
-    monkeypatch.setattr(sweep_module, "pca_basis", None)
+    monkeypatch.setattr(factorize.Factorized, "coordinates", None)
     again = ma.masking_sweep(fit, *grid_of_masks, run=ma.RunOptions(workers=2, store=tmp_path / "points"))
     xr.testing.assert_identical(again, whole)
     monkeypatch.undo()

@@ -120,9 +120,9 @@ if __name__ == "__main__":
     solved = []
     over_mesh = solver.solve_over_mesh
 
-    def counted(program, mesh, shared, mapped, max_k):
-        solved.append(len(mapped[0]))
-        return over_mesh(program, mesh, shared, mapped, max_k)
+    def counted(function, mesh, shared, points, max_k):
+        solved.append(len(points.w))
+        return over_mesh(function, mesh, shared, points, max_k)
 
     solver.solve_over_mesh = counted
     where = Path(sys.argv[1])

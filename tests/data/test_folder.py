@@ -9,12 +9,13 @@ from PIL import Image
 
 from mae_align.data import source
 from mae_align.data.dataset import ImageDataset
-from mae_align.data.folder import load_folder
+from mae_align.data.folder import open_folder
+from mae_align.data.source import in_memory
 from mae_align.runtime.errors import InputError
 
 
 def load(root: Path, image_size: int | None = None, seed: int = 0, test_fraction: float = 0.25) -> ImageDataset:
-    return load_folder(root, image_size, seed, test_fraction)
+    return in_memory(open_folder(root, image_size, seed, test_fraction))
 
 
 def pixels(seed: int, shape: tuple[int, ...] = (6, 5, 3)) -> np.ndarray:

@@ -237,7 +237,7 @@ def test_unprepared_sets_say_how_to_prepare_them(data_dir):
         """tfds.builder('cifar10').download_and_prepare(file_format='array_record')" """
     )
     assert command in message and "TFDS_DATA_DIR" in message
-    assert "python -m experiments.prepare_data --data folder:DIR --out DIR2, then prepared:DIR2" in message
+    assert "write_prepared(mae_align.data.open_splits('folder:DIR'), 'DIR2'), then prepared:DIR2" in message
     assert "tfds.builder('imagenette/160px')" in refused("tfds:imagenette/160px", image_size=8)
 
 
@@ -270,7 +270,7 @@ def test_tfrecord_sets_say_how_to_convert_them(tmp_path):
 def test_missing_and_unfinished_folders(tmp_path):
     message = refused(f"prepared:{tmp_path}/nowhere")
     assert message.startswith(
-        f"no prepared data set in {tmp_path}/nowhere (no dataset_info.json): prepare it with python"
+        f"no prepared data set in {tmp_path}/nowhere (no dataset_info.json): prepare it with mae_align.data.prepare"
     )
     (tmp_path / "half.incomplete").mkdir()
     assert f"{tmp_path}/half.incomplete is unfinished, the same command goes on" in refused(f"prepared:{tmp_path}/half")

@@ -1,25 +1,21 @@
 from __future__ import annotations
 
-import csv
-import dataclasses
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import xarray as xr
 from sklearn.datasets import load_digits
 
 import mae_align as ma
-from experiments.diagnose_corruption.__main__ import PRESETS, Config, main
+from experiments import diagnose_corruption
+from tests.experiments.cases import refusal, rows_of, run_experiment
 
-SMALL = Config(patch_sizes=(1, 4), mask_ratios=(0.0, 0.5), noise_levels=(1.0,), ks=(2, 8))
+SMALL = ("--patch-sizes", 1, 4, "--mask-ratios", 0, 0.5, "--noise-levels", 1, "--ks", 2, 8)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "out"
-    main(dataclasses.replace(SMALL, measure=True, out=str(folder)))
+    run_experiment(diagnose_corruption, *SMALL, "--measure", "--out", folder)
     return folder
 
 
@@ -34,13 +30,14 @@ def test_verdicts_figures_and_sentences_are_left(run):
     ]
     verdicts = found.verdict.sel(k=8).values.tolist()
     assert verdicts == ["inert", "can matter", "inert", "can matter", "inert"]
-    with (run / "verdicts.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(run / "verdicts.csv")
     assert [row["verdict"] for row in rows if row["k"] == "8"] == verdicts
     assert {(run / f"moved_share.{kind}").stat().st_size > 1000 for kind in ("png", "pdf")} == {True}
     summary = (run / "summary.txt").read_text()
     assert "Cannot matter for any task, at every k: mask 0 of 1x1, mask 0 of 4x4, noise 1 std." in summary
-    assert "Can matter" in summary and "labels" in summary
+    counts = {word: [row["verdict"] for row in rows].count(word) for word in ("inert", "can matter")}
+    assert f"Of 10 cells (a corruption and a k), {counts['inert']} cannot matter" in summary
+    assert f"{counts['can matter']} can matter" in summary and "no labels" in summary
 
 
 def test_measured_changes_are_those_of_the_masking_sweep_and_within_the_bound(run):
@@ -57,47 +54,41 @@ def test_measured_changes_are_those_of_the_masking_sweep_and_within_the_bound(ru
     assert np.isnan(found.r2_change.sel(corruption="noise 1 std")).all()
 
 
-def test_labels_are_not_looked_at(tmp_path, capsys):
+def test_labels_are_not_looked_at(tmp_path):
     pixels, target = (np.asarray(a) for a in load_digits(return_X_y=True))
     images = pixels.reshape(-1, 8, 8).astype(np.uint8)
-    summaries = []
+    tables = []
     for seed in (0, 1):
         labels = np.random.default_rng(seed).permutation(target)
         file = tmp_path / "same.npz"
         np.savez(file, x_train=images[:900], y_train=labels[:900], x_test=images[900:], y_test=labels[900:])
-        main(dataclasses.replace(SMALL, data=f"npz:{file}", out=str(tmp_path / f"run{seed}")))
-        summaries.append(capsys.readouterr().out.replace(f"run{seed}", "run"))
-    assert summaries[0] == summaries[1]
+        run_experiment(diagnose_corruption, *SMALL, "--data", f"npz:{file}", "--out", tmp_path / f"run{seed}")
+        tables.append((tmp_path / f"run{seed}" / "verdicts.csv").read_text())
+    assert tables[0] == tables[1]
 
 
 def test_a_second_run_solves_nothing(run, monkeypatch, capsys):
     monkeypatch.setattr("mae_align.closed_form.compare.figures", None)
     monkeypatch.setattr("mae_align.closed_form.sweep.patch_basis", None)
-    main(dataclasses.replace(SMALL, measure=True, out=str(run)))
-    assert "Can matter" in capsys.readouterr().out
+    (run / "summary.txt").unlink()
+    run_experiment(diagnose_corruption, *SMALL, "--measure", "--out", run)
+    assert "can matter" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "arguments, message",
     [
-        ({"ks": (0,)}, "--ks 0"),
-        ({"ks": (65,)}, "--ks 65"),
-        ({"ks": (4, 4)}, "once"),
-        ({"patch_sizes": (9,)}, "larger than the image"),
-        ({"mask_ratios": (1.5,)}, "mask ratio 1.5"),
-        ({"noise_levels": (-1.0,)}, "--noise-levels -1.0"),
-        ({"groups": 1}, "--groups 1"),
-        ({"data": "digit"}, "did you mean 'digits'"),
+        (["--ks", 65], "--ks 65"),
+        (["--patch-sizes", 9], "larger than the image"),
+        (["--groups", 720], "--groups 720"),
+        (["--groups", 400, "--measure"], "359 test images leave a group empty"),
     ],
 )
-def test_bad_settings_are_refused_before_anything_is_written(tmp_path, options, message):
-    with pytest.raises(ma.InputError, match=message):
-        main(dataclasses.replace(SMALL, out=str(tmp_path / "out"), **options))
+def test_what_does_not_fit_the_images_is_refused_before_anything_is_written(tmp_path, capsys, arguments, message):
+    assert message in refusal(capsys, diagnose_corruption, *SMALL, *arguments, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_presets_have_the_masks_of_the_published_figure_and_the_command_line_explains_itself():
-    assert len(PRESETS["paper"].mask_ratios) * len(PRESETS["paper"].patch_sizes) == 30
-    command = [sys.executable, "-m", "experiments.diagnose_corruption", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert "Can a corruption matter for any task?" in done.stdout and "--measure" in done.stdout
+def test_the_preset_has_the_masks_of_the_published_figure():
+    paper = diagnose_corruption.PRESETS["paper"]
+    assert len(paper.mask_ratios) * len(paper.patch_sizes) == 30

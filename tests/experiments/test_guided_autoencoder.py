@@ -1,3 +1,5 @@
+"""Guided autoencoders: what a run measures, against definitions, and how the claim is judged."""
+
 from __future__ import annotations
 
 import csv
@@ -7,16 +9,19 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 import mae_align as ma
-from experiments.guided_autoencoder import __main__ as guided_autoencoder
-from experiments.guided_autoencoder.__main__ import PRESETS, Config, main, plan
-from experiments.guided_autoencoder.report import compare_weights, judge, linear_gain, summarise
-from experiments.guided_autoencoder.runs import GuidedSplit, Labels, NetworkConfig, Probe, Runs, make_training
-
-pytestmark = pytest.mark.slow
+from experiments.guided_autoencoder import networks as guided_networks
+from experiments.guided_autoencoder.__main__ import COLUMNS, PRESETS, Config, main, plan
+from experiments.guided_autoencoder.networks import GuidedSplit, Labels, Sizes, make_training
+from experiments.guided_autoencoder.report import compare_weights, judge, linear_gain, sentences
+from experiments.harness.config import RunConfig
+from experiments.harness.data import Split
+from experiments.harness.ensembles import Probe
+from experiments.harness.run import execute
 
 CLASSES = 3
 TINY = Config(
@@ -25,7 +30,10 @@ TINY = Config(
     seeds=(0, 1),
     probes=(Probe.ridge,),
     frontier=(0.0, 1.0),
-    network=NetworkConfig(widths=(6,), epochs=3, batch_size=16, warmup_epochs=0.0, learning_rate=1e-2),
+    network=Sizes(widths=(6,)),
+    training=dataclasses.replace(
+        PRESETS["laptop"].training, epochs=3, batch_size=16, warmup_epochs=0.0, learning_rate=1e-2
+    ),
 )
 
 
@@ -46,18 +54,22 @@ def config(data) -> Config:
     return dataclasses.replace(TINY, data=f"npz:{data}", out=str(data.parent / "run"))
 
 
+def run(config: Config) -> None:
+    execute("guided_autoencoder", main, config, Split.load, COLUMNS)
+
+
 @pytest.fixture(scope="module")
 def trained(config) -> list:
-    """What was measured of each ensemble in a whole run: (training, state, split, runs)."""
-    seen, measure = [], guided_autoencoder.measure
+    """What was measured of each ensemble in a whole run: (training, state, split)."""
+    seen, measure = [], guided_networks.measure
     with pytest.MonkeyPatch.context() as patch:
 
-        def note(training, state, split, runs, probes):
-            seen.append((training, state, split, runs))
-            return measure(training, state, split, runs, probes)
+        def note(training, state, split, probes):
+            seen.append((training, state, split))
+            return measure(training, state, split, probes)
 
-        patch.setattr(guided_autoencoder, "measure", note)
-        main(config)
+        patch.setattr(guided_networks, "measure", note)
+        run(config)
     return seen
 
 
@@ -67,21 +79,28 @@ def rows(config, trained) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_run_leaves_everything_in_its_folder(config, rows):
     names = {path.name for path in Path(config.out).iterdir()}
-    tables = {f"{name}.csv" for name in ("networks", "weights", "claim")} | {"networks.nc", "summary.txt"}
+    tables = {f"{name}.csv" for name in ("networks", "weights", "claim")} | {"networks.nc", "columns.md", "summary.txt"}
     figures = {f"{name}.{kind}" for name in ("guidance", "latents") for kind in ("png", "pdf")}
-    assert names == tables | figures | {"config.json", "points", "networks"}
+    assert names == tables | figures | {"config.json", "data.json", "run.json", "points", "networks"}
     kinds = [row["labels"] for row in rows]
     # The frontier and its PCA end; three weights and two seeds; the control without weight 0.
     assert [kinds.count(kind) for kind in ("linear", "true", "shuffled")] == [3, 6, 4]
+    assert {row["ridge_selected_by"] for row in rows} == {rows[-1]["ridge_selected_by"]} != {""}
     text = (Path(config.out) / "summary.txt").read_text()
-    assert "code 2, ridge:" in text and "true over shuffled" in text
+    assert "90 train and guide, 54 fit the probes" in text and "Code 2, ridge probe" in text
+    assert {path.name for path in (Path(config.out) / "networks").iterdir()} == {
+        "latent2-true-seeds0-1",
+        "latent2-shuffled-seeds0-1",
+    }
 
 
+@pytest.mark.slow
 def test_parts_are_disjoint_and_labels_of_the_control_a_permutation(trained):
     split = trained[0][2]
-    parts = [split.fit_images, split.probe_images, split.val_images, split.test_images]
+    parts = [split.fit_images, *split.measured]
     assert [len(part) for part in parts] == [90, 54, 36, 120]
     flat = {image.tobytes() for part in parts for image in part}
     assert len(flat) == 300
@@ -89,11 +108,12 @@ def test_parts_are_disjoint_and_labels_of_the_control_a_permutation(trained):
     assert (split.shuffled_labels != split.fit_labels).mean() > 0.3
 
 
+@pytest.mark.slow
 def test_errors_and_accuracy_are_those_of_the_networks(trained, rows):
-    training, state, split, runs = trained[0]
+    training, state, split = trained[0]
     member = 4
     row = next(r for r in rows if (r["labels"], float(r["weight"] or -1), float(r["seed"] or -1)) == ("true", 1.0, 0.0))
-    assert runs.members[member] == (1.0, 0)
+    assert next(plan(TINY)).members[member] == (1.0, 0)
     model = training.model(state, member)
 
     def through(layers, x):
@@ -105,22 +125,23 @@ def test_errors_and_accuracy_are_those_of_the_networks(trained, rows):
 
     fit = split.fit_images.reshape(len(split.fit_images), -1).astype(float)
     mean, scale = fit.mean(0), np.sqrt(fit.var(0).mean())
-    x = (split.test_images.reshape(120, -1) - mean) / scale
+    x = (split.data.test_images.reshape(120, -1) - mean) / scale
     code = through(model.autoencoder.down, x)
     error = ((through(model.autoencoder.up, code) - x) ** 2).sum() / (x**2).sum()
     assert float(row["test_error"]) == pytest.approx(error, rel=1e-4)
     head = code @ np.asarray(model.head.kernel[...]) + np.asarray(model.head.bias[...])
-    assert float(row["head_accuracy_test"]) == pytest.approx((head.argmax(1) == split.test_labels).mean())
+    assert float(row["head_accuracy_test"]) == pytest.approx((head.argmax(1) == split.data.test_labels).mean())
     published = scale**2 / (fit.max() - fit.min()) ** 2
     assert float(row["normalized_weight"]) == pytest.approx(1 / published, rel=1e-5)
     assert float(state.member.guidance[member]) == pytest.approx(1 / published, rel=1e-5)
     assert [float(row[f"ridge_n_{part}"]) for part in ("train", "val", "test")] == [54, 36, 120]
 
 
+@pytest.mark.slow
 def test_labels_reach_the_network_by_their_weight_alone(trained):
     """The same seed starts alike and sees the same images; shuffled labels matter only through the guidance."""
-    _, true, _, _ = trained[0]
-    _, shuffled, _, _ = trained[1]
+    _, true, _ = trained[0]
+    _, shuffled, _ = trained[1]
     kernels = [np.asarray(s.params["autoencoder"]["down"][0]["kernel"][...]) for s in (true, shuffled)]
     # Members: weights by seeds; the control has no weight 0.
     apart = [np.abs(kernels[0][i + 2] - kernels[1][i]).max() for i in range(4)]
@@ -130,6 +151,7 @@ def test_labels_reach_the_network_by_their_weight_alone(trained):
     assert not np.allclose(kernels[0][0], kernels[0][1])
 
 
+@pytest.mark.slow
 def test_linear_frontier_is_theorem_1_on_the_fitted_images(trained, rows):
     split = trained[0][2]
     x = split.fit_images.reshape(len(split.fit_images), -1).astype(float)
@@ -145,17 +167,21 @@ def test_linear_frontier_is_theorem_1_on_the_fitted_images(trained, rows):
     assert float(at[0.0]["fit_r2"]) == pytest.approx(best, rel=1e-9)
     assert float(at[math.inf]["fit_r2"]) < float(at[1.0]["fit_r2"]) < best
     vectors = np.linalg.eigh(s)[1][:, -2:]
-    test = split.test_images.reshape(120, -1) - x.mean(0)
+    test = split.data.test_images.reshape(120, -1) - x.mean(0)
     left = ((test - test @ vectors @ vectors.T) ** 2).sum() / (test**2).sum()
     assert float(at[math.inf]["test_error"]) == pytest.approx(left, rel=1e-6)
 
 
-def test_finished_parts_are_not_computed_again(config, rows, monkeypatch):
-    before = (Path(config.out) / "summary.txt").read_bytes()
-    for name in ("train", "measure", "linear_rows"):
-        monkeypatch.setattr(guided_autoencoder, name, lambda *_, name=name: pytest.fail(f"{name} again"))
-    main(config)
-    assert (Path(config.out) / "summary.txt").read_bytes() == before
+@pytest.mark.slow
+def test_what_is_finished_is_not_computed_again(config, rows, monkeypatch):
+    folder = Path(config.out)
+    before = (folder / "networks.csv").read_bytes()
+    # As a run that was stopped behind its last ensemble.
+    (folder / "summary.txt").unlink()
+    (folder / "points" / "latent2-shuffled-seeds0-1.npz").unlink()
+    monkeypatch.setattr(guided_networks, "measure", lambda *_: pytest.fail("measured again"))
+    run(config)
+    assert (folder / "networks.csv").read_bytes() == before and (folder / "summary.txt").exists()
 
 
 # --- the comparison, on made-up networks ---
@@ -168,14 +194,14 @@ def network(labels: str, weight: float, seed: int, error: float, accuracy: float
     return key | errors | scores
 
 
-def networks(gains: dict[tuple[str, float], list[float]], costs: dict[float, float]) -> list[dict]:
+def networks(gains: dict[tuple[str, float], list[float]], costs: dict[float, float]) -> pd.DataFrame:
     base = [0.80, 0.82, 0.81]
     found = [network("true", 0.0, s, 0.2 + s / 100, a) for s, a in enumerate(base)]
     for (labels, weight), gain in gains.items():
         for seed in (2, 0, 1):
             error = (0.2 + seed / 100) * (1 + costs[weight] / 100)
             found.append(network(labels, weight, seed, error, base[seed] + gain[seed] / 100))
-    return found
+    return pd.DataFrame(found)
 
 
 def test_comparison_is_paired_by_seed():
@@ -200,33 +226,44 @@ def test_comparison_is_paired_by_seed():
 def test_claim_needs_equal_error_and_a_gain_over_the_seeds(gain, cost, reproduced, reason):
     rows = networks({("true", 0.1): gain, ("shuffled", 0.1): [0.1, 0.0, -0.1]}, {0.1: cost})
     compared = compare_weights(rows, "p")
-    (verdict,) = judge(rows, compared, "p", 1.0)
+    (verdict,) = judge(rows, [], compared, "p", 1.0)
     assert verdict["reproduced"] is reproduced
     assert verdict["control_gain"] == pytest.approx(0.0, abs=1e-9)
     assert verdict["over_control"] == pytest.approx(np.mean(gain)) and math.isnan(verdict["linear_gain"])
-    text = "\n".join(summarise(compared, [verdict], 1.0))
-    assert reason in text and ("not reproduced" in text) is not reproduced
+    assert verdict["outcome"].startswith("not reproduced: ") is not reproduced and reason in verdict["outcome"]
+    assert f"in {int(reproduced)} of 1 cases" in next(sentences(compared, [verdict], 1.0))
 
 
 def test_an_error_that_differs_on_test_images_is_no_equal_error_whichever_is_lower():
     rows = networks({("true", 0.1): [3.0, 3.1, 2.9]}, {0.1: -2.0})
-    compared = compare_weights(rows, "p")
-    (verdict,) = judge(rows, compared, "p", 1.0)
-    assert not verdict["reproduced"]
-    assert "not reproduced (its test error differs by more)" in "\n".join(summarise(compared, [verdict], 1.0))
+    (verdict,) = judge(rows, [], compare_weights(rows, "p"), "p", 1.0)
+    assert verdict["outcome"] == "not reproduced: its test error differs by more"
 
 
 def test_weight_is_chosen_on_validation_images():
     rows = networks({("true", 0.1): [3.0] * 3, ("true", 0.2): [5.0] * 3}, {0.1: 0.2, 0.2: 0.8})
-    for row in rows:
-        if row["weight"] == 0.2:
-            row["p_accuracy_val"] -= 0.04  # better on test images, worse where choices are made
-    (verdict,) = judge(rows, compare_weights(rows, "p"), "p", 1.0)
+    # Better on test images, worse where choices are made.
+    rows.loc[rows.weight == 0.2, "p_accuracy_val"] -= 0.04
+    (verdict,) = judge(rows, [], compare_weights(rows, "p"), "p", 1.0)
     assert verdict["weight"] == 0.1 and math.isnan(verdict["control_gain"])
-    for row in rows:
-        if row["weight"] == 0.1:
-            row["val_error"] *= 1.05
-    assert judge(rows, compare_weights(rows, "p"), "p", 1.0)[0]["weight"] == 0.2
+    rows.loc[rows.weight == 0.1, "val_error"] *= 1.05
+    assert judge(rows, [], compare_weights(rows, "p"), "p", 1.0)[0]["weight"] == 0.2
+
+
+def test_networks_without_their_unguided_one_are_left_out():
+    rows = networks({("true", 0.1): [3.0, 4.0, 5.0]}, {0.1: 0.5})
+    rest = rows.drop(rows.index[(rows.weight == 0) & (rows.seed == 1)])
+    (found,) = compare_weights(rest, "p")
+    assert (found["seeds"], found["test_gain"]) == (2, pytest.approx(4.0))
+    assert compare_weights(rows.drop(rows.index[rows.weight == 0]), "p") == []
+
+
+def test_the_published_weight_is_spoken_of():
+    rows = networks({("true", 0.01): [3.0, 4.0, 5.0]}, {0.01: 8.0})
+    compared = compare_weights(rows, "p")
+    text = list(sentences(compared, judge(rows, [], compared, "p", 1.0), 1.0))
+    assert text[2].startswith("The published weight 0.01 costs +8.0 to +8.0% of")
+    assert "+4.00 [" in text[1] and "exact linear frontier at that cost not measured" in text[1]
 
 
 def test_linear_gain_is_read_off_the_frontier():
@@ -244,28 +281,29 @@ def test_linear_gain_is_read_off_the_frontier():
 
 def test_groups_of_seeds_are_ensembles_of_their_own():
     found = list(plan(dataclasses.replace(TINY, latents=(2, 3), seeds_at_once=1, weights=(0.0, 0.5))))
-    assert [runs.key for runs in found[:4]] == [
+    assert [ensemble.key for ensemble in found[:4]] == [
         "latent2-true-seeds0",
         "latent2-shuffled-seeds0",
         "latent2-true-seeds1",
         "latent2-shuffled-seeds1",
     ]
     assert len(found) == 8 and found[0].members == ((0.0, 0), (0.5, 0)) and found[1].members == ((0.5, 0),)
-    assert all(runs.labels is Labels.true for runs in plan(dataclasses.replace(TINY, control=False)))
+    assert all(ensemble.labels is Labels.true for ensemble in plan(dataclasses.replace(TINY, control=False)))
 
 
-def test_published_preset_is_the_published_set_up():
+def test_published_preset_is_the_published_set_up(tmp_path):
     paper = PRESETS["paper"]
     assert paper.latents == (128, 256, 512, 640, 1024, 2048, 3072, 4096) and paper.weights == (0.0, 0.01)
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (160, 32, 32, 3), dtype=np.uint8), np.arange(160) % 2
-    small = ma.ImageDataset(images, labels, images, labels, ("a", "b"), "toy")
-    split = GuidedSplit.of(small, probe_fraction=0.1, validation_fraction=0.1)
+    file = tmp_path / "toy.npz"
+    np.savez(file, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    split = GuidedSplit.of(Split.load(RunConfig(data=f"npz:{file}", validation_fraction=0.1)), 0.1, 0)
     # Only the shapes are worked out here.
-    state = make_training(split, paper.network, Runs(128, Labels.true, ((0.0, 0),))).abstract_state
+    state = make_training(split, paper.network, paper.training, next(plan(paper))).abstract_state
     leaves = [(jax.tree_util.keystr(path), x.shape) for path, x in jax.tree_util.tree_leaves_with_path(state.params)]
-    assert [shape for name, shape in leaves if "to_code" in name and "kernel" in name] == [(1, 512, 128)]
-    assert paper.network.epochs == 1000 and paper.network.augmentation.smallest_crop == 0.5
+    assert [shape for name, shape in leaves if "to_code" in name and "kernel" in name] == [(2, 512, 128)]
+    assert paper.training.epochs == 1000 and paper.training.augmentation.smallest_crop == 0.5
 
 
 def test_every_preset_has_the_published_weight():
@@ -277,21 +315,12 @@ def test_every_preset_has_the_published_weight():
     "change, message",
     [
         ({"weights": (0.1, 0.2)}, "--weights: give 0"),
-        ({"weights": (0.0, -1.0)}, "--weights -1"),
-        ({"seeds": (0, 0)}, "--seeds repeats"),
-        ({"probe_fraction": 0.8}, "leave no images"),
-        ({"validation_fraction": 1.0}, "share between"),
+        ({"weights": (0.0,)}, "--weights: give 0"),
         ({"latents": (12,)}, "--latents 12"),
-        ({"frontier": (math.inf,)}, "--frontier inf"),
-        ({"tolerance": 0.0}, "--tolerance 0"),
-        ({"max_train": 10}, "--max-train 10"),
-        ({"seeds_at_once": 0}, "--seeds-at-once 0"),
-        ({"network": NetworkConfig(epochs=2, warmup_epochs=2.0)}, "warmup-epochs"),
-        ({"network": NetworkConfig(batch_size=0)}, "batch-size 0"),
-        ({"network": NetworkConfig(batch_size=500)}, "batch-size 500"),
+        ({"training": dataclasses.replace(TINY.training, batch_size=500)}, "batch-size 500"),
     ],
 )
 def test_bad_settings_are_refused_before_work(config, tmp_path, change, message):
     with pytest.raises(ma.InputError, match=message):
-        main(dataclasses.replace(config, out=str(tmp_path / "new"), **change))
+        run(dataclasses.replace(config, out=str(tmp_path / "new"), **change))
     assert not (tmp_path / "new").exists()

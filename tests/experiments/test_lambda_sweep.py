@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import csv
-import dataclasses
 import itertools
 import shutil
 from pathlib import Path
@@ -11,11 +9,12 @@ import pytest
 import xarray as xr
 
 import mae_align as ma
-from experiments.harness.cli import launch
-from experiments.lambda_sweep.__main__ import PRESETS, Config, main, relative_grid
-from experiments.lambda_sweep.report import excess_percent, frontier_weights, report_rows, summarise, table_text
+from experiments.lambda_sweep import __main__ as lambda_sweep
+from experiments.lambda_sweep.__main__ import relative_grid
+from experiments.lambda_sweep.report import excess_percent, frontier_weights, report_rows, shown, verdict
+from tests.experiments.cases import refusal, rows_of, run_experiment
 
-TINY = Config(ks=(3, 12), lambdas=(0.1, 1.0, 10.0), groups=5)
+TINY = ("--ks", 3, 12, "--lambdas", 0.1, 1, 10, "--groups", 5)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +25,7 @@ def digits() -> ma.ImageDataset:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("lambda") / "run"
-    main(dataclasses.replace(TINY, out=str(out)))
+    run_experiment(lambda_sweep, *TINY, "--out", out)
     return out
 
 
@@ -47,7 +46,10 @@ def test_run_leaves_everything_in_its_folder(run):
     names = {path.name for path in run.iterdir()}
     figures = {f"{name}.{kind}" for name in ("trade_off", "against_lambda") for kind in ("png", "pdf")}
     assert names == figures | {
+        "columns.md",
         "config.json",
+        "data.json",
+        "run.json",
         "trade_off.nc",
         "trade_off.csv",
         "influence.nc",
@@ -127,32 +129,29 @@ def by_hand(tmp_path_factory) -> Path:
         y_test=data.test_labels,
     )
     out = folder / "run"
-    main(by_hand_config(folder, out))
+    run_experiment(lambda_sweep, *by_hand_arguments(folder, out))
     return out
 
 
-def by_hand_config(data: Path, out: Path) -> Config:
-    return Config(data=f"npz:{data / 'designed.npz'}", ks=(1, 2), lambdas=(1.0,), groups=4, out=str(out))
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with (path / "summary.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+def by_hand_arguments(data: Path, out: Path) -> list[object]:
+    return ["--data", f"npz:{data / 'designed.npz'}", "--ks", 1, 2, "--lambdas", 1, "--groups", 4, "--out", out]
 
 
 def test_encoder_depends_on_lambda_exactly_where_pca_misses_the_label(by_hand):
-    one, two = table(by_hand)
+    one, two = rows_of(by_hand / "summary.csv")
     # The label is the second principal component.
     assert (one["depends_on_lambda"], two["depends_on_lambda"]) == ("True", "False")
     assert float(one["angle_zero_to_pca"]) == pytest.approx(90.0, abs=1e-6)
     assert float(two["angle_zero_to_pca"]) == pytest.approx(0.0, abs=1e-4)
+    assert float(one["shortfall"]) == pytest.approx(1.0, abs=1e-3)
+    assert float(two["shortfall"]) == pytest.approx(0.0, abs=1e-9)
     text = (by_hand / "summary.txt").read_text()
-    assert "k = 1: yes; PCA falls short by 1" in text
-    assert "k = 2: no; PCA falls short by 0" in text
+    assert "The encoder depends on lambda at k = 1, where PCA falls short" in text
+    assert "; it does not at k = 2." in text
 
 
 def test_what_the_budget_buys_is_the_worked_out_price(by_hand):
-    one, two = table(by_hand)
+    one, two = rows_of(by_hand / "summary.csv")
     a, b, c, d = (x**2 + 1 / 12 for x in AMPLITUDES)
     # One feature between the first two pixels: r2 and error are linear in the share of the second pixel.
     share = 0.01 * (b + c + d) / (a - b)
@@ -216,14 +215,15 @@ def test_lambda_is_chosen_on_validation_and_measured_on_test():
     assert row["budget_eval_gain"] == pytest.approx(0.05)
     assert row["budget_eval_gain_se"] == pytest.approx(0.01)
     assert row["budget_eval_excess_percent"] == pytest.approx(100 / 24)
-    assert "+0.1000 +- 0.0200, for 8.3% more" in "\n".join(summarise([row], 5.0, 0.9))
-    assert "+0.0500 +- 0.0100" in table_text([row], 5.0)
+    assert row["best_eval_excess_percent"] == pytest.approx(100 / 12)
+    assert "k = 2: +0.1000 +- 0.0200" in verdict([row], 5.0)[1]
+    assert shown([row], 5.0)["+5%: test"].tolist() == ["+0.0500 +- 0.0100"]
 
 
 @pytest.mark.parametrize(("spread", "detected"), [(0.0245, True), (0.0255, False)])
 def test_difference_under_two_standard_errors_is_not_called_one(spread, detected):
     rows = report_rows(*made_up(test_gain=0.1, group_spread=spread), budget=10.0)
-    assert ("no detectable difference" in "\n".join(summarise(rows, 10.0, 0.9))) != detected
+    assert ("no detectable difference" in "\n".join(verdict(rows, 10.0))) != detected
 
 
 # --- as users meet it ---
@@ -234,46 +234,32 @@ def test_same_folder_goes_on_where_it_stopped(by_hand, tmp_path, capsys):
     shutil.copytree(by_hand, folder)
     (folder / "summary.txt").unlink()
     # A stored number that no computation would give shows that it was read.
-    stored = folder / "points" / "spans" / "lam0.0.npz"
+    stored = folder / "points" / "lam0.0.npz"
     with np.load(stored) as found:
         changed = {name: found[name] for name in found.files}
     changed["angle_largest"] = np.array([12.34, 0.0])
     np.savez(stored, allow_pickle=False, **changed)
-    config = by_hand_config(by_hand.parent, folder)
-    main(config)
-    assert "lambda = 0+ and infinity 12 degrees" in capsys.readouterr().out
-    with pytest.raises(ma.InputError, match="another configuration"):
-        main(dataclasses.replace(config, budget=2.0))
+    arguments = by_hand_arguments(by_hand.parent, folder)
+    run_experiment(lambda_sweep, *arguments)
+    assert float(rows_of(folder / "summary.csv")[0]["angle_zero_to_pca"]) == 12.34
+    capsys.readouterr()
+    assert "another configuration" in refusal(capsys, lambda_sweep, *arguments, "--budget", 2)
 
 
 def test_grid_holds_both_ends_once():
     assert relative_grid((np.inf, 1.0, 0.0, 0.1)) == [0.0, 0.1, 1.0, np.inf]
-    assert set(PRESETS) == {"laptop", "paper"}
+    assert set(lambda_sweep.PRESETS) == {"laptop", "paper"}
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("arguments", "message"),
     [
-        (["--data", "digit"], "unknown data set 'digit', did you mean 'digits'?"),
-        (["--ks", "64"], "--ks 64: give numbers of at least 1 below 64, the number of pixel values"),
-        (["--ks", "4", "0"], "--ks 0: give numbers of at least 1"),
-        (["--ks", "4", "4"], "--ks 4 4 repeats a value"),
-        (["--ks", "62", "--pixel-noise", "0"], "--ks 62: give numbers of at least 1 below 61, the rank"),
-        (["--lambdas", "1", "-0.1"], "--lambdas -0.1: give relative weights of at least 0"),
-        (["--lambdas", "nan"], "--lambdas nan: give relative weights of at least 0"),
-        (["--lambdas"], "--lambdas has no value"),
-        (["--budget", "0"], "--budget 0: give a percentage over 0"),
-        (["--workers", "0"], "workers=0: give a whole number of at least 1"),
-        (["--groups", "1"], "--groups 1: standard errors need at least 2"),
+        (["--ks", "64"], "--ks 64: give numbers below 64, the number of pixel values"),
+        (["--ks", "62", "--pixel-noise", "0"], "--ks 62: give numbers below 61, the rank"),
         (["--groups", "300"], "--groups 300: 359 test images leave a group empty"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(capsys, tmp_path, monkeypatch, argv, message):
+def test_what_does_not_fit_the_data_is_one_line_and_leaves_nothing(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit_info:
-        launch(main, Config, PRESETS, argv)
-    assert exit_info.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {message}")
-    assert error.count("\n") == 1
+    assert message in refusal(capsys, lambda_sweep, *arguments)
     assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ import mae_align as ma
 from experiments import stream_moments
 from experiments.harness.cli import launch
 from experiments.masking_sweep import __main__ as masking_sweep
+from tests.experiments.cases import run_experiment
 
 SMALL = ["--patch-sizes", "4", "--mask-ratios", "0.5", "--ks", "20", "--groups", "5"]
 
@@ -19,7 +20,7 @@ def stream(*arguments: object) -> None:
 
 
 def sweep(*arguments: object) -> None:
-    launch(masking_sweep.main, masking_sweep.Config, masking_sweep.PRESETS, [str(a) for a in arguments])
+    run_experiment(masking_sweep, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +68,15 @@ def test_a_sweep_from_files_is_the_sweep_from_the_data(files, tmp_path, capsys):
 def test_a_sweep_from_training_moments_alone_is_in_sample(files, tmp_path, capsys):
     sweep(*SMALL, "--train-moments", files["train"], "--out", tmp_path)
     text = capsys.readouterr().out
-    assert "1438 training and no test images" in text and "in-sample" in text
+    assert "1438 training, no validation and no test images" in text and "in-sample" in text
     assert "eval_r2" not in xr.load_dataset(tmp_path / "curves.nc", engine="scipy")
 
 
 def test_without_validation_moments_nothing_is_chosen_on_the_test_images(files, tmp_path, capsys):
     sweep(*SMALL, "--train-moments", files["train"], "--test-moments", files["test"], "--out", tmp_path)
     text = capsys.readouterr().out
-    assert "no validation moments" in text and "test images" not in text.split("\n\n")[1]
+    assert "No validation moments" in text and "test images" not in text.split("\n\n")[1]
+    assert "On test images 0 of 1 cells" in text
     table = np.genfromtxt(tmp_path / "summary.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")
     assert table["measured"] == "in-sample"
     curves = xr.load_dataset(tmp_path / "curves.nc", engine="scipy")
@@ -95,7 +97,7 @@ def test_moment_files_that_cannot_serve_give_one_line(files, tmp_path, capsys):
         ([*train, "--validation-moments", files["validation"]], "without --test-moments"),
         ([*train, "--test-moments", files["train"]], "at least 2 groups"),
         ([*train, "--test-moments", files["test"], "--validation-moments", other], "do not merge"),
-        ([*train, "--jitter", 0.1], "--image-size and --jitter go with --data"),
+        ([*train, "--jitter", 0.1], "--jitter go with --data"),
     ):
         with pytest.raises(SystemExit) as stop:
             sweep(*SMALL, *arguments, "--out", tmp_path / "run")

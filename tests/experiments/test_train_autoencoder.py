@@ -17,8 +17,8 @@ import mae_align as ma
 from experiments.harness import train_loop as train_loop
 from experiments.harness import train_main
 from experiments.harness.cli import launch
-from experiments.harness.train_common import End, LabelledSplit, Probe
 from experiments.harness.measures import Measured
+from experiments.harness.train_common import End, LabelledSplit, Probe
 from experiments.train_autoencoder import PRESETS, Config, Network, Noise, main
 from mae_align.models import in_head
 

@@ -28,7 +28,7 @@ from experiments.harness.cli import launch
 from experiments.harness.train_common import End, LabelledSplit, Probe
 from experiments.harness.train_figures import Column, training_figure
 from experiments.train_mae import PRESETS, Config, main
-from mae_align.models import AllPixels, MaskedAutoencoder, MaskedPatches, Pixels, VitSize
+from mae_align.models import Loss, MaskedAutoencoder, Pixels, VitSize
 from mae_align.probes import ridge_probe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -213,16 +213,20 @@ def test_every_baseline_is_drawn_beside_the_online_probe():
     assert drawn == {name: 100 * level for name, level in levels.items()}
 
 
-def network(objective: MaskedPatches | AllPixels, images: np.ndarray) -> MaskedAutoencoder:
+def network(objective: Loss, images: np.ndarray) -> MaskedAutoencoder:
     sizes: Any = vars(VitSize(8, 1, 2, 8, 1, 2))
     model = MaskedAutoencoder(
-        Pixels.from_images(images), patch_size=2, mask_ratio=0.75, objective=objective, rngs=nnx.Rngs(0), **sizes
+        Pixels.from_images(images),
+        corruption=ma.FixedCountPatchMasking(2, num_visible=4),
+        objective=objective,
+        rngs=nnx.Rngs(0),
+        **sizes,
     )
     model.eval()
     return model
 
 
-@pytest.mark.parametrize("objective", [MaskedPatches(True), MaskedPatches(False), AllPixels()])
+@pytest.mark.parametrize("objective", list(Loss))
 def test_pictures_show_what_the_network_predicts(objective, monkeypatch):
     images = ma.load_dataset("digits").train_images[:5]
     model, drawn = network(objective, images), []
@@ -233,7 +237,7 @@ def test_pictures_show_what_the_network_predicts(objective, monkeypatch):
     hidden = np.asarray(columns[1].hidden)
     assert hidden.sum(axis=(1, 2)).tolist() == [48] * 5
     np.testing.assert_array_equal(model.patchify(jnp.asarray(hidden[..., None]))[:, :, 0], found.mask)
-    if objective == MaskedPatches(True):
+    if objective is Loss.standard:
         patches = np.asarray(model.patchify(jnp.asarray(shown["target: patches"])))
         np.testing.assert_allclose(patches.mean(2), 0, atol=1e-5)
         pasted = shown["prediction, visible"]

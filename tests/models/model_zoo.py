@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mae_align.corruption import GaussianNoise
+from mae_align.corruption import FixedCountPatchMasking, GaussianNoise
 from mae_align.models import (
-    AllPixels,
     Autoencoder,
     ConvAutoencoder,
+    Loss,
     MaskedAutoencoder,
-    MaskedPatches,
     MLPAutoencoder,
     Pixels,
     ResNetAutoencoder,
@@ -26,9 +25,9 @@ from mae_align.models import (
 Model = TypeVar("Model", bound=nnx.Module)
 SHAPE = (4, 6, 2)
 BATCH = 6
+PATCH = (2, 3)
 VIT = {
-    "patch_size": (2, 3),
-    "mask_ratio": 0.5,
+    "corruption": FixedCountPatchMasking(PATCH, num_visible=2),
     "width": 8,
     "depth": 1,
     "heads": 2,
@@ -63,8 +62,8 @@ ZOO: dict[str, Callable[[nnx.Rngs, jax.typing.DTypeLike], Autoencoder]] = {
     "noisy_mlp": _noisy_mlp,
     "conv": lambda rngs, dtype: ConvAutoencoder(PIXELS, widths=(4, 5), latent=3, dtype=dtype, rngs=rngs),
     "resnet": lambda rngs, dtype: ResNetAutoencoder(PIXELS, blocks=(1, 2), width=4, latent=3, dtype=dtype, rngs=rngs),
-    "vit": lambda rngs, dtype: vit(rngs, dtype=dtype, objective=MaskedPatches(norm_pix=True)),
-    "vit_all": lambda rngs, dtype: vit(rngs, dtype=dtype, depth=1, objective=AllPixels()),
+    "vit": lambda rngs, dtype: vit(rngs, dtype=dtype, objective=Loss.standard),
+    "vit_all": lambda rngs, dtype: vit(rngs, dtype=dtype, depth=1, objective=Loss.matched),
 }
 
 

@@ -58,6 +58,25 @@ def test_mlp_follows_the_definition():
     assert list(metrics) == ["reconstruction"] and metrics["reconstruction"] == value
 
 
+@pytest.mark.parametrize(
+    "decoder_hidden, shapes", [((), [(3, 48)]), ((5, 6), [(3, 5), (5, 6), (6, 48)]), (None, [(3, 9), (9, 8), (8, 48)])]
+)
+def test_decoder_has_its_own_widths_and_the_encoder_keeps_its(decoder_hidden, shapes):
+    model = MLPAutoencoder(PIXELS, hidden=(8, 9), decoder_hidden=decoder_hidden, latent=3, rngs=nnx.Rngs(0))
+    assert [layer.kernel[...].shape for layer in model.up] == shapes
+    assert [layer.kernel[...].shape for layer in model.down] == [(48, 8), (8, 9), (9, 3)]
+
+
+def test_without_hidden_layers_the_decoder_is_affine_and_the_encoder_is_not():
+    model = MLPAutoencoder(PIXELS, hidden=(8,), decoder_hidden=(), latent=3, rngs=nnx.Rngs(0))
+    a, b = np.random.default_rng(1).normal(size=(2, 4, 3)).astype(np.float32)
+    decode = jax.jit(model.decoder)
+    np.testing.assert_allclose(decode(0.3 * a + 0.7 * b), 0.3 * decode(a) + 0.7 * decode(b), atol=1e-5)
+    x, y = draw(seed=1).astype(np.float32), draw(seed=2).astype(np.float32)
+    encode = jax.jit(model.encode)
+    assert np.abs(encode(0.5 * x + 0.5 * y) - 0.5 * encode(x) - 0.5 * encode(y)).max() > 1e-2
+
+
 @pytest.mark.parametrize("corruption", [None, FixedCountPatchMasking((2, 3), 2), GaussianNoise(25.0)])
 def test_at_the_closed_form_solution_the_loss_is_the_closed_forms(corruption):
     """Theorem 3's minimum over tr cov(x): the same problem in other units. Masks and noise by Monte Carlo."""
@@ -198,6 +217,7 @@ def test_upsampling_repeats_and_cuts():
     [
         (lambda: MLPAutoencoder(PIXELS, latent=0, rngs=nnx.Rngs(0)), "latent=0"),
         (lambda: MLPAutoencoder(PIXELS, hidden=(8, 0), rngs=nnx.Rngs(0)), "hidden widths"),
+        (lambda: MLPAutoencoder(PIXELS, decoder_hidden=(4, 0), rngs=nnx.Rngs(0)), "hidden widths"),
         (lambda: MLPAutoencoder(PIXELS, corruption=GaussianNoise(np.ones((2, 2, 1))), rngs=nnx.Rngs(0)), "shape"),
         (lambda: ConvAutoencoder(PIXELS, latent=-1, rngs=nnx.Rngs(0)), "latent=-1"),
         (lambda: ConvAutoencoder(PIXELS, widths=(), rngs=nnx.Rngs(0)), "widths"),

@@ -130,17 +130,17 @@ def test_they_learn_from_labels_as_members_of_a_training(make, program):
         assert (found == labels).mean() > 0.95
 
 
-def test_sizes_that_make_no_network_are_refused():
-    with pytest.raises(ma.InputError, match="16 x 16"):
-        ResNet9(Pixels.from_images(IMAGES[:, :8]), 3, rngs=nnx.Rngs(0))
-    with pytest.raises(ma.InputError, match="5 numbers"):
-        ResNet9(PIXELS, 3, widths=(2, 3), rngs=nnx.Rngs(0))
-    with pytest.raises(ma.InputError, match="widths"):
-        ConvClassifier(PIXELS, 3, widths=(), rngs=nnx.Rngs(0))
-    with pytest.raises(ma.InputError, match="hidden"):
-        MLPClassifier(PIXELS, 3, hidden=(0,), rngs=nnx.Rngs(0))
-    with pytest.raises(ma.InputError, match="at least two classes"):
-        MLPClassifier(PIXELS, 1, rngs=nnx.Rngs(0))
-    model = MLPClassifier(PIXELS, 2, hidden=(2,), rngs=nnx.Rngs(0))
-    with pytest.raises(ma.InputError, match="batch_size"):
-        predicted_classes(model, IMAGES, 0)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ResNet9(Pixels.from_images(IMAGES[:, :8]), 3, rngs=nnx.Rngs(0)), "16 x 16"),
+        (lambda: ResNet9(PIXELS, 3, widths=(2, 3), rngs=nnx.Rngs(0)), "5 numbers"),
+        (lambda: ConvClassifier(PIXELS, 3, widths=(), rngs=nnx.Rngs(0)), "widths"),
+        (lambda: MLPClassifier(PIXELS, 3, hidden=(0,), rngs=nnx.Rngs(0)), "hidden"),
+        (lambda: MLPClassifier(PIXELS, 1, rngs=nnx.Rngs(0)), "at least two classes"),
+        (lambda: predicted_classes(MLPClassifier(PIXELS, 2, hidden=(2,), rngs=nnx.Rngs(0)), IMAGES, 0), "batch_size"),
+    ],
+)
+def test_bad_sizes_are_refused(make, message):
+    with pytest.raises(ma.InputError, match=message):
+        make()

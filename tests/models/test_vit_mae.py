@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import scipy.special
 from flax import nnx
-from model_zoo import IMAGES, PIXELS, SHAPE, VIT, build, draw, vit
+from model_zoo import IMAGES, PATCH, PIXELS, SHAPE, VIT, build, draw, vit
 
+from mae_align.corruption import FixedCountPatchMasking, GaussianNoise, PatchMasking, RandomRatioMasking
 from mae_align.data.patches import patch_labels
 from mae_align.models import (
     VIT_BASE,
@@ -19,17 +20,15 @@ from mae_align.models import (
     VIT_NANO,
     VIT_SMALL,
     VIT_TINY,
-    AllPixels,
+    Loss,
     MaskedAutoencoder,
-    MaskedPatches,
     Pixels,
     gelu_exact,
 )
-from mae_align.models.vit_mae import sincos_positions, visible_patches
+from mae_align.models.vit_mae import sincos_positions
 from mae_align.runtime.errors import InputError
 
 KEY = jax.random.key(3)
-OBJECTIVES = [MaskedPatches(norm_pix=True), MaskedPatches(norm_pix=False), AllPixels()]
 ACTIVATIONS = [jax.nn.gelu, jax.nn.gelu, gelu_exact]
 
 
@@ -62,13 +61,13 @@ class Oracle:
 
     def patches(self, image):
         z = (image.astype(np.float64) - self.mean) / self.scale
-        ph, pw = VIT["patch_size"]
+        ph, pw = PATCH
         rows = range(0, SHAPE[0], ph)
         return np.array([z[r : r + ph, c : c + pw].reshape(-1) for r in rows for c in range(0, SHAPE[1], pw)])
 
     def positions(self, width):
         """Published loop: half of the width for the column, half for the row; sines, then cosines."""
-        ph, pw = VIT["patch_size"]
+        ph, pw = PATCH
         out = []
         for row in range(SHAPE[0] // ph):
             for column in range(SHAPE[1] // pw):
@@ -100,14 +99,13 @@ class Oracle:
         return (patches - patches.mean(1, keepdims=True)) / np.sqrt(patches.var(1, ddof=1, keepdims=True) + 1e-6)
 
     def loss(self, mask, objective):
-        norm_pix = isinstance(objective, MaskedPatches) and objective.norm_pix
         errors = np.array(
             [
-                ((self.predict(image, ~m) - self.target(image, norm_pix)) ** 2).mean(1)
+                ((self.predict(image, ~m) - self.target(image, objective is Loss.standard)) ** 2).mean(1)
                 for image, m in zip(IMAGES, mask, strict=True)
             ]
         )
-        return errors[mask].mean() if isinstance(objective, MaskedPatches) else errors.mean()
+        return errors.mean() if objective is Loss.matched else errors[mask].mean()
 
 
 def tanh_gelu(x):
@@ -125,7 +123,7 @@ def make(objective, activation=jax.nn.gelu) -> MaskedAutoencoder:
 
 @pytest.fixture(scope="module")
 def model() -> MaskedAutoencoder:
-    return make(MaskedPatches(norm_pix=True))
+    return make(Loss.standard)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +133,7 @@ def oracle(model) -> Oracle:
 
 @pytest.fixture(scope="module")
 def mask(model) -> np.ndarray:
-    return ~np.asarray(model.masking.sample_kept(KEY, len(IMAGES), model.num_patches))
+    return ~np.asarray(model.corruption.sample_kept(KEY, len(IMAGES), model.num_patches))
 
 
 def test_predictions_follow_the_published_forward_pass(model, oracle, mask):
@@ -143,12 +141,12 @@ def test_predictions_follow_the_published_forward_pass(model, oracle, mask):
     np.testing.assert_array_equal(found.mask, mask)
     expected = np.array([oracle.predict(image, ~m) for image, m in zip(IMAGES, mask, strict=True)])
     np.testing.assert_allclose(found.prediction, expected, atol=1e-4)
-    hidden = np.array([patch_labels(SHAPE, VIT["patch_size"]).reshape(SHAPE)] * len(IMAGES))
+    hidden = np.array([patch_labels(SHAPE, PATCH).reshape(SHAPE)] * len(IMAGES))
     hidden = np.take_along_axis(mask, hidden.reshape(len(IMAGES), -1), axis=1).reshape(IMAGES.shape)
     np.testing.assert_allclose(found.masked_images, np.where(hidden, PIXELS.mean, IMAGES), atol=1e-3)
 
 
-@pytest.mark.parametrize("objective,activation", list(zip(OBJECTIVES, ACTIVATIONS, strict=True)))
+@pytest.mark.parametrize("objective,activation", list(zip(Loss, ACTIVATIONS, strict=True)))
 def test_losses_follow_the_published_ones(mask, objective, activation):
     model = make(objective, activation)
     value, metrics = jax.jit(model.loss)(IMAGES, KEY)
@@ -165,7 +163,7 @@ def test_features_are_the_mean_over_all_patches_without_the_class_token(model, o
     assert found.shape == (len(IMAGES), model.latent) and found.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES[:2])
+@pytest.mark.parametrize("objective", [Loss.standard, Loss.hidden])
 def test_reconstruction_is_in_stored_pixels(oracle, objective):
     """With norm_pix each patch's own mean and deviation are put back."""
     found = jax.jit(make(objective).reconstruct)(IMAGES)
@@ -173,23 +171,22 @@ def test_reconstruction_is_in_stored_pixels(oracle, objective):
     for image, result in zip(IMAGES, found, strict=True):
         patches = oracle.predict(image, np.ones(model.num_patches, bool))
         own = oracle.patches(image)
-        if objective == MaskedPatches(norm_pix=True):
+        if objective is Loss.standard:
             patches = patches * np.sqrt(own.var(1, ddof=1, keepdims=True) + 1e-6) + own.mean(1, keepdims=True)
         result = oracle.patches(np.asarray(result))
         np.testing.assert_allclose(result, patches, atol=1e-3)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", Loss)
 def test_targets_are_what_the_loss_compares_with(oracle, objective):
-    norm_pix = objective == MaskedPatches(norm_pix=True)
-    expected = [oracle.target(image, norm_pix) for image in IMAGES]
+    expected = [oracle.target(image, objective is Loss.standard) for image in IMAGES]
     np.testing.assert_allclose(make(objective).targets(IMAGES), expected, atol=1e-3)
 
 
 def test_a_flat_patch_has_finite_loss_and_gradient():
     flat = Pixels(np.round(np.asarray(PIXELS.mean)), PIXELS.scale)
     images = np.concatenate([flat.mean[None], IMAGES[1:]])
-    model = build(lambda: vit(nnx.Rngs(0), pixels=flat, mask_ratio=0.75))
+    model = build(lambda: vit(nnx.Rngs(0), pixels=flat, corruption=FixedCountPatchMasking(PATCH, 1)))
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     value, grads = jax.jit(
         jax.value_and_grad(lambda params: nnx.merge(graph, params, rest).loss(jnp.asarray(images), KEY)[0])
@@ -201,7 +198,7 @@ def test_hidden_pixels_never_reach_the_encoder(model):
     """Only targets change with them: predictions do not."""
     predict, other = jax.jit(model.predict), draw(seed=9)
     first = predict(IMAGES, KEY)
-    label = patch_labels(SHAPE, VIT["patch_size"]).reshape(SHAPE)
+    label = patch_labels(SHAPE, PATCH).reshape(SHAPE)
     swapped = np.where(np.asarray(first.mask)[:, label], other, IMAGES)
     second = predict(swapped, KEY)
     np.testing.assert_array_equal(first.prediction, second.prediction)
@@ -211,38 +208,35 @@ def test_hidden_pixels_never_reach_the_encoder(model):
 
 def test_masks_are_fixed_in_number_and_agree_with_the_closed_form():
     """Frequencies of one and of two patches kept, by the loss's own draw, against the mask's probabilities."""
-    images = draw(64, shape=(4, 6, 1))
-    model = vit(
-        nnx.Rngs(0), pixels=Pixels.from_images(images), patch_size=(2, 2), mask_ratio=0.6, depth=0, decoder_depth=0
-    )
-    assert (model.num_patches, model.masking.num_visible) == (6, 2)
+    images, mask = draw(64, shape=(4, 6, 1)), FixedCountPatchMasking(2, num_visible=2)
+    model = vit(nnx.Rngs(0), pixels=Pixels.from_images(images), corruption=mask, depth=0, decoder_depth=0)
+    assert model.num_patches == 6
     draws = jax.jit(jax.vmap(lambda key: model.predict(images, key).mask))(jax.random.split(KEY, 100))
     kept = ~np.asarray(draws).reshape(-1, 6)
     assert np.all(kept.sum(1) == 2)
-    n, one, pair = len(kept), model.masking.keep_probability((4, 6, 1)), model.masking.pair_share((4, 6, 1)) / 3
+    n, one, pair = len(kept), mask.keep_probability((4, 6, 1)), mask.pair_share((4, 6, 1)) / 3
     np.testing.assert_allclose(kept.mean(0), one, atol=5 * np.sqrt(one / n))
     both = (kept[:, :, None] & kept[:, None, :]).mean(0)[~np.eye(6, dtype=bool)]
     np.testing.assert_allclose(both, pair, atol=5 * np.sqrt(pair / n))
 
 
-@pytest.mark.parametrize(
-    "patches,ratio,visible",
-    [(64, 0.75, 16), (64, 0.0, 64), (49, 0.9, 5), (10, 0.45, 6), (4, 0.99, 1), (1, 0.5, 1), (64, 0.6, 26)],
-)
-def test_visible_patches_are_rounded_and_at_least_one(patches, ratio, visible):
-    assert visible_patches(patches, ratio) == visible
+def test_the_network_sees_what_the_corruption_leaves():
+    """One object, both worlds: with one key the sampler of the corruption and the network mask the same pixels."""
+    model = vit(nnx.Rngs(0), depth=0, decoder_depth=0)
+    corrupted = model.corruption.sample(KEY, jnp.asarray(IMAGES, jnp.float32), jnp.asarray(PIXELS.mean))
+    np.testing.assert_allclose(jax.jit(model.predict)(IMAGES, KEY).masked_images, corrupted, atol=1e-3)
 
 
 def test_patches_are_numbered_as_everywhere_else(model):
     """The labels of patches.py, sent through patchify, are constant in a patch and count up."""
-    label = patch_labels(SHAPE, VIT["patch_size"]).reshape(1, *SHAPE)
+    label = patch_labels(SHAPE, PATCH).reshape(1, *SHAPE)
     np.testing.assert_array_equal(model.patchify(label)[0], np.tile(np.arange(4)[:, None], (1, model.patch_dim)))
     np.testing.assert_array_equal(model.unpatchify(model.patchify(IMAGES)), IMAGES)
     np.testing.assert_array_equal(model.patchify(IMAGES)[0, 1], IMAGES[0, :2, 3:].reshape(-1))
 
 
 def test_nothing_hidden_is_the_plain_autoencoder():
-    model = build(lambda: vit(nnx.Rngs(0), mask_ratio=0.0, objective=AllPixels()))
+    model = build(lambda: vit(nnx.Rngs(0), corruption=FixedCountPatchMasking(PATCH, 4), objective=Loss.matched))
     found = jax.jit(model.predict)(IMAGES, KEY)
     assert not np.asarray(found.mask).any()
     np.testing.assert_allclose(found.masked_images, IMAGES, atol=1e-3)
@@ -268,13 +262,14 @@ def test_first_parameters_are_as_published():
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"patch_size": (3, 3)}, "patch 3x3 does not divide the image 4x6"),
-        ({"patch_size": 0}, "positive integer"),
-        ({"mask_ratio": 1.0}, "mask ratio 1.0"),
-        ({"mask_ratio": -0.1}, "mask ratio -0.1"),
-        ({"mask_ratio": float("nan")}, "mask ratio nan"),
-        ({"mask_ratio": 0.0}, "none is hidden"),
-        ({"mask_ratio": 0.1}, "none is hidden"),
+        ({"corruption": FixedCountPatchMasking((3, 3), 1)}, "patch 3x3 does not divide the image 4x6"),
+        ({"corruption": FixedCountPatchMasking(PATCH, 5)}, "num_visible=5 but the image has 4"),
+        ({"corruption": FixedCountPatchMasking(PATCH, 4)}, "none is hidden"),
+        ({"corruption": PatchMasking(PATCH, 0.5)}, r"give FixedCountPatchMasking\(patch_size, num_visible\)"),
+        ({"corruption": RandomRatioMasking(PATCH, 0.0, 1.0)}, "exact number of patches"),
+        ({"corruption": GaussianNoise(1.0)}, "exact number of patches"),
+        ({"corruption": None}, "exact number of patches"),
+        ({"corruption": FixedCountPatchMasking(PATCH, 2, fill=0.0)}, "without a fill"),
         ({"heads": 3}, "3 heads do not divide the width 8"),
         ({"decoder_heads": 5}, "5 heads do not divide the width 12"),
         ({"width": 6}, "multiple of 4"),
@@ -292,27 +287,25 @@ def test_bad_sizes_are_refused(changes, message):
 def test_a_patch_of_one_value_cannot_be_normalised():
     pixels = Pixels.from_images(draw(shape=(2, 2, 1)))
     with pytest.raises(InputError, match="no variance"):
-        vit(nnx.Rngs(0), pixels=pixels, patch_size=1)
-    raw = MaskedPatches(norm_pix=False)
-    nnx.eval_shape(lambda: vit(nnx.Rngs(0), pixels=pixels, patch_size=1, objective=raw))
+        vit(nnx.Rngs(0), pixels=pixels, corruption=FixedCountPatchMasking(1, 2))
+    given = {"corruption": FixedCountPatchMasking(1, 2), "objective": Loss.hidden}
+    nnx.eval_shape(lambda: vit(nnx.Rngs(0), pixels=pixels, **given))
 
 
 @pytest.mark.parametrize("size", [VIT_NANO, VIT_TINY, VIT_SMALL, VIT_BASE, VIT_LARGE])
 def test_named_sizes_build_models(size):
     """Shapes only: nothing is allocated."""
     pixels = Pixels(np.zeros((32, 32, 3), np.float32), np.ones((), np.float32))
-    model = nnx.eval_shape(
-        lambda: MaskedAutoencoder(pixels, patch_size=4, mask_ratio=0.75, **vars(size), rngs=nnx.Rngs(0))
-    )
+    mask = FixedCountPatchMasking(4, num_visible=16)
+    model = nnx.eval_shape(lambda: MaskedAutoencoder(pixels, corruption=mask, **vars(size), rngs=nnx.Rngs(0)))
     assert (model.latent, len(model.blocks), len(model.decoder_blocks)) == (size.width, size.depth, size.decoder_depth)
 
 
 def test_base_has_the_published_number_of_parameters():
     """ViT-B/16 encoder of He et al.: 85.8 million with fixed positions and the class token."""
     pixels = Pixels(np.zeros((224, 224, 3), np.float32), np.ones((), np.float32))
-    model = nnx.eval_shape(
-        lambda: MaskedAutoencoder(pixels, patch_size=16, mask_ratio=0.75, **vars(VIT_BASE), rngs=nnx.Rngs(0))
-    )
+    mask = FixedCountPatchMasking(16, num_visible=49)
+    model = nnx.eval_shape(lambda: MaskedAutoencoder(pixels, corruption=mask, **vars(VIT_BASE), rngs=nnx.Rngs(0)))
     parts = (nnx.state(part, nnx.Param) for part in (model.embed, model.blocks, model.norm))
     count = sum(leaf.size for part in parts for leaf in jax.tree.leaves(part)) + 768
     block = 4 * 768 * 768 + 4 * 768 + 2 * 4 * 768 * 768 + 5 * 768 + 4 * 768

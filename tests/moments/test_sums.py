@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mae_align.moments import sums
-from mae_align.runtime.processes import data_mesh, gathered, local_mesh
+from mae_align.moments.sums import add_upper, gram, mirror_upper, upper_blocks
+from mae_align.runtime.processes import data_mesh
 
 COLLECTIVE = re.compile(r"\b(?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
 
@@ -108,14 +112,37 @@ def test_padding_counts_nothing_whatever_it_holds():
         np.testing.assert_allclose(xe, z.T @ e, rtol=1e-6, atol=1e-6)
 
 
-def test_host_arrays_cross_processes_as_they_are():
-    arrays = [np.array([1 + 2**60]), np.array([0.1, np.pi]), np.zeros((2, 0)), np.array(True)]
-    [received] = gathered(arrays, data_mesh())
-    for a, b in zip(arrays, received, strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
+# Symmetric products
 
 
-def test_any_axes_of_a_mesh_are_one():
-    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    assert dict(local_mesh(mesh).shape) == {"data": 8}
+@pytest.mark.parametrize("d", [1, 7, 192, 193, 400, 769, 1000])
+def test_products_of_integers_are_exact(d):
+    z = np.random.default_rng(d).integers(-128, 128, (50, d))
+    expected = (z.T @ z).astype(np.float64)
+    np.testing.assert_array_equal(np.asarray(gram(jnp.asarray(z, jnp.float32))), expected)
+    total = np.zeros((d, d))
+    for half in (z[:20], z[20:]):
+        add_upper(total, upper_blocks(jnp.asarray(half, jnp.float32)))
+    mirror_upper(total)
+    np.testing.assert_array_equal(total, expected)
+
+
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(0, 9), d=st.sampled_from([3, 200, 577]), seed=st.integers(0, 99))
+def test_gram_is_symmetric_and_close_to_numpy(n, d, seed):
+    z = np.random.default_rng(seed).normal(size=(n, d))
+    with jax.enable_x64(True):
+        found = np.asarray(gram(jnp.asarray(z, jnp.float64)))
+    np.testing.assert_allclose(found, z.T @ z, atol=1e-12)
+    np.testing.assert_allclose(found, found.T, atol=1e-12)
+
+
+def test_less_is_multiplied_than_by_a_full_product():
+    z = jax.ShapeDtypeStruct((64, 1024), jnp.float32)
+    costs = [jax.jit(f).lower(z).compile().cost_analysis() or {} for f in (upper_blocks, lambda z: z.T @ z)]
+    assert 0 < costs[0]["flops"] < 0.65 * costs[1]["flops"]
+
+
+def test_gram_maps_over_a_batch():
+    z = jnp.asarray(np.random.default_rng(0).integers(-9, 9, (3, 5, 400)), jnp.float32)
+    np.testing.assert_array_equal(jax.vmap(gram)(z), jnp.stack([gram(a) for a in z]))

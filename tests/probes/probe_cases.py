@@ -1,10 +1,14 @@
-"""Classification tasks for probes. Nothing here uses the package that is tested."""
+"""Classification tasks for probes. Nothing here uses the package that is tested but its error."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
+
+from mae_align import InputError
 
 
 class Case(NamedTuple):
@@ -36,3 +40,13 @@ def standardized(train: np.ndarray, part: np.ndarray) -> np.ndarray:
     """A part centred and scaled by the training features, float64."""
     x = train.astype(np.float64)
     return (part.astype(np.float64) - x.mean(0)) / x.std(0)
+
+
+def refused(probe: Callable[..., object], train: tuple, test: tuple, change: dict[str, Any], message: str) -> None:
+    """With a changed argument a probe ends with one line that says what is wrong."""
+    given = dict(
+        zip(("train_features", "train_targets", "test_features", "test_targets"), (*train, *test), strict=True)
+    )
+    with pytest.raises(InputError) as error:
+        probe(**(given | change))
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -1,17 +1,14 @@
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 
 from mae_align import InputError, Moments
-from mae_align.probes import compare_features, knn_probe, principal_components, raw_pixels, ridge_probe
+from mae_align.probes import principal_components, raw_pixels
 
-PIXELS, LABELS = (np.asarray(part) for part in load_digits(return_X_y=True))
-IMAGES = PIXELS.astype(np.uint8).reshape(-1, 8, 8, 1)
+IMAGES = np.asarray(load_digits(return_X_y=True)[0], np.uint8).reshape(-1, 8, 8, 1)
 TRAIN, TEST = slice(0, 600), slice(600, 1000)
 
 
@@ -36,22 +33,6 @@ def test_raw_pixels_stay_as_stored():
     assert found.dtype == np.uint8 and found[5].tolist() == IMAGES[5].ravel().tolist()
 
 
-@pytest.mark.parametrize("probe", [ridge_probe, partial(knn_probe, neighbors=[5])])
-def test_one_probe_on_several_features(probe):
-    moments = Moments.from_arrays(IMAGES[TRAIN])
-    encoders = {
-        "pixels": raw_pixels,
-        "2 components": partial(principal_components, moments, count=2),
-    }
-    found = compare_features(probe, encoders, IMAGES[TRAIN], LABELS[TRAIN], IMAGES[TEST], LABELS[TEST])
-    assert list(found) == list(encoders) == [r.protocol.features for r in found.values()]
-    assert found["2 components"].accuracy_test < 0.65 < 0.8 < found["pixels"].accuracy_test
-    alone = probe(raw_pixels(IMAGES[TRAIN]), LABELS[TRAIN], raw_pixels(IMAGES[TEST]), LABELS[TEST], features="pixels")
-    assert alone.as_dict().items() >= {("accuracy_test", found["pixels"].accuracy_test), ("features", "pixels")}
-    # One split for all: the same samples are fitted on.
-    assert len({(r.protocol.n_train, r.protocol.n_val, r.protocol.seed) for r in found.values()}) == 1
-
-
 def test_bad_input():
     moments = Moments.from_arrays(IMAGES[TRAIN])
     for call, message in (
@@ -59,7 +40,6 @@ def test_bad_input():
         (lambda: principal_components(moments, IMAGES, 0), "from 1 to 64"),
         (lambda: principal_components(moments, IMAGES[:, :4], 2), "moments of [8, 8, 1]"),
         (lambda: raw_pixels(IMAGES[..., 0]), "[n, h, w, c]"),
-        (lambda: compare_features(ridge_probe, {}, IMAGES, LABELS, IMAGES, LABELS), "no encoders"),
     ):
         with pytest.raises(InputError) as error:
             call()

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from probe_cases import blobs, rings, standardized
+from probe_cases import blobs, refused, rings, standardized
 from sklearn.neighbors import KNeighborsClassifier
 
 from mae_align import InputError
@@ -100,14 +100,6 @@ def test_second_call_compiles_nothing_and_is_the_same():
     ],
 )
 def test_bad_input(change, message):
-    arguments = {
-        "train_features": TRAIN.features,
-        "train_targets": TRAIN.labels,
-        "test_features": TEST.features,
-        "test_targets": TEST.labels,
-    }
-    with pytest.raises(InputError) as error:
-        knn_probe(**(arguments | change))
-    assert message in str(error.value) and "\n" not in str(error.value)
+    refused(knn_probe, TRAIN, TEST, change, message)
     with pytest.raises(InputError):
         ExponentialVotes(0.0)

@@ -13,7 +13,7 @@ import pytest
 import scipy.linalg
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from mae_align.runtime import devices, processes
+from mae_align.runtime import devices
 from mae_align.runtime.devices import (
     compile_counter,
     is_cpu,
@@ -233,72 +233,3 @@ def test_one_program_serves_every_worker_thread():
     for result in results:
         np.testing.assert_array_equal(result, first)
     np.testing.assert_allclose(first, [1, 2, 3], rtol=1e-15)
-
-
-# Several processes
-
-
-HALF_GIVEN = {
-    "address alone": ({"coordinator": "a:1"}, {}, "MAE_ALIGN_NUM_PROCESSES and MAE_ALIGN_PROCESS_ID .* is missing"),
-    "no address": (
-        {},
-        {"MAE_ALIGN_NUM_PROCESSES": "2", "MAE_ALIGN_PROCESS_ID": "0"},
-        "MAE_ALIGN_COORDINATOR .*missing",
-    ),
-    "no id": ({"coordinator": "a:1"}, {"MAE_ALIGN_NUM_PROCESSES": "2"}, "MAE_ALIGN_PROCESS_ID .* is missing"),
-    "not a number": ({"coordinator": "a:1"}, {"MAE_ALIGN_NUM_PROCESSES": "two"}, "MAE_ALIGN_NUM_PROCESSES='two'"),
-    "id over": ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, {}, "process 2 of 2"),
-    "negative id": ({"coordinator": "a:1", "num_processes": 2, "process_id": -1}, {}, "process -1 of 2"),
-    "no processes": ({"coordinator": "a:1", "num_processes": 0, "process_id": 0}, {}, "process 0 of 0"),
-    "no port": ({"coordinator": "a", "num_processes": 2, "process_id": 0}, {}, "write HOST:PORT"),
-    "port of letters": ({"coordinator": "a:b", "num_processes": 2, "process_id": 0}, {}, "write HOST:PORT"),
-    "unknown word": ({}, {"MAE_ALIGN_DISTRIBUTED": "yes"}, "MAE_ALIGN_DISTRIBUTED='yes': write auto"),
-}
-
-
-@pytest.mark.parametrize("case", HALF_GIVEN)
-def test_settings_given_in_part_are_refused(case, monkeypatch):
-    arguments, environ, message = HALF_GIVEN[case]
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: pytest.fail("started"))
-    with pytest.raises(InputError, match=message):
-        processes.start_distributed(**arguments, environ=environ)
-
-
-@pytest.mark.parametrize(
-    "environ",
-    [
-        {},
-        {"MAE_ALIGN_COORDINATOR": "", "MAE_ALIGN_DISTRIBUTED": "0"},
-        {"MAE_ALIGN_COORDINATOR": "127.0.0.1:1", "MAE_ALIGN_NUM_PROCESSES": "1", "MAE_ALIGN_PROCESS_ID": "0"},
-    ],
-)
-def test_one_process_starts_nothing(environ, monkeypatch):
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: pytest.fail("started"))
-    assert not processes.start_distributed(environ=environ)
-
-
-@pytest.mark.parametrize("arguments_first", [True, False])
-def test_arguments_go_before_the_environment(monkeypatch, arguments_first):
-    calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
-    environ = {"MAE_ALIGN_COORDINATOR": "b:2", "MAE_ALIGN_NUM_PROCESSES": "4", "MAE_ALIGN_PROCESS_ID": "3"}
-    arguments = {"coordinator": "a:1", "num_processes": 2, "process_id": 0} if arguments_first else {}
-    assert processes.start_distributed(**arguments, timeout=7, environ=environ)
-    assert calls == [(("a:1", 2, 0) if arguments_first else ("b:2", 4, 3), {"initialization_timeout": 7})]
-
-
-def test_finding_others_on_a_lone_machine_starts_nothing():
-    """In a fresh process, where JAX has computed nothing."""
-    code = (
-        "import jax; from mae_align.runtime.processes import start_distributed\n"
-        "print(start_distributed(environ={'MAE_ALIGN_DISTRIBUTED': 'auto'}), jax.distributed.is_initialized())"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert run.stdout.split() == ["False", "False"], run.stderr
-
-
-def test_meshes_have_one_automatic_axis():
-    mesh = processes.data_mesh()
-    assert mesh.axis_names == ("data",) and mesh.devices.shape == (8,)
-    assert mesh.axis_types == (jax.sharding.AxisType.Auto,)
-    assert processes.data_mesh(jax.devices()[2:4]).devices.tolist() == jax.devices()[2:4]

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from typing import Any
+
 import chex
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 
-from mae_align.closed_form import point as grid
+from mae_align.closed_form.basis import PatchBasis
 from mae_align.closed_form.held_out import HeldOut
+from mae_align.closed_form.point import Shared, Weights, solve_features, solve_one, solve_point
 from mae_align.runtime.devices import compile_counter, solve_context
 from mae_align.runtime.errors import InputError
 from mae_align.runtime.files import PointStore
@@ -17,8 +20,11 @@ R, Q, POINTS = 20, 3, 11
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter", "collective-broadcast")
 
 
-def arguments(program, seed=0):
-    """Shared arguments of a program, and w, alpha, beta of some points, one of them with a vanishing beta."""
+KINDS = {"curves": (solve_point, False), "features": (solve_features, False), "held out": (solve_features, True)}
+
+
+def arguments(held_out=False, seed=0):
+    """What points share, and the weights of some points, one of them with a vanishing beta."""
     rng = np.random.default_rng(seed)
     e, _ = np.linalg.qr(rng.normal(size=(R, R)))
     s = np.sort(rng.uniform(0.1, 4.0, R))[::-1].copy()
@@ -27,14 +33,11 @@ def arguments(program, seed=0):
     parts = np.stack([0.4 * root @ root.T, 0.6 * root @ root.T])
     cross = rng.normal(size=(2, R, Q))
     held = HeldOut(parts.sum(0), cross.sum(0), np.float64(9.0), parts.astype(np.float32), cross, np.array([4.0, 5.0]))
-    shared = {
-        "curves": (gram, target),
-        "features": (e, gram, target, s),
-        "held out": (e, gram, target, s, held),
-    }[program.name]
     alpha, beta = np.zeros(POINTS), np.ones(POINTS)
     alpha[3:6], beta[3] = 1.0, 0.0
-    return shared, (rng.uniform(0.2, 2.0, (POINTS, R)), alpha, beta)
+    shared: Any = Shared(PatchBasis(e, np.ones(R), gram, target), s, held if held_out else None)  # pyright: ignore
+    at: Any = (rng.uniform(0.2, 2.0, (POINTS, R)), alpha, beta)
+    return shared, Weights(*at)
 
 
 def lowered_text(function, shared, mapped, mesh):
@@ -42,20 +45,20 @@ def lowered_text(function, shared, mapped, mesh):
     spread = NamedSharding(mesh, jax.P(mesh.axis_names))
     with solve_context():
         whole = [np.resize(a, (16, *a.shape[1:])) for a in mapped]
-        placed = [jax.make_array_from_callback(a.shape, spread, lambda index, a=a: a[index]) for a in whole]
-        compiled = function.lower(*replicated(shared, mesh), *placed, max_k=R).compile()
+        placed = Weights(*(jax.make_array_from_callback(a.shape, spread, lambda index, a=a: a[index]) for a in whole))
+        compiled = function.lower(replicated(shared, mesh), placed, max_k=R).compile()
     return compiled.as_text() or "", jax.tree.leaves(compiled.output_shardings)
 
 
-@pytest.mark.parametrize("program", [grid.CURVES, grid.FEATURES, grid.HELD_OUT], ids=lambda p: p.name)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("devices", [1, 3, 8])
-def test_a_mesh_of_devices_is_one_device(program, devices):
-    shared, mapped = arguments(program)
+def test_a_mesh_of_devices_is_one_device(kind, devices):
+    function, held_out = KINDS[kind]
+    shared, mapped = arguments(held_out)
     with solve_context():
-        found = solve_over_mesh(program, grid_mesh(jax.devices()[:devices]), shared, mapped, R)
-        single = [
-            jax.tree.map(np.asarray, program.one(*shared, *(a[i] for a in mapped), max_k=R)) for i in range(POINTS)
-        ]
+        found = solve_over_mesh(function, grid_mesh(jax.devices()[:devices]), shared, mapped, R)
+        points = [Weights(*(a[i] for a in mapped)) for i in range(POINTS)]
+        single = [jax.tree.map(np.asarray, solve_one(function, shared, one, max_k=R)) for one in points]
     expected = jax.tree.map(lambda *rows: np.stack(rows), *single)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), found, expected)
     chex.assert_tree_shape_prefix(found, (POINTS,))
@@ -63,19 +66,20 @@ def test_a_mesh_of_devices_is_one_device(program, devices):
 
 
 def test_axes_of_any_mesh_are_taken_together():
-    shared, mapped = arguments(grid.CURVES)
+    shared, mapped = arguments()
     square = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     with solve_context():
-        found = solve_over_mesh(grid.CURVES, square, shared, mapped, 5)
-        expected = solve_over_mesh(grid.CURVES, grid_mesh(), shared, mapped, 5)
+        found = solve_over_mesh(solve_point, square, shared, mapped, 5)
+        expected = solve_over_mesh(solve_point, grid_mesh(), shared, mapped, 5)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-@pytest.mark.parametrize("program", [grid.CURVES, grid.FEATURES, grid.HELD_OUT], ids=lambda p: p.name)
-def test_the_compiled_program_has_no_collective_and_its_results_stay_spread(program):
-    shared, mapped = arguments(program)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_compiled_program_has_no_collective_and_its_results_stay_spread(kind):
+    function, held_out = KINDS[kind]
+    shared, mapped = arguments(held_out)
     mesh = grid_mesh()
-    text, outputs = lowered_text(over_mesh(program, mesh, len(shared)), shared, mapped, mesh)
+    text, outputs = lowered_text(over_mesh(function, mesh), shared, mapped, mesh)
     assert "HloModule" in text
     assert not any(name in text for name in COLLECTIVES)
     assert all(len(sharding.device_set) == 8 and not sharding.is_fully_replicated for sharding in outputs)
@@ -83,25 +87,25 @@ def test_the_compiled_program_has_no_collective_and_its_results_stay_spread(prog
 
 def test_a_plain_loop_over_the_spread_axis_gathers_it():
     # The control of the test above: it can fail.
-    shared, mapped = arguments(grid.CURVES)
+    shared, mapped = arguments()
     mesh = grid_mesh()
 
-    def plain(gram, target, w, alpha, beta, *, max_k):
-        return jax.lax.map(lambda point: grid.solve_point(gram, target, *point, max_k=max_k), (w, alpha, beta))
+    def plain(shared, points, *, max_k):
+        return jax.lax.map(lambda point: solve_point(shared, point, max_k=max_k), points)
 
     text, _ = lowered_text(jax.jit(plain, static_argnames="max_k"), shared, mapped, mesh)
     assert any(name in text for name in COLLECTIVES)
 
 
 def test_a_second_call_compiles_nothing_and_moves_no_basis():
-    shared, mapped = arguments(grid.CURVES)
+    shared, mapped = arguments()
     mesh = grid_mesh()
     with solve_context():
         there = replicated(shared, mesh)
-        assert replicated(there, mesh)[0] is there[0]
-        solve_over_mesh(grid.CURVES, mesh, there, mapped, R)
+        assert replicated(there, mesh).basis.gram is there.basis.gram
+        solve_over_mesh(solve_point, mesh, there, mapped, R)
         with compile_counter() as compiled:
-            solve_over_mesh(grid.CURVES, mesh, there, tuple(a[:9] for a in mapped), R)
+            solve_over_mesh(solve_point, mesh, there, Weights(*(a[:9] for a in mapped)), R)
     assert compiled.count == 0
 
 

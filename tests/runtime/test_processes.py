@@ -1,9 +1,10 @@
-"""Refusals of two processes; run as a script, this file is one of the processes."""
+"""How processes are started, the meshes they share, what two of them refuse; run as a script this is one of them."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,8 +20,89 @@ from mae_align.moments.moments import Moments
 from mae_align.moments.streaming import stream_moments
 from mae_align.runtime.errors import InputError
 from mae_align.runtime.pool import shared_store
-from mae_align.runtime.processes import data_mesh, refused_together, start_distributed
+from mae_align.runtime.processes import data_mesh, gathered, local_mesh, refused_together, start_distributed
 from tests.two_processes import run_processes
+
+HALF_GIVEN = {
+    "address alone": ({"coordinator": "a:1"}, {}, "MAE_ALIGN_NUM_PROCESSES and MAE_ALIGN_PROCESS_ID .* is missing"),
+    "no address": (
+        {},
+        {"MAE_ALIGN_NUM_PROCESSES": "2", "MAE_ALIGN_PROCESS_ID": "0"},
+        "MAE_ALIGN_COORDINATOR .*missing",
+    ),
+    "no id": ({"coordinator": "a:1"}, {"MAE_ALIGN_NUM_PROCESSES": "2"}, "MAE_ALIGN_PROCESS_ID .* is missing"),
+    "not a number": ({"coordinator": "a:1"}, {"MAE_ALIGN_NUM_PROCESSES": "two"}, "MAE_ALIGN_NUM_PROCESSES='two'"),
+    "id over": ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, {}, "process 2 of 2"),
+    "negative id": ({"coordinator": "a:1", "num_processes": 2, "process_id": -1}, {}, "process -1 of 2"),
+    "no processes": ({"coordinator": "a:1", "num_processes": 0, "process_id": 0}, {}, "process 0 of 0"),
+    "no port": ({"coordinator": "a", "num_processes": 2, "process_id": 0}, {}, "write HOST:PORT"),
+    "port of letters": ({"coordinator": "a:b", "num_processes": 2, "process_id": 0}, {}, "write HOST:PORT"),
+    "unknown word": ({}, {"MAE_ALIGN_DISTRIBUTED": "yes"}, "MAE_ALIGN_DISTRIBUTED='yes': write auto"),
+}
+
+
+@pytest.mark.parametrize("case", HALF_GIVEN)
+def test_settings_given_in_part_are_refused(case, monkeypatch):
+    arguments, environ, message = HALF_GIVEN[case]
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: pytest.fail("started"))
+    with pytest.raises(InputError, match=message):
+        start_distributed(**arguments, environ=environ)
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"MAE_ALIGN_COORDINATOR": "", "MAE_ALIGN_DISTRIBUTED": "0"},
+        {"MAE_ALIGN_COORDINATOR": "127.0.0.1:1", "MAE_ALIGN_NUM_PROCESSES": "1", "MAE_ALIGN_PROCESS_ID": "0"},
+    ],
+)
+def test_one_process_starts_nothing(environ, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: pytest.fail("started"))
+    assert not start_distributed(environ=environ)
+
+
+@pytest.mark.parametrize("arguments_first", [True, False])
+def test_arguments_go_before_the_environment(monkeypatch, arguments_first):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
+    environ = {"MAE_ALIGN_COORDINATOR": "b:2", "MAE_ALIGN_NUM_PROCESSES": "4", "MAE_ALIGN_PROCESS_ID": "3"}
+    arguments = {"coordinator": "a:1", "num_processes": 2, "process_id": 0} if arguments_first else {}
+    assert start_distributed(**arguments, timeout=7, environ=environ)
+    assert calls == [(("a:1", 2, 0) if arguments_first else ("b:2", 4, 3), {"initialization_timeout": 7})]
+
+
+def test_finding_others_on_a_lone_machine_starts_nothing():
+    """In a fresh process, where JAX has computed nothing."""
+    code = (
+        "import jax; from mae_align.runtime.processes import start_distributed\n"
+        "print(start_distributed(environ={'MAE_ALIGN_DISTRIBUTED': 'auto'}), jax.distributed.is_initialized())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout.split() == ["False", "False"], run.stderr
+
+
+def test_meshes_have_one_automatic_axis():
+    mesh = data_mesh()
+    assert mesh.axis_names == ("data",) and mesh.devices.shape == (8,)
+    assert mesh.axis_types == (jax.sharding.AxisType.Auto,)
+    assert data_mesh(jax.devices()[2:4]).devices.tolist() == jax.devices()[2:4]
+
+
+def test_host_arrays_cross_processes_as_they_are():
+    arrays = [np.array([1 + 2**60]), np.array([0.1, np.pi]), np.zeros((2, 0)), np.array(True)]
+    [received] = gathered(arrays, data_mesh())
+    for a, b in zip(arrays, received, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_any_axes_of_a_mesh_are_one():
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    assert dict(local_mesh(mesh).shape) == {"data": 8}
+
+
+# Two processes
 
 
 @dataclasses.dataclass(frozen=True)

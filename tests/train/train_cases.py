@@ -41,8 +41,7 @@ def guided(rngs: nnx.Rngs) -> GuidedAutoencoder:
 def transformer(rngs: nnx.Rngs) -> MaskedAutoencoder:
     return MaskedAutoencoder(
         Pixels.from_images(examples()[0]),
-        patch_size=2,
-        mask_ratio=0.5,
+        corruption=ma.FixedCountPatchMasking(2, num_visible=2),
         width=8,
         depth=1,
         heads=2,

@@ -27,11 +27,14 @@ class Task:
     """Targets for some rows of a data set.
 
     Attributes:
-        name: for tables; unique within :func:`standard_tasks`. kind: what it asks for.
-        train_targets, test_targets: [n'] int64 labels in 0..num_classes - 1, or [n', q] float64 numbers with mean 0
-            and variance 1 in training; one per row below.
+        name: for tables; unique within :func:`standard_tasks`.
+        kind: what it asks for.
+        train_targets: [n'] int64 labels in 0..num_classes - 1, or [n', q] float64 numbers with mean 0 and variance 1 in
+            training; one per row below.
+        test_targets: likewise.
         num_classes: for labels; None for numbers.
-        train_rows, test_rows: [n'] int64 positions of the images they belong to, ascending.
+        train_rows: [n'] int64 positions of the images they belong to, ascending.
+        test_rows: likewise.
         restricted: whether some images are left out.
 
     Example:
@@ -53,3 +56,23 @@ class Task:
     def is_classes(self) -> bool:
         """Whether the targets are class labels."""
         return self.num_classes is not None
+
+    def tested_on(self, rows: np.ndarray) -> Task:
+        """The same task with some of the test images as all of them.
+
+        Args:
+            rows: [m] their positions among the test images, ascending.
+
+        Returns:
+            The task, with positions among these.
+
+        Example:
+            >>> rows = np.arange(4)
+            >>> task = Task("a", TaskKind.FINE_LABELS, rows % 2, rows % 2, 2, rows, rows, restricted=False)
+            >>> some = task.tested_on(np.array([1, 2]))
+            >>> some.test_rows.tolist(), some.test_targets.tolist()
+            ([0, 1], [1, 0])
+        """
+        inside = np.isin(self.test_rows, rows)
+        positions = np.searchsorted(rows, self.test_rows[inside])
+        return dataclasses.replace(self, test_rows=positions, test_targets=self.test_targets[inside])

@@ -12,20 +12,19 @@ from experiments.alignment_vs_probe.agreement import mean_unit_correlation
 from experiments.alignment_vs_probe.predictors import OURS, OURS_WITHOUT_TASK
 from experiments.alignment_vs_probe.report import (
     COLUMNS,
-    KEYS,
     PRIMARY,
-    REQUIRED,
     AnalysisConfig,
     analyse,
-    check_rows,
-    groups_of,
-    read_table,
+    group_rows,
     sentences,
-    table_text,
+    shown_agreement,
     write_report,
 )
-from experiments.harness.folder import RunFolder
+from experiments.alignment_vs_probe.table import KEYS, REQUIRED, Table, check_rows, groups_of
+from experiments.harness.config import RunConfig
+from experiments.harness.run import Run
 from mae_align.runtime.errors import InputError
+from tests.experiments.cases import rows_of
 
 RATIOS, SIZES, SEEDS, OBJECTIVES = (0.25, 0.5, 0.75, 0.9), (2, 4), (0, 1), ("matched", "standard")
 FAST = AnalysisConfig(permutations=200, resamples=60)
@@ -63,12 +62,10 @@ def rows(tasks=8) -> list[dict]:
     return found
 
 
-def test_columns_are_named_once():
-    names = [column.name for column in COLUMNS]
-    assert len(set(names)) == len(names) and set(KEYS) <= set(REQUIRED) <= set(names)
-    assert all(column.text and column.of in (str, int, float) for column in COLUMNS)
+def test_columns_are_described():
+    assert set(KEYS) <= set(REQUIRED) <= set(COLUMNS)
     config = AnalysisConfig()
-    assert {config.predicted, config.observed, *config.other_observed} <= set(names)
+    assert {config.predicted, config.observed, *config.other_observed} <= set(COLUMNS)
 
 
 def test_a_table_is_read_back(tmp_path):
@@ -79,16 +76,18 @@ def test_a_table_is_read_back(tmp_path):
         writer = csv.DictWriter(file, columns[::-1])
         writer.writeheader()
         writer.writerows(table)
-    found = read_table(path)
+    read = Table.read(str(path))
+    found = read.rows
+    assert read.name == read.label == "table" and len(read.fingerprint["rows"]) == 64
     assert len(found) == len(table)
     for a, b in zip(found, table, strict=True):
         assert all(a[name] == value and type(a[name]) is type(value) for name, value in b.items())
     assert math.isnan(found[0]["probe_accuracy_test"])
     with pytest.raises(InputError, match=r"cannot read .*nothing.csv \(No such file or directory\): give a CSV"):
-        read_table(tmp_path / "nothing.csv")
+        Table.read(str(tmp_path / "nothing.csv"))
     path.write_text("task,seed\n")
     with pytest.raises(InputError, match=rf"{re.escape(str(path))}: the table has no rows: give"):
-        read_table(path)
+        Table.read(str(path))
 
 
 def test_bad_tables_are_refused():
@@ -135,39 +134,41 @@ def test_incomplete_tasks_and_networks_are_left_out_aloud():
     group = analysis.groups[0]
     assert group.left_out == ("task 3",) and group.networks_left_out == 1 and len(group.panel.tasks) == 7
     assert np.isnan(group.panel.scores[:, 1, 3]).all()
-    text = "\n".join(sentences(analysis, FAST))
-    assert "Tasks left out, since they lack scores on some networks: task 3." in text and "1 networks left out" in text
+    row = group_rows(analysis)[0]
+    assert row["left_out"] == "task 3" and row["networks_left_out"] == 1 and row["num_tasks"] == 7
+    # Two seeds of the others, at eight ratios but one.
+    assert (row["fewest_seeds"], row["most_seeds"], row["networks"]) == (2, 2, 14)
 
 
 def test_the_report_says_what_came_out(tmp_path, capsys):
-    folder = RunFolder.open("alignment_vs_probe", "toy", FAST, str(tmp_path / "run"))
     table = check_rows(rows())
-    analysis = write_report(table, folder, FAST)
-    for name in ("agreement.csv", "units.csv", "gains-toy.png", "gains-toy.pdf", "predictors.png", "summary.txt"):
-        assert (folder.path / name).stat().st_size > 0
+    run = Run("toy", RunConfig(out=str(tmp_path / "run")), Table("toy", table, "0"), COLUMNS)
+    analysis = write_report(run, table, FAST)
+    folder = tmp_path / "run"
+    for name in ("agreement.csv", "units.csv", "gains-toy.png", "gains-toy.pdf", "predictors.png", "columns.md"):
+        assert (folder / name).stat().st_size > 0
     matched, standard = (analysis.primary[f"toy, {objective} loss"] for objective in OBJECTIVES)
     panel = analysis.groups[0].panel
     assert matched[0].value == pytest.approx(float(mean_unit_correlation(panel.predicted, panel.scores)))
     assert matched[0].value > 0.9 and matched[0].p_tasks < 0.05 < standard[0].p_tasks
     names = [OURS, OURS_WITHOUT_TASK, "mask ratio", "lower reconstruction loss", "RankMe"]
     assert [one.predictor for one in matched] == names
-    text = (folder.path / "summary.txt").read_text()
-    assert capsys.readouterr().out == text and table_text(analysis) in text
-    listed = text.splitlines()[-1].removeprefix("Figures: ").split("  ")
-    assert listed == [str(folder.path / f"{name}.png") for name in ("gains-toy", "predictors")]
-    first, second = text.split("toy, standard loss: ")
+    text = (folder / "summary.txt").read_text()
+    assert capsys.readouterr().out == text and text.startswith("toy: 256 rows")
+    first, second = text.split("toy, standard loss, ")
     assert "which task gains from which ratio is predicted" in first and "no detectable knowledge" in second
-    assert "ours is better" in first and PRIMARY[0] in text and "One seed's scores" in text
-    with (folder.path / "agreement.csv").open() as file:
-        saved = list(csv.DictReader(file))
+    assert "Ours is detectably better than" in text and "mask ratio (toy, matched loss)" in text and PRIMARY[0] in text
+    saved = rows_of(folder / "agreement.csv")
     # Three statistics of five predictors, k = 8 and 100, and accuracies (of the tasks that have them).
     assert len(saved) == 2 * (3 * 5 + 2 + 1)
     assert {row["num_tasks"] for row in saved if row["observed"] == "probe_accuracy_test"} == {"4"}
     predicted = list(dict.fromkeys(row["predicted"] for row in saved))
     assert predicted == ["closed_eval_r2_logmean", "closed_eval_r2_k8", "closed_eval_r2_k100"]
-    with (folder.path / "units.csv").open() as file:
-        units = list(csv.DictReader(file))
+    units = rows_of(folder / "units.csv")
     assert len(units) == 2 * 8 * 2 and {"correlation", "predicted_at_0.25", "observed_at_0.9"} <= set(units[0])
+    groups = rows_of(folder / "groups.csv")
+    assert [float(row["reliability"]) for row in groups] == list(analysis.ceilings.values())
+    assert float(groups[0]["value"]) == matched[0].value
     with pytest.raises(InputError, match="nothing to compare"):
         analyse(table, dataclasses.replace(FAST, predicted="closed_eval_r2_k128"))
 
@@ -175,6 +176,9 @@ def test_the_report_says_what_came_out(tmp_path, capsys):
 def test_inert_predictions_are_said_to_be_inert():
     table = [{**row, "closed_eval_r2_logmean": 0.5} for row in rows()]
     analysis = analyse(check_rows(table), dataclasses.replace(FAST, other_predicted=(), other_observed=()))
-    text = "\n".join(sentences(analysis, FAST))
-    assert "No unit has a correlation" in text and "16" not in table_text(analysis).splitlines()[2]
-    assert "nan" not in table_text(analysis)
+    assert "no unit has a correlation" in sentences(analysis, FAST)[0]
+    shown = shown_agreement(analysis)
+    ours = shown[shown.predictor == OURS]
+    assert set(ours[PRIMARY[0]]) == set(ours["interval"]) == {"-"} and set(ours.units) == {0}
+    assert "nan" not in shown.to_string()
+    assert analysis.table[0]["constant_predicted"] == 16

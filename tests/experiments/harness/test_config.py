@@ -102,7 +102,10 @@ def test_steps_and_warm_up_of_a_training(n):
 
 @pytest.mark.parametrize(
     "training, message",
-    [(Training(batch_size=101), "--training.batch-size 101"), (Training(epochs=1, batch_size=100, warmup_epochs=1), "warmup-epochs 1")],
+    [
+        (Training(batch_size=101), "--training.batch-size 101"),
+        (Training(epochs=1, batch_size=100, warmup_epochs=1), "warmup-epochs 1"),
+    ],
 )
 def test_trainings_that_do_not_fit_are_refused(training, message):
     with pytest.raises(InputError, match=message):

@@ -111,7 +111,7 @@ def test_cells_that_diverge_are_left_out_with_a_note(tmp_path):
         folder = go(Main(diverged), tmp_path)
     assert pd.read_csv(folder / "rows.csv").k.tolist() == [1]
     assert "Left out: k2, the loss of member 0 is nan" in (folder / "summary.txt").read_text()
-    with pytest.warns(UserWarning), pytest.raises(InputError, match="every network diverged"):
+    with pytest.warns(UserWarning, match="Left out"), pytest.raises(InputError, match="every network diverged"):
         go(Main({k: diverged[2] for k in (1, 2)}), tmp_path / "none")
 
 

@@ -1,52 +1,40 @@
 from __future__ import annotations
 
-import csv
 import dataclasses
 import shutil
+import signal
 from pathlib import Path
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 
 import mae_align as ma
-from experiments.harness.cli import launch
-from experiments.learning_dynamics import __main__ as learning_dynamics
-from experiments.learning_dynamics import cells as dynamics_cells
-from experiments.learning_dynamics.__main__ import PRESETS, Config, main
-from experiments.learning_dynamics.analysis import Cell, analyse
-from experiments.learning_dynamics.cells import (
-    Images,
-    Learner,
-    Scene,
-    Schedule,
-    TrainingConfig,
-    cells,
-    image_map,
-    make_scene,
-    make_training,
-    num_steps,
-    run_cell,
-)
-from experiments.learning_dynamics.dynamics import HalfTimes
-from experiments.learning_dynamics.figures import intervention_figure
-from experiments.learning_dynamics.reference import flow_cost, flow_half_times
-from experiments.learning_dynamics.report import sentences
-from experiments.learning_dynamics.spectrum import Spectrum
-from mae_align.train.checkpoint import Checkpoints
+from experiments.harness.config import RunConfig
+from experiments.harness.data import Split
+from experiments.harness.run import execute
+from experiments.learning_dynamics import __main__ as experiment
+from experiments.learning_dynamics.__main__ import COLUMNS, PRESETS, Config, cells, main
+from experiments.learning_dynamics.learners import Descent, Learner, Schedule, Sizes, make_training, num_steps
+from experiments.learning_dynamics.linear_flow import flow_cost, flow_half_times
+from experiments.learning_dynamics.scene import Scene, look, make_scene
+from experiments.learning_dynamics.spectrum import Images, Spectrum, image_map
 from mae_align.train.ensemble import Training
+from mae_align.train.loop import Diverged, Preempted
 
-pytestmark = pytest.mark.slow
-
-SETTINGS = TrainingConfig(latent=6, mlp_hidden=(9,), batch_size=48, steps=20, descent_steps=150)
+SIZES = Sizes(latent=6, mlp_widths=(9,))
+# Small steps on all images at once: close to the gradient flow.
+DESCENT = Descent(batch_size=200, steps=20, descent_steps=750, descent_rate=0.02)
 TINY = Config(
     max_train=200,
     learners=(Learner.linear_descent,),
     intervened=(Learner.linear_descent,),
     interventions=(Images.reversed,),
     seeds=(0, 1),
-    training=SETTINGS,
+    network=SIZES,
+    training=DESCENT,
     records=7,
     looked_at=60,
     bands=3,
@@ -54,101 +42,112 @@ TINY = Config(
     response_widths=(0.5,),
     resamples=20,
 )
+KEY = "original-linear_descent"
+
+
+def go(config: Config, out: Path) -> Path:
+    execute("learning_dynamics", main, dataclasses.replace(config, out=str(out)), Split.load, COLUMNS)
+    return out
 
 
 @pytest.fixture(scope="module")
-def digits() -> ma.ImageDataset:
-    data = ma.load_dataset("digits")
-    return dataclasses.replace(data, train_images=data.train_images[:200], train_labels=data.train_labels[:200])
-
-
-@pytest.fixture(scope="module")
-def scene(digits) -> Scene:
-    spectrum = Spectrum.of(ma.Moments.from_arrays(digits.train_images))
+def scene() -> Scene:
+    data = Split.load(RunConfig(max_train=200))
+    spectrum = Spectrum.of(ma.Moments.from_arrays(data.train_images))
     moved = image_map(Images.original, spectrum, 6, 0)
-    return make_scene(digits, moved, seen=60, response_points=30, widths=(0.5,), seed=0)
+    return make_scene(data, moved, seen=60, response_points=30, widths=(0.5,), seed=0)
 
 
 @pytest.fixture(scope="module")
-def training(digits) -> Training:
-    return make_training(Learner.linear_descent, SETTINGS, digits.image_shape, 2)
-
-
-def run(training: Training, scene: Scene, checkpoints: Checkpoints | None = None) -> dynamics_cells.Arrays:
-    about = {"records": 7, "bands": 3, "checkpoints": checkpoints, "label": ""}
-    return run_cell(Learner.linear_descent, training, scene, SETTINGS, (0, 1), **about)
-
-
-@pytest.fixture(scope="module")
-def whole(training, scene) -> dynamics_cells.Arrays:
-    return run(training, scene)
+def training() -> Training:
+    return make_training(Learner.linear_descent, SIZES, DESCENT, (8, 8, 1), 2)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("dynamics") / "run"
-    main(dataclasses.replace(TINY, out=str(out)))
-    return out
+    return go(TINY, tmp_path_factory.mktemp("dynamics") / "run")
 
 
-def rows(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="") as opened:
-        return list(csv.DictReader(opened))
+def arrays(folder: Path) -> dict[str, np.ndarray]:
+    with np.load(folder / "points" / f"{KEY}.npz") as found:
+        return dict(found)
 
 
+@pytest.mark.slow
 def test_run_leaves_everything_in_its_folder(folder):
-    figures = {
-        f"{n}.{kind}"
-        for n in ("residuals", "spectra", "half_times", "groups", "frequency", "interventions", "set_apart")
-        for kind in ("png", "pdf")
-    }
-    tables = {f"{n}.csv" for n in ("dynamics", "half_times", "laws", "correlations", "orders")}
-    assert {path.name for path in folder.iterdir()} == figures | tables | {
-        "dynamics.nc",
-        "summary.txt",
-        "config.json",
-        "points",
-    }
+    names = ("residuals", "spectra", "half_times", "groups", "frequency", "interventions", "set_apart")
+    figures = {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+    tables = {f"{name}.csv" for name in ("dynamics", "half_times", "cells", "orders")}
+    records = {"dynamics.nc", "summary.txt", "columns.md", "config.json", "data.json", "run.json"}
+    assert {path.name for path in folder.iterdir()} == figures | tables | records | {"points", "networks"}
     found = xr.load_dataset(folder / "dynamics.nc", engine="scipy")
     assert dict(found.residual.sizes) == {"cell": 2, "seed": 2, "record": 8, "direction": 6}
+    assert found.frequency.attrs["units"] == "cycles per pixel"
+    for key in (KEY, "reversed-linear_descent"):
+        assert {"metrics.jsonl", "checkpoints"} <= {path.name for path in (folder / "networks" / key).iterdir()}
+        assert list((folder / "networks" / key).glob("events.out.tfevents.*"))
     summary = (folder / "summary.txt").read_text()
-    assert "original, linear_descent: half-time ~ eigenvalue^-" in summary
-    assert "reversed, linear_descent: half-time with eigenvalue given frequency" in summary
+    assert "On the original images half-time ~ eigenvalue^-a with a from " in summary
+    assert "On changed images half-times detectably follow the eigenvalue, the frequency held fixed, in " in summary
 
 
+@pytest.mark.slow
 def test_half_times_of_the_linear_network_are_those_of_the_flow_and_of_the_eigenvalue(folder):
-    found = rows(folder / "half_times.csv")
-    assert len(found) == 2 * 2 * 6
-    for row in found:
-        if row["censored"] == "False":
-            assert float(row["half_time"]) == pytest.approx(float(row["flow_half_time"]), rel=0.25)
-    for law in rows(folder / "laws.csv"):
-        assert 0.7 < float(law["exponent"]) < 1.4
-    order = {row["images"]: float(row["eigenvalue"]) for row in rows(folder / "correlations.csv")}
-    assert order["original"] < -0.8
+    times = pd.read_csv(folder / "half_times.csv")
+    assert len(times) == 2 * 2 * 6
+    times = times[~times.censored]
+    np.testing.assert_allclose(times.half_time, times.flow_half_time, rtol=0.2)
+    found = pd.read_csv(folder / "cells.csv").set_index("images")
+    np.testing.assert_allclose(found.exponent, found.flow_exponent, rtol=0.1)
     # The same eigenvalues on the directions in reverse order, and still those with the largest come first.
-    assert order["reversed"] < -0.8
+    assert (found.rho_eigenvalue < -0.8).all() and found.index.tolist() == ["original", "reversed"]
 
 
-def test_same_folder_goes_on_and_trains_nothing_again(folder, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_what_is_there_is_not_trained_again(folder, tmp_path, monkeypatch):
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)
-    monkeypatch.setattr(learning_dynamics, "run_cell", None)
-    monkeypatch.setattr(learning_dynamics, "write_report", lambda found, *_, **__: keys.extend(found))
-    keys: list[object] = []
-    main(dataclasses.replace(TINY, out=str(copy)))
-    assert keys == [(Images.original, Learner.linear_descent), (Images.reversed, Learner.linear_descent)]
+    (copy / "run.json").unlink()
+    monkeypatch.setattr(experiment, "follow", None)
+    monkeypatch.setattr(experiment, "make_scene", None)
+    go(TINY, copy)
+    for name in ("cells.csv", "half_times.csv", "orders.csv", "dynamics.csv"):
+        assert (copy / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_looks_are_at_the_network_of_their_step(whole, training, scene):
+@pytest.mark.slow
+def test_stopped_by_sigterm_and_gone_on_with_it_is_the_same_bit_for_bit(folder, tmp_path, monkeypatch):
+    seen = []
+
+    def stopping(training, state, step, *rest):
+        seen.append(step)
+        if step == 249 and seen.count(249) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return look(training, state, step, *rest)
+
+    monkeypatch.setattr(experiment, "look", stopping)
+    with pytest.raises(Preempted, match="step 249 is saved"):
+        go(TINY, tmp_path / "run")
+    found, whole = arrays(go(TINY, tmp_path / "run")), arrays(folder)
+    steps = whole["steps"].tolist()
+    # No look of the first cell is made again, and then come those of the second.
+    assert seen == steps * 2
+    assert found.keys() == whole.keys()
+    for name, array in whole.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+@pytest.mark.slow
+def test_looks_are_at_the_network_of_their_step(folder, training, scene):
     """The last look, measured anew from the definitions on a network trained in one go."""
-    assert whole["steps"].tolist()[:2] == [0, 1]
-    state = training.init([0, 1], learning_rates=[float(whole["rate"])] * 2)
-    state, _ = training.advance(state, training.put(scene.images), 150)
+    whole = arrays(folder)
+    rate = 0.02 * 64 / scene.spectrum.values[0]
+    state = training.init([0, 1], learning_rates=[rate] * 2)
+    state, _ = training.advance(state, training.put(scene.images), 750)
     model = training.model(state, 1)
     for images, residual, loss in (
-        (scene.images[scene.seen], whole["seen"], whole["loss"]),
-        (scene.held_out, whole["held_out"], whole["held_out_loss"]),
+        (scene.images[scene.seen], whole["residual"], whole["train_loss"]),
+        (scene.held_out, whole["test_residual"], whole["test_loss"]),
     ):
         reconstructed = np.asarray(model.reconstruct(images))  # pyright: ignore[reportAttributeAccessIssue]
         assert loss[1, -1] == pytest.approx(np.mean((reconstructed - images) ** 2), rel=1e-4)
@@ -156,97 +155,74 @@ def test_looks_are_at_the_network_of_their_step(whole, training, scene):
         missed, there = ((a.reshape(len(a), -1) @ direction) ** 2 for a in (reconstructed - images, images))
         assert residual[1, -1, 2] == pytest.approx(missed.sum() / there.sum(), rel=1e-3)
     # Of all directions, also those beyond the code.
-    assert whole["spectrum"].shape == whole["energy"].shape == (2, len(whole["steps"]), scene.spectrum.rank)
+    assert whole["all_residual"].shape == whole["energy"].shape == (2, len(whole["steps"]), scene.spectrum.rank)
     seen = scene.images[scene.seen]
     rebuilt = np.asarray(model.reconstruct(seen))  # pyright: ignore[reportAttributeAccessIssue]
     for name, values, scale in (
-        ("spectrum", rebuilt - seen, whole["data_energy"]),
+        ("all_residual", rebuilt - seen, whole["data_energy"]),
         ("energy", rebuilt, np.ones(scene.spectrum.rank)),
     ):
         along = np.mean((values.reshape(len(seen), -1) @ scene.spectrum.vectors) ** 2, axis=0) / scale
         np.testing.assert_allclose(whole[name][1, -1], along, rtol=1e-3, atol=1e-6 * along.max())
     # Before training nothing of any direction is there: a small start.
-    np.testing.assert_allclose(whole["seen"][:, 0], 1, atol=0.02)
-    assert (whole["loss"][:, -1] < 0.6).all()
+    np.testing.assert_allclose(whole["residual"][:, 0], 1, atol=0.02)
+    assert (whole["train_loss"][:, -1] < 0.6).all()
 
 
-def test_interrupted_cell_goes_on_from_its_checkpoint(whole, training, scene, tmp_path, monkeypatch):
-    look, count = dynamics_cells._look, [0]
-
-    def until_the_fifth(*arguments):
-        count[0] += 1
-        if count[0] == 5:
-            raise KeyboardInterrupt
-        return look(*arguments)
-
-    monkeypatch.setattr(dynamics_cells, "_look", until_the_fifth)
-    with Checkpoints.open(tmp_path / "c", identity="a", every=1, keep_latest=1) as checkpoints:
-        with pytest.raises(KeyboardInterrupt):
-            run(training, scene, checkpoints)
-    with Checkpoints.open(tmp_path / "c", identity="a", every=1, keep_latest=1) as checkpoints:
-        assert checkpoints.latest_step() == whole["steps"][3]
-        found = run(training, scene, checkpoints)
-    # Four looks are read again, the other four made.
-    assert count[0] == 5 + 4
-    for name, array in whole.items():
-        np.testing.assert_array_equal(found[name], array)
+@pytest.mark.slow
+def test_cells_that_diverge_are_left_out(tmp_path):
+    wild = dataclasses.replace(DESCENT, descent_rate=50.0, descent_steps=60, steps=60)
+    both = (Learner.linear_descent, Learner.linear_adamw)
+    with pytest.warns(UserWarning, match="Left out: original-linear_descent, .* at step"):
+        go(dataclasses.replace(TINY, training=wild, learners=both, intervened=both[1:]), tmp_path / "run")
+    assert set(pd.read_csv(tmp_path / "run" / "cells.csv").learner) == {"linear_adamw"}
+    assert "Left out: original-linear_descent" in (tmp_path / "run" / "summary.txt").read_text()
 
 
-def test_divergence_is_noted_and_not_fitted(training, scene):
-    wild = dataclasses.replace(SETTINGS, descent_rate=50.0)
-    arrays = run_cell(
-        Learner.linear_descent, training, scene, wild, (0, 1), records=7, bands=3, checkpoints=None, label=""
-    )
-    assert np.isfinite(arrays["loss"][:, 0]).all()
-    assert np.isnan(arrays["loss"][:, -1]).all()
-    (cell,) = analyse({(Images.original, Learner.linear_descent): arrays}, resamples=20, seed=0)
-    assert cell.diverged
-    assert cell.laws is None
-    assert cell.ranks is None
-    assert "a loss is not finite at step" in next(sentences([cell], [0.5]))
-
-
-def test_whitened_images_on_which_every_network_diverged_are_drawn():
-    arrays = {"values": np.ones(3), "frequency": np.linspace(0.1, 0.3, 3)}
-    whole, lost = (HalfTimes(np.full((2, 3), time), np.zeros((2, 3), bool)) for time in (10.0, np.nan))
-    drawn = [
-        Cell(images, Learner.mlp_adamw, arrays, seen, seen, False, None, None)
-        for images, seen in ((Images.original, whole), (Images.whitened, lost))
-    ]
-    panel = intervention_figure(drawn, "toy").axes[1]
-    assert np.isfinite(panel.get_ylim()).all()
+def test_a_reconstruction_that_is_not_finite_is_divergence_and_no_refusal_of_a_probe(training, scene):
+    state = training.init([0, 1])
+    huge = dataclasses.replace(state, params=jax.tree.map(lambda p: p * 1e30, state.params))
+    with pytest.raises(Diverged, match="a reconstruction of member 0 is not finite at step 4"):
+        look(training, huge, 4, scene, 6, 3)
 
 
 def test_a_class_that_is_not_looked_at_in_training_is_no_error(training, scene):
     assert scene.num_classes == 10
     few = scene._replace(seen_labels=scene.seen_labels % 3)
-    looked = dynamics_cells._look(training, training.init([0, 1]), few, 6, 3)
-    assert ((0 <= looked["accuracy"]) & (looked["accuracy"] < 1)).all()
+    looked = look(training, training.init([0, 1]), 0, few, 6, 3)
+    assert ((0 <= looked["test_accuracy"]) & (looked["test_accuracy"] < 1)).all()
 
 
 def test_the_flow_says_nothing_of_directions_that_it_does_not_reach(training, scene):
-    steps = np.array([0, 1, 2])
     state = training.init([0, 1], learning_rates=[1e-6] * 2)
-    found = flow_half_times(training, state, scene.spectrum, steps, 1e-6)
+    found = flow_half_times(training, state, scene.spectrum, np.array([0, 1, 2]), 1e-6)
     assert found.shape == (2, scene.spectrum.rank) and np.isnan(found).all()
 
 
-def test_the_flow_is_left_out_where_it_would_take_hours(training, scene, whole, monkeypatch):
-    assert whole["reference_half_times"].shape == (2, 6)
-    monkeypatch.setattr(dynamics_cells, "_LARGEST_FLOW", flow_cost(0.1, 150, 6, scene.spectrum.rank, 2))
-    monkeypatch.setattr(dynamics_cells, "flow_half_times", None)
-    found = run(training, scene)
-    assert whole.keys() - found.keys() == {"reference_half_times"}
+def test_the_flow_is_left_out_where_it_would_take_hours():
     costs = {}
     for name, pixels in {"laptop": 64, "fashion_mnist": 784, "cifar10": 768, "paper": 3072}.items():
-        of = PRESETS[name].training
-        costs[name] = flow_cost(of.descent_rate, of.descent_steps, of.latent, pixels, len(PRESETS[name].seeds))
-    assert {name for name, cost in costs.items() if cost >= 1e14} == {"paper"}
+        of, members = PRESETS[name], len(PRESETS[name].seeds)
+        costs[name] = flow_cost(of.training.descent_rate, of.training.descent_steps, of.network.latent, pixels, members)
+    assert {name for name, cost in costs.items() if cost >= experiment._LARGEST_FLOW} == {"paper"}
+
+
+@pytest.mark.slow
+def test_without_the_flow_a_run_has_no_reference(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "_LARGEST_FLOW", 0.0)
+    monkeypatch.setattr(experiment, "flow_half_times", None)
+    found = arrays(go(dataclasses.replace(TINY, interventions=(Images.original,)), tmp_path / "run"))
+    assert arrays(folder).keys() - found.keys() == {"flow_half_time"}
+    assert pd.read_csv(tmp_path / "run" / "half_times.csv").flow_half_time.isna().all()
 
 
 def test_cells_are_all_learners_on_the_original_and_some_on_changed_images():
     found = cells(
-        (Learner.mlp_adamw,), (Learner.mlp_adamw, Learner.conv_adamw), (Images.rotated, Images.original, Images.top)
+        Config(
+            learners=(Learner.mlp_adamw,),
+            intervened=(Learner.mlp_adamw, Learner.conv_adamw),
+            interventions=(Images.rotated, Images.original, Images.top),
+        )
     )
     assert found == [
         (Images.original, Learner.mlp_adamw),
@@ -259,10 +235,10 @@ def test_cells_are_all_learners_on_the_original_and_some_on_changed_images():
 @pytest.mark.parametrize("learner", list(Learner))
 @pytest.mark.parametrize("schedule", list(Schedule))
 def test_every_learner_can_be_made(learner, schedule):
-    config = dataclasses.replace(SETTINGS, schedule=schedule, conv_steps=30)
-    made = make_training(learner, config, (8, 8, 1), 1)
-    steps = {"linear_descent": 150, "mlp_momentum": 150, "conv_adamw": 30, "conv_momentum": 30}
-    assert num_steps(learner, config) == steps.get(learner.value, 20)
+    descent = dataclasses.replace(DESCENT, schedule=schedule, conv_steps=30)
+    made = make_training(learner, SIZES, descent, (8, 8, 1), 1)
+    steps = {"linear_descent": 750, "mlp_momentum": 750, "conv_adamw": 30, "conv_momentum": 30}
+    assert num_steps(learner, descent) == steps.get(learner.value, 20)
     moving = 1 if learner in (Learner.mlp_momentum, Learner.conv_momentum) else 0
     moving = 2 if learner.value.endswith("adamw") else moving
     sizes = [
@@ -274,26 +250,15 @@ def test_every_learner_can_be_made(learner, schedule):
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("change", "message"),
     [
-        (["--data", "digit"], "unknown data set 'digit', did you mean 'digits'?"),
-        (["--training.latent", "65"], "--training.latent 65: these images vary in "),
-        (["--training.latent", "3"], "--training.latent: give at least 4"),
-        (["--training.batch-size", "9999"], "--training.batch-size 9999: there are "),
-        (["--training.start", "1"], "--training.start 1.0: give a strength between 0 and 1"),
-        (["--training.momentum-rate", "0"], "--training.momentum-rate 0.0: give a number over 0"),
-        (["--records", "2"], "--records 2: give at least 4"),
-        (["--response-widths", "0"], "--response-widths (0.0,): give numbers over 0"),
-        (["--seeds", "1", "1"], "--seeds repeats a value: give each once"),
-        (["--seed", "-1"], "--seed and --seeds: give whole numbers of at least 0"),
+        ({"network": Sizes(latent=65)}, "--network.latent 65: these images vary in "),
+        ({"training": Descent(batch_size=999)}, "--training.batch-size 999: there are 200 training images"),
+        ({"network": Sizes(latent=3)}, "--network.latent 3: give a number at least 4"),
+        ({"learners": (Learner.mlp_adamw,) * 2}, "--learners mlp_adamw mlp_adamw repeats a value"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(capsys, tmp_path, monkeypatch, argv, message):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit_info:
-        launch(main, Config, PRESETS, argv)
-    assert exit_info.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {message}")
-    assert error.count("\n") == 1
+def test_settings_that_do_not_fit_are_refused_before_any_work(tmp_path, change, message):
+    with pytest.raises(ma.InputError, match=message):
+        go(dataclasses.replace(TINY, **change), tmp_path / "run")
     assert not list(tmp_path.iterdir())

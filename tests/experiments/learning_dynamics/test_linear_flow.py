@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.learning_dynamics.dynamics import direction_errors, half_times
-from experiments.learning_dynamics.linear_flow import linear_flow, logistic_half_time, logistic_strength
-from experiments.learning_dynamics.spectrum import Spectrum, untouched
+from experiments.learning_dynamics.dynamics import direction_energy, half_times, shares
+from experiments.learning_dynamics.linear_flow import linear_flow
+from experiments.learning_dynamics.spectrum import Images, Spectrum, image_map
 from mae_align import InputError, Moments
 from mae_align.models import MLPAutoencoder, Pixels
 from mae_align.train.ensemble import Training, reconstruct
@@ -48,24 +48,16 @@ def test_aligned_balanced_start_follows_the_logistic_curve_in_any_basis_of_the_c
     start = np.array([0.01, 0.02, 0.01, 0.05, 0.01])
     encoder = rotation * np.sqrt(start)
     times = np.linspace(0, 40, 9)
-    u = logistic_strength(times, VALUES, start, 6)
+    # Saxe, McClelland & Ganguli (2014).
+    u = 1 / (1 + (1 / start - 1) * np.exp(-4 * times[:, None] * VALUES / 6))
     np.testing.assert_allclose(linear_flow(times, VALUES, encoder, encoder.T, 6), (1 - u) ** 2, atol=1e-5)
-
-
-def test_logistic_half_time_is_when_the_curve_gets_there():
-    start = np.array([0.01, 0.02, 0.01, 0.05, 0.01])
-    for level in (0.5, 0.1):
-        half = logistic_half_time(VALUES, start, 6, level=level)
-        u = np.array([logistic_strength(half[i : i + 1], VALUES, start, 6)[0, i] for i in range(5)])
-        np.testing.assert_allclose((1 - u) ** 2, level)
-    np.testing.assert_allclose(logistic_half_time(VALUES, 0.01, 6) * VALUES, logistic_half_time(np.ones(1), 0.01, 6)[0])
 
 
 def test_a_trained_network_follows_the_flow_from_its_own_start():
     """The whole way of the experiment: images, normalisation, network, optimiser, residuals."""
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(32, 6)) * [5.0, 3.0, 2.0, 1.0, 0.5, 0.2]) @ np.linalg.qr(rng.normal(size=(6, 6)))[0]
-    moved = untouched(Spectrum.of(Moments.from_arrays(x.reshape(32, 2, 3, 1))))
+    moved = image_map(Images.original, Spectrum.of(Moments.from_arrays(x.reshape(32, 2, 3, 1))), 6, 0)
     images, s = moved.apply(x.reshape(32, 2, 3, 1)), moved.spectrum
     pixels = Pixels(np.zeros((2, 3, 1), np.float32), np.array(1.0, np.float32))
     drawn = np.random.default_rng(3).normal(size=(6, 3)) * 0.05
@@ -83,7 +75,8 @@ def test_a_trained_network_follows_the_flow_from_its_own_start():
         state, _ = training.advance(state, data, step - before)
         model = training.model(state, 0)
         assert isinstance(model, MLPAutoencoder)
-        share = direction_errors(images, np.asarray(model.reconstruct(images)), s).share
+        missed = np.asarray(model.reconstruct(images)) - images
+        share = shares(direction_energy(missed, s), direction_energy(images, s))
         flow = linear_flow(
             np.array([0.0, rate * step]), s.values, drawn.T @ s.vectors, s.vectors.T @ drawn, s.num_pixels
         )[1]
@@ -99,15 +92,13 @@ def test_half_times_from_a_small_random_start_are_near_the_known_ones():
     steps = np.unique(np.geomspace(1, 30_000, 80).round())
     flow = linear_flow(np.concatenate([[0.0], steps]) * 1e-2, values, encoder, encoder.T, 9)
     found = half_times(np.concatenate([[0.0], steps]), flow).time * 1e-2
-    known = logistic_half_time(values, (encoder**2).sum(0), 9)
+    # The residual (1 - u)^2 of the logistic curve is 1/2 where u is v.
+    start, v = (encoder**2).sum(0), 1 - np.sqrt(0.5)
+    known = 9 / (4 * values) * np.log((1 / start - 1) * v / (1 - v))
     np.testing.assert_allclose(found, known, rtol=0.05)
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(InputError, match="start outside"):
-        logistic_strength(np.ones(1), VALUES, 1.0, 4)
-    with pytest.raises(InputError, match="level=0"):
-        logistic_half_time(VALUES, 0.1, 4, level=0)
     with pytest.raises(InputError, match=r"encoder \[2, 4\]"):
         linear_flow(np.array([0.0, 1.0]), VALUES, np.ones((2, 4)), np.ones((5, 2)), 4)
     with pytest.raises(InputError, match="do not ascend"):

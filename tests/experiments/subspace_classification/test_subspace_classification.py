@@ -1,9 +1,9 @@
+"""Networks on principal subspaces: what a run measures, what is compared with what, and how images are scaled."""
+
 from __future__ import annotations
 
 import csv
 import dataclasses
-import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -13,66 +13,69 @@ import xarray as xr
 
 import mae_align as ma
 from experiments.harness.cli import launch
+from experiments.harness.data import Split
+from experiments.harness.run import Run, execute
 from experiments.subspace_classification import __main__ as subspace_classification
 from experiments.subspace_classification import networks as subspace_networks
 from experiments.subspace_classification.__main__ import (
+    COLUMNS,
     PRESETS,
     Config,
-    Preparation,
     controls,
     main,
-    prepared,
+    moments,
     subspaces,
 )
+from experiments.subspace_classification.images import Preparation, Scale, prepared, scaled
 from experiments.subspace_classification.networks import (
     Network,
-    Scale,
+    Sizes,
     Study,
-    TrainingConfig,
+    SubspaceTraining,
     make_training,
-    scaled,
-    settled,
+    trained,
 )
 from experiments.subspace_classification.principal import Family, PrincipalAxes, Subspace
 from experiments.subspace_classification.report import (
-    Linear,
     Point,
-    _table_text,
     accuracy_figure,
     comparisons,
     dimension_figure,
     sentences,
+    shown,
 )
-from mae_align.moments.moments import Moments
-from mae_align.train.augment import CropFlip
+from mae_align.train.augment import Augmentation
 from mae_align.train.loop import Diverged
-from mae_align.train.step import Program
-
-pytestmark = pytest.mark.slow
 
 TINY = Config(
     max_train=200,
     max_test=80,
-    network=Network.mlp,
-    others=(),
+    networks=(Network.mlp,),
     scale_networks=(Network.mlp,),
-    training=TrainingConfig(epochs=1, batch_size=100, crop=1, flip=False, conv_widths=(4, 4), mlp_widths=(8,)),
+    sizes=Sizes(conv=(4, 4), mlp=(8,)),
+    training=SubspaceTraining(epochs=1, batch_size=100, shift=1, flip=0.0),
     top=(0.8,),
     bottom=(0.2,),
     seeds=(0, 5),
 )
+CONV = Study(Network.conv, Scale.per_image)
+TOY_AXES = PrincipalAxes((1, 5, 1), np.zeros(5), np.eye(5), np.array([6.0, 2.0, 1.0, 0.8, 0.2]), 0)
+
+
+def run_it(config: Config) -> None:
+    execute("subspace_classification", main, config, Split.load, COLUMNS)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Iterator[Path]:
-    """A run; its networks are made once for all that happens in its folder, so that programs are compiled once."""
+def run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("subspaces") / "run"
-    make = functools.cache(lambda *sizes: make_training(*sizes, jax.devices()[:1]))  # pyright: ignore[reportCallIssue]
-    patch = pytest.MonkeyPatch()
-    patch.setattr(subspace_classification, "make_training", lambda *given: make(*given[:-1]))
-    main(dataclasses.replace(TINY, out=str(out)))
-    yield out
-    patch.undo()
+    run_it(dataclasses.replace(TINY, out=str(out)))
+    return out
+
+
+@pytest.fixture(scope="module")
+def digits() -> Split:
+    return Split.load(TINY)
 
 
 def rows(folder: Path, name: str) -> list[dict[str, str]]:
@@ -80,9 +83,10 @@ def rows(folder: Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_every_subspace_is_there_with_the_share_it_really_holds(run):
-    data = prepared(ma.load_dataset("digits"), TINY)
-    axes = PrincipalAxes.of(Moments.from_arrays(data.train_images.astype(np.float64)))
+@pytest.mark.slow
+def test_every_subspace_is_there_with_the_share_it_really_holds(run, digits):
+    data = prepared(digits, TINY.preparation)
+    axes = PrincipalAxes.of(moments(data.train_images))
     plan = subspaces(TINY, axes)
     k = axes.nearest(Family.top, 0.8).dimension
     r = axes.rank
@@ -103,6 +107,7 @@ def test_every_subspace_is_there_with_the_share_it_really_holds(run):
         )
 
 
+@pytest.mark.slow
 def test_results_are_written_once_per_seed_and_summed_up(run):
     points = xr.load_dataset(run / "points.nc")
     assert sorted(set(points.seed.values)) == [0, 5]
@@ -115,8 +120,7 @@ def test_results_are_written_once_per_seed_and_summed_up(run):
     assert kinds == {"complement", "same dimension", "same variance", "scale"}
     text = (run / "summary.txt").read_text()
     assert "55% on the bottom 20%" in text and "80 test images" in text
-    assert "moved by up to 1 pixels each way, and none is mirrored" in text
-    assert "networks on this one, not over draws of the subspace" in text and "diverged" not in text
+    assert "moved by up to 1 pixels each way, and 0% of them are mirrored" in text and "Left out" not in text
     for name in ("accuracy", "dimension", "scales"):
         assert (run / f"{name}.png").stat().st_size > 10_000 and (run / f"{name}.pdf").exists()
     linear = [row for row in rows(run, "subspaces") if row["network"] == "mlp" and row["scale"] == "per_image"]
@@ -125,124 +129,71 @@ def test_results_are_written_once_per_seed_and_summed_up(run):
     assert by["top", r] > 0.4 > by["bottom", min(d for f, d in by if f == "bottom")]
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_trained_again(run, monkeypatch):
-    trained = []
+    seen = []
 
-    def measure(training, seeds, *rest):
-        trained.append(tuple(seeds))
-        return original(training, seeds, *rest)
+    def put(training, images, labels=None):
+        seen.append(training.num_members)
+        return original(training, images, labels)
 
-    original = subspace_networks.measure
+    original = subspace_networks.Training.put
+    monkeypatch.setattr(subspace_networks.Training, "put", put)
     before = (run / "points.csv").read_text()
-    lost = sorted((run / "points").glob("mlp-per_image-bottom*.npz"))[:2]
-    for file in lost:
-        file.unlink()
-    monkeypatch.setattr(subspace_classification, "measure", measure)
-    main(dataclasses.replace(TINY, out=str(run), workers=1))
+    # As a run that lost one ensemble and its summary.
+    lost = next((run / "points").glob("mlp-per_image-bottom*.npz"))
+    networks = run / "networks" / lost.name.rpartition("-step")[0]
+    (networks / "checkpoints").rename(run.parent / "moved")
+    lost.unlink()
+    (run / "summary.txt").unlink()
+    run_it(dataclasses.replace(TINY, out=str(run)))
     # Both seeds of the ensemble together, and nothing else.
-    assert trained == [(0, 5)]
-
-    def results(text: str) -> list[str]:
-        return [line.rsplit(",", 1)[0] for line in text.splitlines()]
-
-    assert results((run / "points.csv").read_text()) == results(before)
+    assert seen == [2]
+    assert (run / "points.csv").read_text() == before
 
 
-def test_members_take_turns_where_convolutions_do():
-    one, both = (
-        make_training(network, (8, 8, 1), 10, TINY.training, 200, (0, 5), jax.devices()[:1])
-        for network in (Network.conv, Network.mlp)
-    )
-    assert (one.program, one.num_members) == (Program.ONE_BY_ONE, 1)
-    assert (both.program, both.num_members) == (Program.VMAPPED_SCAN, 2)
-    data = prepared(ma.load_dataset("digits"), TINY)
-    axes = PrincipalAxes.of(Moments.from_arrays(data.train_images.astype(np.float64)))
-    config = dataclasses.replace(TINY, others=(Network.conv,))
-    trainings = {Network.conv: one, Network.mlp: both}
-    tasks = subspace_classification._group(Subspace(Family.random, 5), config, data, axes, trainings).tasks
-    assert [task.keys for task in tasks] == [
-        ("linear-random-5",),
-        ("mlp-per_image-random-5-seed0", "mlp-per_image-random-5-seed5"),
-        ("conv-per_image-random-5-seed0",),
-        ("conv-per_image-random-5-seed5",),
-    ]
-
-
-def test_augmentation_is_settled_by_the_data_set(capsys):
+def test_augmentation_goes_by_the_data_set():
     shape = (32, 32, 3)
-    for name, flip in {"CIFAR10": True, "Fashion-MNIST": True, "digits": False, "arabic_digits": False}.items():
-        assert settled(TrainingConfig(), name, shape).augmentation == CropFlip(4, flip)
-    assert not capsys.readouterr().out
-    assert settled(TrainingConfig(), "photos", (64, 80, 3)).augmentation == CropFlip(8, False)
-    assert "photos are not mirrored" in capsys.readouterr().out
-    assert settled(TrainingConfig(crop=2, flip=True), "digits", shape).augmentation == CropFlip(2, True)
-    # What was run with these presets was cropped and mirrored so.
-    given = {name: (preset.training.crop, preset.training.flip) for name, preset in PRESETS.items()}
-    known = {"laptop": (1, False), "fashion_mnist": (2, True), "cifar10": (4, True), "paper": (None, None)}
-    assert given == known
+    for name, flip in {
+        "CIFAR10": 0.5,
+        "Fashion-MNIST": 0.5,
+        "digits": 0.0,
+        "arabic_digits": 0.0,
+        "photos": 0.0,
+    }.items():
+        assert SubspaceTraining().augmentation(name, shape) == Augmentation(shift=4, flip=flip)
+    assert SubspaceTraining().augmentation("photos", (64, 80, 3)).shift == 8
+    given = SubspaceTraining(shift=2, flip=0.25).augmentation("digits", shape)
+    assert given == Augmentation(shift=2, flip=0.25)
+    # What was run with these presets was moved and mirrored so.
+    given = {name: (preset.training.shift, preset.training.flip) for name, preset in PRESETS.items()}
+    assert given == {"laptop": (1, 0.0), "fashion_mnist": (2, 0.5), "cifar10": (4, 0.5), "paper": (None, None)}
 
 
 def test_augmentation_can_be_said_on_the_command_line():
     seen = []
     for preset in ("laptop", "cifar10", "paper"):
-        argv = ["--preset", preset, "--training.crop", "0", "--training.flip", "False"]
+        argv = ["--preset", preset, "--training.shift", "0", "--training.flip", "0"]
         launch(lambda config: seen.append(config), Config, PRESETS, argv)
-    assert [(config.training.crop, config.training.flip) for config in seen] == [(0, False)] * 3
+    assert [(config.training.shift, config.training.flip) for config in seen] == [(0, 0.0)] * 3
 
 
-class Recorded:
-    """A training that notes which seeds it is started with; its state is these seeds, and its models too."""
-
-    def __init__(self) -> None:
-        self.begun: list[tuple[int, ...]] = []
-
-    def init(self, seeds):
-        self.begun.append(tuple(seeds))
-        return tuple(seeds)
-
-    def put(self, images, labels):
-        return images, labels
-
-    def model(self, state, member):
-        return state[member]
-
-
-def measured(monkeypatch, seeds: tuple[int, ...], wild: set[int]) -> tuple[Recorded, list[dict[str, np.ndarray]]]:
-    """Networks that know the classes below theirs, on images that show their class, ordered by it."""
-
-    def fit(training, state, data, *, num_steps):
-        for member, seed in enumerate(state):
-            if seed in wild:
-                raise Diverged("the loss is nan", 1, member, None)
-        return state
-
-    def predicted(model, images):
-        shown = images[:, 0, 0, 0].astype(int)
-        return np.where(shown < model, shown, -1)
-
-    monkeypatch.setattr(subspace_networks, "fit", fit)
-    monkeypatch.setattr(subspace_networks, "predicted_classes", predicted)
+def test_training_accuracy_is_of_all_classes_and_test_accuracy_of_test_images(monkeypatch, tmp_path):
+    """Networks that know the classes below 5, on images that show their class, ordered by it."""
+    labels = np.repeat(np.arange(10), 100)
+    images = labels[:, None, None, None].astype(np.float32) * np.ones((1, 2, 2, 1), np.float32)
+    one = images[:1], labels[:1]
+    data = Split("toy", tuple("0123456789"), images, labels, *one, images[::2], labels[::2], np.arange(1001) == 0)
+    config = dataclasses.replace(TINY, out=str(tmp_path / "run"))
     monkeypatch.setattr(subspace_networks, "_FITTED", 100)
-    labels = np.arange(1000) // 100
-    part = labels[:, None, None, None].astype(np.float32), labels
-    training = Recorded()
-    return training, subspace_networks.measure(training, seeds, TINY.training, part, part)  # pyright: ignore[reportArgumentType]
-
-
-def test_a_network_that_diverges_leaves_the_others(monkeypatch):
-    training, found = measured(monkeypatch, (7, 2, 5), {2, 5})
-    # In the places that they have in the ensemble, so that their program is the same.
-    assert training.begun == [(7, 2, 5), (7, 7, 5), (7, 7, 7)]
-    assert found[0]["correct"].mean() == 0.7
-    for lost in found[1:]:
-        assert np.isnan(lost["correct"]).all() and lost["correct"].shape == (1000,) and np.isnan(lost["fitted"])
-    training, found = measured(monkeypatch, (2,), {2})
-    assert training.begun == [(2,)] and np.isnan(found[0]["fitted"])
-
-
-def test_training_accuracy_is_of_all_classes(monkeypatch):
-    _, (row,) = measured(monkeypatch, (5,), set())
-    assert row["correct"].mean() == 0.5 and 0.3 < row["fitted"] < 0.7
+    seen = lambda _, images: np.where(images[:, 0, 0, 0] < 5, images[:, 0, 0, 0], -1).astype(int)  # noqa: E731
+    monkeypatch.setattr(subspace_networks, "predicted_classes", seen)
+    training = make_training(Network.mlp, data, TINY.sizes, TINY.training, 1)
+    made = Run("toy", config, data, {})
+    # The look alone: after no step.
+    found = trained(made, "key", training, (3,), 0, lambda: (data.train_images, data.test_images))
+    assert found["correct"].shape == (1, 500) and found["correct"].mean() == 0.5
+    assert found["fitted"].shape == (1,) and 0.3 < found["fitted"][0] < 0.7
 
 
 def test_scales_use_statistics_of_the_training_images_alone():
@@ -262,57 +213,78 @@ def test_scales_use_statistics_of_the_training_images_alone():
     assert np.isfinite(scaled(train, test, Scale.per_image)[0]).all()
 
 
-def test_images_are_divided_as_asked():
-    data = ma.load_dataset("digits")
-    contrast = prepared(data, dataclasses.replace(TINY, preparation=Preparation.contrast))
-    np.testing.assert_allclose(contrast.train_images.std(axis=(1, 2, 3)), 1.0, rtol=1e-5)
-    whole = prepared(data, dataclasses.replace(TINY, preparation=Preparation.whole_set))
+def test_images_are_divided_as_asked(digits):
+    contrast = prepared(digits, Preparation.contrast)
+    for images in (contrast.train_images, contrast.validation_images, contrast.test_images):
+        np.testing.assert_allclose(images.std(axis=(1, 2, 3)), 1.0, rtol=1e-5)
+    whole = prepared(digits, Preparation.whole_set)
     assert whole.train_images.std() == pytest.approx(1.0, rel=1e-4)
     assert whole.train_images[0].std() != pytest.approx(whole.train_images[1].std(), rel=1e-3)
-    assert (len(whole.train_labels), len(whole.test_labels)) == (200, 80)
+    factor = digits.train_images.std()
+    for part in ("validation_images", "test_images"):
+        np.testing.assert_allclose(getattr(whole, part) * factor, getattr(digits, part), rtol=1e-5)
+    np.testing.assert_array_equal(whole.test_labels, digits.test_labels)
+
+
+def point(subspace: Subspace, right: list[int]) -> Point:
+    correct = np.zeros((3, 100), bool)
+    for seed, count in enumerate(right):
+        correct[seed, :count] = True
+    return Point(CONV, subspace, TOY_AXES.share(subspace), correct, np.ones(3))
 
 
 def test_comparisons_find_the_published_pair_and_pair_seeds():
-    axes = PrincipalAxes((1, 5, 1), np.zeros(5), np.eye(5), np.array([6.0, 2.0, 1.0, 0.8, 0.2]), 0)
-    study = Study(Network.conv, Scale.per_image)
-
-    def point(subspace: Subspace, right: list[int]) -> Point:
-        correct = np.zeros((3, 100), bool)
-        for seed, count in enumerate(right):
-            correct[seed, :count] = True
-        result = [{"correct": row, "fitted": np.float64(1), "seconds": np.float64(1)} for row in correct]
-        return Point(study, subspace, axes.share(subspace), result)
-
     points = [
         point(Subspace(Family.bottom, 3), [60, 61, 62]),
         point(Subspace(Family.top, 3), [50, 51, 52]),
         point(Subspace(Family.top, 2), [40, 41, 42]),
     ]
-    found = {(one.kind, one.second): one.difference for one in comparisons(axes, points)}
-    assert found["published pair", "top 90% (3 dimensions)"].mean == pytest.approx(0.1)
-    assert found["complement", "top 80% (2 dimensions)"].mean == pytest.approx(0.2)
-    assert found["same dimension", "top 90% (3 dimensions)"].low == pytest.approx(0.1)
-    # Without the network that diverged there is only one pair.
-    points[2].results[1]["correct"] = np.full(100, np.nan)
-    assert [one.kind for one in comparisons(axes, points)] == ["published pair", "same dimension"]
-    assert [point.diverged for point in points] == [0, 0, 1]
-    row = dict.fromkeys(("network", "scale", "family"), "x") | {"dimension": 2, "share": 0.8, "diverged": 1}
-    row |= dict.fromkeys(("accuracy", "accuracy_sd", "accuracy_train"), np.nan)
-    row |= dict.fromkeys(("linear_accuracy", "linear_r2"), 0.5)
-    assert _table_text([row]).splitlines()[1].split() == ["x", "x", "x", "2", "80.0", "diverged", "50.0", "0.500"]
-    linear = [Linear(point.subspace, point.share, 0.5, 0.2) for point in points]
-    for figure in (accuracy_figure("toy", 5, points, linear, 0.1), dimension_figure("toy", 5, points, 0.1)):
+    found = {(one.kind, one.second): one for one in comparisons(TOY_AXES, points)}
+    pair = found["published pair", "top 90% (3 dimensions)"]
+    assert pair.difference.mean == pytest.approx(0.1) and pair.better == pair.first == "bottom 20% (3 dimensions)"
+    assert found["complement", "top 80% (2 dimensions)"].difference.mean == pytest.approx(0.2)
+    assert found["same dimension", "top 90% (3 dimensions)"].difference.low == pytest.approx(0.1)
+    first, published = sentences(list(found.values()), [CONV])
+    assert "bottom 20% (3 dimensions) minus top 90% (3 dimensions) +10.0 points" in first
+    assert first.endswith("bottom 20% (3 dimensions) is better.") and published.startswith("Published")
+    # A subspace on which a network diverged is not there.
+    assert [one.kind for one in comparisons(TOY_AXES, points[:2])] == ["published pair", "same dimension"]
+    linear = {p.subspace: {"linear_accuracy": 0.5, "linear_r2": 0.2} for p in points}
+    text = shown(points[:2], linear, [CONV])
+    assert text["conv [%]"].tolist() == [61.0, 51.0] and text["variance [%]"].tolist() == ["20.0", "90.0"]
+    for figure in (
+        accuracy_figure("toy", 5, points, [CONV], linear, 0.1),
+        dimension_figure("toy", 5, points, [CONV], 0.1),
+    ):
         figure.canvas.draw()
-    text = list(sentences(ma.load_dataset("digits"), axes, points, [], CropFlip(2, True)))
-    assert "moved by up to 2 pixels each way, and half of them are mirrored" in text[1]
-    assert text[-1].startswith(
-        "diverged, convolutional, each image rescaled: 1 of 3 networks on top 80% (2 dimensions)"
-    )
+
+
+def test_no_difference_is_called_none():
+    points = [
+        point(Subspace(Family.bottom, 3), [60, 40, 50]),
+        point(Subspace(Family.top, 3), [50, 51, 52]),
+    ]
+    (pair, _) = comparisons(TOY_AXES, points)
+    assert pair.better == "" and next(sentences([pair], [CONV])).endswith("no detectable difference.")
+
+
+def test_a_subspace_on_which_a_network_diverges_is_left_out(monkeypatch, tmp_path, digits):
+    def measured(run, key, training, seeds, steps, images):
+        if "bottom" in key:
+            raise Diverged("the loss is nan", 1, 0, None)
+        right = np.random.default_rng(0).random((len(seeds), len(digits.test_labels))) < 0.5
+        return {"correct": right, "fitted": np.ones(len(seeds))}
+
+    monkeypatch.setattr(subspace_classification, "trained", measured)
+    with pytest.warns(UserWarning, match="Left out: mlp-.*-bottom"):
+        run_it(dataclasses.replace(TINY, out=str(tmp_path / "run")))
+    assert "Left out: mlp-per_image-bottom" in (tmp_path / "run" / "summary.txt").read_text()
+    assert {row["family"] for row in rows(tmp_path / "run", "points")} == {"top", "random"}
+    assert all("bottom" not in row["first"] for row in rows(tmp_path / "run", "comparisons"))
 
 
 def test_scales_are_compared_on_both_sides_of_a_split_even_where_one_was_not_asked_for():
-    axes = PrincipalAxes((1, 5, 1), np.zeros(5), np.eye(5), np.array([6.0, 2.0, 1.0, 0.8, 0.2]), 0)
-    plan = subspaces(dataclasses.replace(TINY, top=(0.6,), bottom=(0.1, 0.2), scale_shares=(0.1,)), axes)
+    plan = subspaces(dataclasses.replace(TINY, top=(0.6,), bottom=(0.1, 0.2), scale_shares=(0.1,)), TOY_AXES)
     assert {Subspace(Family.bottom, 2), Subspace(Family.top, 3)} < set(plan)
 
 
@@ -324,29 +296,26 @@ def test_controls_of_a_split_without_a_top_direction():
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"top": (1.0,)}, "--top"),
         ({"matched": (0.4,)}, "--bottom has not"),
-        ({"max_train": 10}, "--max-train"),
-        ({"seeds": (1, 1)}, "--seeds"),
-        ({"training": TrainingConfig(epochs=0)}, "--training"),
-        ({"training": TrainingConfig(crop=8)}, "pad=8"),
-        ({"network": Network.resnet9}, "16 x 16"),
-        ({"others": (Network.mlp,)}, "--network and --others mlp mlp repeats a value"),
-        ({"scale_networks": (Network.mlp,) * 2}, "--scale-networks mlp mlp repeats a value"),
+        ({"training": dataclasses.replace(TINY.training, shift=8)}, "shift=8"),
+        ({"networks": (Network.resnet9,)}, "16 x 16"),
+        ({"training": dataclasses.replace(TINY.training, batch_size=201)}, "200 training images"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_made(change, message, tmp_path):
     with pytest.raises(ma.InputError, match=message):
-        main(dataclasses.replace(TINY, **change, out=str(tmp_path / "run")))
+        run_it(dataclasses.replace(TINY, **change, out=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
 
 def test_the_paper_preset_is_the_published_protocol():
     paper = PRESETS["paper"]
-    asked = settled(paper.training, "tiny-imagenet-200", (64, 64, 3))
-    assert asked.augmentation == CropFlip(8, True)
-    training = make_training(paper.network, (64, 64, 3), 200, asked, 100_000, (0, 1, 2), jax.devices()[:1])
-    assert paper.preparation is Preparation.contrast and paper.network is Network.resnet9
+    assert paper.preparation is Preparation.contrast and paper.networks[0] is Network.resnet9
     assert (paper.training.epochs, paper.training.batch_size) == (50, 512)
+    images, labels = np.zeros((512, 64, 64, 3), np.uint8), np.zeros(512, int)
+    one = images[:1], labels[:1]
+    data = Split("tiny-imagenet-200", ("",) * 200, images, labels, *one, *one, np.arange(513) == 0)
+    assert paper.training.augmentation(data.name, data.image_shape) == Augmentation(shift=8, flip=0.5)
+    training = make_training(paper.networks[0], data, paper.sizes, paper.training, 3)
     kernel = max(jax.tree.leaves(training.abstract_state.params), key=lambda p: p.size)
     assert kernel.shape[1:] == (3, 3, 1028, 1028)

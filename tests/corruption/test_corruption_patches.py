@@ -1,4 +1,4 @@
-"""Every corruption's stated moments against its own sampler, and against the sum over every mask there is."""
+"""Patch masks: their moments against the sum over every mask there is, and against their own samplers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import pytest
 import scipy.stats
 
 from mae_align.corruption import (
-    CleanImages,
     FixedCountPatchMasking,
     GaussianNoise,
     PatchMask,
@@ -23,6 +22,7 @@ from mae_align.corruption import (
 )
 from mae_align.data.patches import ImageShape, patch_grid, patch_labels
 from mae_align.runtime.errors import InputError
+from tests.corruption.corruption_cases import LIMIT, about_zero, assert_within_error, spd
 
 MASKS = {
     "independent": lambda size, shape: PatchMasking(size, 0.3),
@@ -31,18 +31,6 @@ MASKS = {
     "one visible": lambda size, shape: FixedCountPatchMasking(size, 1),
     "random ratio": lambda size, shape: RandomRatioMasking(size, 0.2, 1.0),
 }
-# With the fixed seeds below the largest of some thousand standard scores stays under this: P < 1e-6 each.
-LIMIT = 5.0
-
-
-def spd(d: int, seed: int = 0) -> np.ndarray:
-    root = np.random.default_rng(seed).normal(size=(d, d))
-    return root @ root.T + 0.1 * np.eye(d)
-
-
-def about_zero(sxx: np.ndarray, shape: ImageShape) -> CleanImages:
-    """Clean images of this covariance and mean 0."""
-    return CleanImages(sxx, np.zeros(len(sxx)), shape)
 
 
 def every_mask(mask: PatchMask, patches: int) -> Iterator[tuple[float, np.ndarray]]:
@@ -178,15 +166,6 @@ def test_mask_moments_are_those_of_the_sampler(name, shape, size):
         assert_within_error(per_batch.mean(0), expected, per_batch.std(0) / np.sqrt(batches))
 
 
-def assert_within_error(estimate: np.ndarray, expected: np.ndarray, standard_error: np.ndarray) -> None:
-    """Standard scores under the limit, and equality where there is nothing random."""
-    scale = np.abs(expected).max() + 1e-30
-    fixed = standard_error <= 1e-12 * scale
-    np.testing.assert_allclose(estimate[fixed], expected[fixed], atol=1e-11 * scale)
-    scores = (estimate - expected)[~fixed] / standard_error[~fixed]
-    assert np.abs(scores).max(initial=0.0) < LIMIT
-
-
 # Draws of one shape are compiled once.
 DRAWS, PATCHES = 20_000, 8
 
@@ -282,59 +261,6 @@ def test_masks_do_not_depend_on_the_float64_switch(mask):
     assert 0 < outside.sum() < outside.size
 
 
-# Gaussian noise
-
-
-def test_one_sigma_stands_for_every_pixel():
-    sxx, images = spd(40), jnp.arange(240, dtype=jnp.uint8).reshape(6, 4, 5, 2)
-    one, each = GaussianNoise(2.5), GaussianNoise(np.full((4, 5, 2), 2.5))
-    for a, b in zip(*(c.moments(about_zero(sxx, (4, 5, 2)))[:2] for c in (one, each)), strict=True):
-        np.testing.assert_array_equal(a, b)
-    samples = [c.sample(jax.random.key(16), images, images[0]) for c in (one, each)]
-    chex.assert_trees_all_equal(*samples)
-    chex.assert_type(samples, jnp.float32)
-
-
-def test_noise_moments_are_those_of_the_sampler():
-    shape, d, n = (3, 4, 2), 24, 20_000
-    rng = np.random.default_rng(16)
-    sigma = rng.uniform(0.0, 5.0, shape) * (rng.random(shape) > 0.2)
-    deviation = np.broadcast_to(sigma, shape).reshape(d)
-    noise = GaussianNoise(sigma)
-    sxx = spd(d)
-    stated = noise.moments(about_zero(sxx, shape))
-    np.testing.assert_allclose(stated.gram, sxx + np.diag(deviation**2), rtol=1e-15)
-    np.testing.assert_array_equal(stated.cross, sxx)
-    assert stated.keep == 1.0
-
-    images = rng.integers(0, 256, (n, *shape))
-    sample = jax.jit(noise.sample)
-    out = np.asarray(sample(jax.random.key(17), jnp.asarray(images, jnp.uint8), jnp.full(shape, np.nan)))
-    added = (out.astype(np.float64) - images).reshape(n, d)
-    assert (added.any(0) == (deviation > 0)).all()
-    # Gaussian: the error of a variance is sqrt(2/n) of it, of a covariance the product of deviations / sqrt(n).
-    error = np.outer(deviation, deviation) * np.sqrt(1 + np.eye(d)) / np.sqrt(n)
-    assert_within_error(added.T @ added / n, np.diag(deviation**2), error)
-    assert_within_error(added.mean(0), np.zeros(d), deviation / np.sqrt(n))
-    x = (images.reshape(n, d) - 127.5) / 74.0
-    assert np.abs((x.T @ added)[:, deviation > 0] / deviation[deviation > 0] / np.sqrt(n)).max() < 1.1 * LIMIT
-    standard = added[:, deviation > 0] / deviation[deviation > 0]
-    assert scipy.stats.kstest(standard[:500].ravel(), "norm").pvalue > 1e-3
-    assert abs(np.corrcoef(standard[:-1].ravel(), standard[1:].ravel())[0, 1]) < LIMIT / np.sqrt(n)
-
-
-@pytest.mark.parametrize("sigma", [-1.0, np.nan, np.inf, np.array([1.0, -1e-9]), np.full((2, 2, 1), np.nan)])
-def test_bad_noise_is_refused(sigma):
-    with pytest.raises(InputError, match="sigma must be finite and not negative"):
-        GaussianNoise(sigma)
-
-
-@pytest.mark.parametrize("shape", [(2, 2), (4,), (2, 2, 3), (1, 1, 1), (1,)])
-def test_noise_of_another_shape_than_the_image_is_refused(shape):
-    with pytest.raises(InputError, match=r"sigma has shape .*: give a number or the image's \[2, 2, 1\]"):
-        GaussianNoise(np.ones(shape)).moments(about_zero(np.eye(4), (2, 2, 1)))
-
-
 # Families by ratio
 
 
@@ -363,70 +289,48 @@ def test_fixed_count_from_ratio_is_the_nearest_share_of_patches(shape, size):
         assert abs(realised - ratio) <= np.abs(realisable - ratio).min() + 1e-12
 
 
-def test_fixed_count_needs_a_visible_patch():
-    for count in (0, -3):
-        with pytest.raises(InputError, match=rf"num_visible={count}: at least one patch must stay visible"):
-            FixedCountPatchMasking(2, count)
-    with pytest.raises(InputError, match=r"mask ratio 1 leaves none of the 6 patches .*stay at or below 0\.8333"):
-        FixedCountPatchMasking.from_ratio(2, 1.0, (4, 5, 1))
-    FixedCountPatchMasking.from_ratio(2, 0.8333, (4, 5, 1))
-
-
-def test_fixed_count_over_the_number_of_patches_is_refused_where_the_image_is_known():
-    mask = FixedCountPatchMasking(2, 7)
-    for use in (
-        lambda: mask.p_eff((4, 5, 1)),
-        lambda: mask.keep_probability((4, 5, 1)),
-        lambda: mask.moments(about_zero(np.eye(20), (4, 5, 1))),
-        lambda: mask.sample(jax.random.key(0), jnp.ones((2, 4, 5, 1)), jnp.ones((4, 5, 1))),
-    ):
-        with pytest.raises(InputError, match="num_visible=7 but the image has 6 patches"):
-            use()
-    assert FixedCountPatchMasking(2, 6).keep_probability((4, 5, 1)) == 1.0
-
-
-@pytest.mark.parametrize("ratio", [-0.1, 1.01, np.nan, np.inf])
-def test_ratios_outside_0_to_1_are_refused_by_every_family(ratio):
-    makers = [
-        lambda: PatchMasking(2, ratio),
-        lambda: RandomRatioMasking(2, 0.0, ratio),
-        lambda: RandomRatioMasking(2, ratio, 1.0),
-        *(
-            lambda family=family: family.from_ratio(2, ratio, (4, 4, 1))
-            for family in (PatchMasking, FixedCountPatchMasking, RandomRatioMasking)
-        ),
-    ]
-    for make in makers:
-        with pytest.raises(InputError, match="give a number from 0 to 1"):
-            make()
-
-
-def test_bounds_out_of_order_are_refused():
-    with pytest.raises(InputError, match=r"mask ratios from 0\.6 to 0\.5: low must not be over high"):
-        RandomRatioMasking(2, 0.6, 0.5)
-
-
-@pytest.mark.parametrize("size", [0, (2, 0), (1, 2, 3)])
-def test_bad_patch_sizes_are_refused_when_the_mask_is_made(size):
-    for make in (
-        lambda: PatchMasking(size, 0.5),
-        lambda: FixedCountPatchMasking(size, 1),
-        lambda: RandomRatioMasking(size, 0.0, 1.0),
-    ):
-        with pytest.raises(InputError, match="give a positive integer or a pair"):
-            make()
-
-
-def test_patches_larger_than_the_image_are_refused_by_moments_and_sampler():
-    mask = PatchMasking((2, 5), 0.5)
-    with pytest.raises(InputError, match="patch 2x5 is larger than the image 4x4"):
-        mask.moments(about_zero(np.eye(16), (4, 4, 1)))
-    with pytest.raises(InputError, match="patch 2x5 is larger than the image 4x4"):
-        mask.sample(jax.random.key(0), jnp.ones((2, 4, 4, 1)), jnp.ones((4, 4, 1)))
-
-
 def test_masks_are_values():
     assert PatchMasking(2, 0.5) == PatchMasking(2, 0.5) != PatchMasking((2, 2), 0.25)
     assert len({FixedCountPatchMasking(2, 3), FixedCountPatchMasking(2, 3), RandomRatioMasking(2, 0.1, 0.2)}) == 2
     with pytest.raises(AttributeError):
         PatchMasking(2, 0.5).ratio = 0.1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+SEVEN = FixedCountPatchMasking(2, 7)
+WIDE = PatchMasking((2, 5), 0.5)
+REFUSED = [
+    (lambda: FixedCountPatchMasking(2, 0), "num_visible=0: at least one patch must stay visible"),
+    (lambda: FixedCountPatchMasking(2, -3), "num_visible=-3: at least one patch must stay visible"),
+    (
+        lambda: FixedCountPatchMasking.from_ratio(2, 1.0, (4, 5, 1)),
+        r"mask ratio 1 leaves none of the 6 patches .*stay at or below 0\.8333",
+    ),
+    (lambda: SEVEN.p_eff((4, 5, 1)), "num_visible=7 but the image has 6 patches"),
+    (lambda: SEVEN.moments(about_zero(np.eye(20), (4, 5, 1))), "num_visible=7 but the image has 6 patches"),
+    (lambda: SEVEN.sample(jax.random.key(0), jnp.ones((2, 4, 5, 1)), jnp.ones((4, 5, 1))), "num_visible=7 but"),
+    (lambda: RandomRatioMasking(2, 0.6, 0.5), r"mask ratios from 0\.6 to 0\.5: low must not be over high"),
+    (lambda: WIDE.moments(about_zero(np.eye(16), (4, 4, 1))), "patch 2x5 is larger than the image 4x4"),
+    (lambda: WIDE.sample(jax.random.key(0), jnp.ones((2, 4, 4, 1)), jnp.ones((4, 4, 1))), "patch 2x5 is larger"),
+    *((lambda size=size: PatchMasking(size, 0.5), "give a positive integer or a pair") for size in (0, (2, 0))),
+    (lambda: FixedCountPatchMasking((2, 0), 1), "give a positive integer or a pair"),
+    (lambda: RandomRatioMasking(0, 0.0, 1.0), "give a positive integer or a pair"),
+    *((lambda p=p: PatchMasking(2, p), "give a number from 0 to 1") for p in (-0.1, 1.01, np.nan, np.inf)),
+    (lambda: RandomRatioMasking(2, 0.0, 1.01), "give a number from 0 to 1"),
+    (lambda: RandomRatioMasking(2, np.nan, 1.0), "give a number from 0 to 1"),
+    *(
+        (lambda family=family: family.from_ratio(2, 1.01, (4, 4, 1)), "give a number from 0 to 1")
+        for family in (PatchMasking, FixedCountPatchMasking, RandomRatioMasking)
+    ),
+]
+
+
+@pytest.mark.parametrize("case", range(len(REFUSED)))
+def test_bad_masks_are_refused(case):
+    call, message = REFUSED[case]
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+def test_the_last_good_counts_pass():
+    assert FixedCountPatchMasking(2, 6).keep_probability((4, 5, 1)) == 1.0
+    assert FixedCountPatchMasking.from_ratio(2, 0.8333, (4, 5, 1)).num_visible == 1

@@ -1,1 +1,0 @@
-"""Can a corruption matter for any task? Answered from the images alone, without labels."""
