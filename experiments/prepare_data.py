@@ -1,5 +1,8 @@
 """Turn any image source into a data set that streams: sharded ArrayRecord files, opened by TFDS without TensorFlow.
 
+Paper: none, for data
+Time: 5 seconds
+
 For images that do not fit in memory, or that are slow to decode: each image is read, cut to the centre square,
 resized once and stored without loss, in files that several processes can read side by side.
 

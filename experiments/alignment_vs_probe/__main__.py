@@ -1,7 +1,7 @@
 """Does the closed form predict what a trained masked autoencoder learns?
 
 Paper: Theorem 3 and Sec. 5
-Time: 6 minutes
+Time: 5 minutes
 
 For every patch size, mask ratio and loss, masked autoencoders of several seeds are trained on the same images, and many
 tasks are probed on the same frozen networks: fine and coarse labels, class subsets and pairs, brightness, position,

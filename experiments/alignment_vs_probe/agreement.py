@@ -57,7 +57,10 @@ class Panel:
     """Scores and predictions of A tasks on networks of S patch sizes, R mask ratios and E seeds.
 
     Attributes:
-        tasks: [A] names. kinds: [A] kind of each. patch_sizes: [S]. mask_ratios: [R], ascending.
+        tasks: [A] names.
+        kinds: [A] kind of each.
+        patch_sizes: [S].
+        mask_ratios: [R], ascending.
         observed: [A, S, R, E] scores, NaN where there is no such network (for all tasks alike).
         predicted: [A, S, R], finite where there are networks.
         rivals: by name, [S, R, E] of networks or [S, R], larger for better; NaN where there is no network.
@@ -117,7 +120,8 @@ def seed_mean(values: np.ndarray, networks: np.ndarray) -> np.ndarray:
     """Mean over the seeds that there are.
 
     Args:
-        values: [..., S, R, E], or [S, R] which stays what it is. networks: [S, R, E] bool.
+        values: [..., S, R, E], or [S, R] which stays what it is.
+        networks: [S, R, E] bool.
 
     Returns:
         [..., S, R], NaN where there is no network.
@@ -150,7 +154,8 @@ def unit_correlations(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray
     """Pearson's correlation over the mask ratios within every unit (task, patch size).
 
     Args:
-        predicted, observed: [..., A, S, R] scores; NaN where there is no network.
+        predicted: [..., A, S, R] scores; NaN where there is no network.
+        observed: likewise.
 
     Returns:
         [..., A, S]; NaN where one of the two is constant (an inert task) or there are fewer than three ratios.
@@ -170,7 +175,8 @@ def mean_unit_correlation(predicted: np.ndarray, observed: np.ndarray) -> np.nda
     """Mean of :func:`unit_correlations` over the units that have one: the primary statistic.
 
     Args:
-        predicted, observed: [..., A, S, R] scores.
+        predicted: [..., A, S, R] scores.
+        observed: likewise.
 
     Returns:
         [...]; NaN where no unit has a correlation.
@@ -189,7 +195,8 @@ def pooled_correlation(predicted: np.ndarray, observed: np.ndarray) -> np.ndarra
     """One correlation of all deviations from unit means: sum p g / sqrt(sum p^2 sum g^2).
 
     Args:
-        predicted, observed: [..., A, S, R] scores. An inert task adds nothing above and its noise below.
+        predicted: [..., A, S, R] scores. An inert task adds nothing above and its noise below.
+        observed: likewise.
 
     Returns:
         [...]; NaN where one of the two is constant in all units.
@@ -209,7 +216,8 @@ def pooled_slope(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
     """Observed change per predicted change, least squares within units: sum p g / sum p^2; 1 where they are equal.
 
     Args:
-        predicted, observed: [..., A, S, R] scores.
+        predicted: [..., A, S, R] scores.
+        observed: likewise.
 
     Returns:
         [...], units of the observed score per unit of the predictor; NaN where predictions are constant.
@@ -248,7 +256,8 @@ def patch_correlation(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray
     """Correlation of predicted and observed gains over tasks and ratios within a patch size, mean over patch sizes.
 
     Args:
-        predicted, observed: [..., A, S, R] scores; the lowest ratio has no gain of its own here.
+        predicted: [..., A, S, R] scores; the lowest ratio has no gain of its own here.
+        observed: likewise.
 
     Returns:
         [...]; NaN where no patch size has a correlation.

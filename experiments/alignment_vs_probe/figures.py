@@ -24,7 +24,8 @@ def gain_figure(by_objective: Mapping[str, Panel], *, title: str = "") -> Figure
     left out where one is over four times the other, since it would run along an axis.
 
     Args:
-        by_objective: panels by name of the training objective. title: above the axes.
+        by_objective: panels by name of the training objective.
+        title: above the axes.
 
     Returns:
         The figure, one column wide.
@@ -82,7 +83,8 @@ def forest_figure(groups: Mapping[str, Sequence[Agreement]], *, label: str, leve
     """Statistic and interval of every predictor, a block of rows per group; ours on top of each, filled.
 
     Args:
-        groups: what was compared, by name (data set, objective). label: of the horizontal axis, the statistic.
+        groups: what was compared, by name (data set, objective).
+        label: of the horizontal axis, the statistic.
         level: of the intervals, for the axis.
 
     Returns:

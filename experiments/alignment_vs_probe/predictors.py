@@ -32,15 +32,25 @@ class Agreement:
     """How one predictor agrees with what was observed.
 
     Attributes:
-        predictor: name. value: of the statistic; NaN where no unit has one. low, high: ends of the interval.
-        p_tasks: one-sided, tasks permuted; p_within_kinds: within kinds of tasks only; NaN for predictors that do not
-            know the task, and where there is nothing to permute. p_ratios: one-sided, ratios permuted.
-        difference: value of ours minus this one; difference_low, difference_high: its interval on the same resamples.
+        predictor: name.
+        value: of the statistic; NaN where no unit has one.
+        low: lower end of the interval.
+        high: its upper end.
+        p_tasks: one-sided, tasks permuted; NaN for predictors that do not know the task, and where there is nothing to
+            permute.
+        p_within_kinds: likewise, within kinds of tasks only.
+        p_ratios: one-sided, ratios permuted.
+        difference: value of ours minus this one.
+        difference_low: lower end of its interval on the same resamples.
+        difference_high: its upper end.
         slope: observed change per predicted change within units (:func:`pooled_slope`).
-        num_tasks, num_units: tasks, and units that have a correlation.
-        constant_predicted, constant_observed: units without one, since the prediction (an inert task) or else the
-            observation does not move; too_few_ratios: units with fewer than three ratios.
-        permutations, resamples: draws of the test of tasks; resamples in which the statistic is defined.
+        num_tasks: tasks.
+        num_units: units that have a correlation.
+        constant_predicted: units without one, since the prediction does not move (an inert task).
+        constant_observed: units without one, since the observation does not move.
+        too_few_ratios: units with fewer than three ratios.
+        permutations: draws of the test of tasks.
+        resamples: those in which the statistic is defined.
     """
 
     predictor: str
@@ -77,9 +87,12 @@ def compare_predictors(
     What the tests and the interval assume is said in :mod:`experiments.alignment_vs_probe.agreement`.
 
     Args:
-        panel: scores and predictions. statistic: which; declare one before looking.
-        permutations: of tasks and of ratios; all of them where there are no more. resamples: of the interval.
-        level: of the interval. seed: of everything random.
+        panel: scores and predictions.
+        statistic: which; declare one before looking.
+        permutations: of tasks and of ratios; all of them where there are no more.
+        resamples: of the interval.
+        level: of the interval.
+        seed: of everything random.
 
     Returns:
         Ours first, then the average over tasks, then the panel's rivals in their order. Cost: (permutations +
@@ -143,7 +156,8 @@ def reliability(panel: Panel, statistic: Statistic = mean_unit_correlation) -> f
     (E - 1) c) for a correlation c.
 
     Args:
-        panel: scores. statistic: which.
+        panel: scores.
+        statistic: which.
 
     Returns:
         The mean; NaN with one seed.

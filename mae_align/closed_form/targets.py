@@ -117,36 +117,6 @@ class Components(TargetOperator):
         vectors, _ = varying_components(moments)
         return cls(vectors[:, vectors.shape[1] - _checked(count, vectors.shape[1]) :])
 
-    @classmethod
-    def top_share(cls, moments: Moments, share: float) -> Self:
-        """The fewest top components that carry at least this share of the variance.
-
-        Raises:
-            InputError: share outside (0, 1].
-        """
-        vectors, values = varying_components(moments)
-        if not 0 < share <= 1:
-            raise InputError(f"share={share}: give a share of the variance, more than 0 and at most 1")
-        return cls(vectors[:, : count_of_share(values, share)])
-
-    @classmethod
-    def bottom_share(cls, moments: Moments, share: float) -> Self:
-        """The most bottom components that carry at most this share of the variance.
-
-        Together with ``top_share(moments, 1 - share)`` they are all components.
-
-        Raises:
-            InputError: share outside (0, 1), or less than the smallest component carries.
-        """
-        vectors, values = varying_components(moments)
-        if not 0 < share < 1:
-            raise InputError(f"share={share}: give a share of the variance between 0 and 1")
-        start = count_of_share(values, 1.0 - share)
-        if start == len(values):
-            least = values[-1] / values.sum()
-            raise InputError(f"share={share}: the smallest component carries {least:.3g} of the variance, give more")
-        return cls(vectors[:, start:])
-
     def apply(self, images: np.ndarray) -> np.ndarray:
         """E^T x, [m, p].
 

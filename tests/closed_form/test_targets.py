@@ -44,16 +44,11 @@ def operators() -> dict[str, tuple[TargetOperator, np.ndarray]]:
     """Every operator and its matrix, made without the package."""
     sample = Moments.from_arrays(oracles.train().images, oracles.train().labels)
     vectors = np.linalg.eigh(np.cov(oracles.train().x.T, bias=True))[1][:, ::-1]
-    values = np.linalg.eigvalsh(np.cov(oracles.train().x.T, bias=True))[::-1]
-    carried = np.cumsum(values) / values.sum()
-    most = int((carried < 0.7).sum()) + 1
     matrix = np.random.default_rng(0).normal(size=(7, D))
     return {
         "high-pass": (HighPass(1.2), np.eye(D) - blur(1.2)),
         "top": (Components.top(sample, 4), vectors[:, :4].T),
         "bottom": (Components.bottom(sample, 9), vectors[:, -9:].T),
-        "top share": (Components.top_share(sample, 0.7), vectors[:, :most].T),
-        "bottom share": (Components.bottom_share(sample, 0.3), vectors[:, most:].T),
         "patch means": (PatchMeanRemoved((4, 3)), np.eye(D) - patch_means((4, 3))),
         "matrix": (MatrixTarget(matrix), matrix),
     }
@@ -187,15 +182,6 @@ def test_autoencoders_attain_their_loss_on_the_images(fit, name):
     assert model.loss == pytest.approx(expected, rel=1e-9)
 
 
-def test_shares_split_the_components(fit):
-    top, bottom = Components.top_share(fit, 0.6), Components.bottom_share(fit, 0.4)
-    both = np.concatenate([top.components, bottom.components], 1)
-    np.testing.assert_allclose(both.T @ both, np.eye(D), atol=1e-12)
-    variance = np.diag(both.T @ fit.sxx @ both)
-    assert variance[: top.components.shape[1]].sum() >= 0.6 * variance.sum()
-    assert variance[: top.components.shape[1] - 1].sum() < 0.6 * variance.sum()
-
-
 def test_bottom_components_vary():
     """Constant pixels are no components."""
     x = oracles.draw(3, 100).x.copy()
@@ -235,8 +221,6 @@ class Wrong(TargetOperator):
         (lambda fit: Components(np.ones((4, 2))), "orthonormal"),
         (lambda fit: Components.top(fit, 0), "count=0"),
         (lambda fit: Components.bottom(fit, 61), "vary along 60 components"),
-        (lambda fit: Components.top_share(fit, 0.0), "share=0.0"),
-        (lambda fit: Components.bottom_share(fit, 1e-9), "the smallest component carries"),
         (lambda fit: ma.masking_sweep(fit, [2], [0.5], target=PatchMeanRemoved(9)), "9x9 is larger than the image"),
         (lambda fit: ma.masking_sweep(fit, [2], [0.5], target=MatrixTarget(np.eye(4))), "matrix for 4 pixel values"),
         (lambda fit: ma.masking_sweep(fit, [2], [0.5], target=Components(np.eye(4))), "components of 4 pixel values"),

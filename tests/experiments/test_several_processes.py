@@ -30,7 +30,7 @@ CASES = {
     "masking_dynamics": (
         "--max-train 200 --patch-sizes 4 --mask-ratios 0.5 0.75 --evaluations 3 --network.width 8 --network.depth 0 "
         "--network.heads 2 --network.decoder-width 8 --network.decoder-depth 1 --network.decoder-heads 2 "
-        "--network.epochs 2 --network.batch-size 48",
+        "--training.epochs 2 --training.batch-size 48",
         "probes",
     ),
     "subspace_classification": (

@@ -45,35 +45,27 @@ def fine_labels(dataset: ImageDataset) -> Task:
     return _of_classes(dataset, "fine labels", TaskKind.FINE_LABELS, np.arange(dataset.num_classes))
 
 
-def coarse_labels(dataset: ImageDataset, groups: Mapping[str, str] | None = None) -> Task:
-    """Groups of classes.
+def coarse_labels(dataset: ImageDataset) -> Task:
+    """Groups of classes: of the first table of ``CLASS_GROUPS`` that has all of them, else the two halves of them.
 
     Args:
-        dataset: any. groups: class name to group. None: the first table of ``CLASS_GROUPS`` that has all classes,
-            otherwise the first and the second half of the classes.
+        dataset: any.
 
     Raises:
-        InputError: a class without a group, or a single group.
+        InputError: all classes in one group.
 
     Example:
         >>> x, y = np.zeros((6, 2, 2, 1), np.uint8), np.array([0, 1, 2, 0, 1, 2])
         >>> coarse_labels(ImageDataset(x, y, x, y, ("cat", "car", "dog"), "toy")).train_targets.tolist()
         [0, 1, 0, 0, 1, 0]
     """
-    names = dataset.class_names
-    if groups is None:
-        keys = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in names]
-        found = next((table for table in CLASS_GROUPS if all(key in table for key in keys)), None)
-        half = (len(names) + 1) // 2
-        group_of = [found[key] if found else str(int(i >= half)) for i, key in enumerate(keys)]
-    else:
-        lost = [name for name in names if name not in groups]
-        if lost:
-            raise InputError(f"class {lost[0]!r} of {dataset.name!r} has no group: name one for every class")
-        group_of = [groups[name] for name in names]
+    keys = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in dataset.class_names]
+    found = next((table for table in CLASS_GROUPS if all(key in table for key in keys)), None)
+    half = (len(keys) + 1) // 2
+    group_of = [found[key] if found else str(int(i >= half)) for i, key in enumerate(keys)]
     order = list(dict.fromkeys(group_of))
     if len(order) < 2:
-        raise InputError(f"all classes of {dataset.name!r} are in the group {order[0]!r}: give at least two groups")
+        raise InputError(f"all classes of {dataset.name!r} are in the group {order[0]!r}: there is no task")
     return _of_classes(dataset, "coarse labels", TaskKind.COARSE_LABELS, np.array([order.index(g) for g in group_of]))
 
 
@@ -81,7 +73,9 @@ def class_subset(dataset: ImageDataset, classes: Sequence[int], *, kind: TaskKin
     """Some of the classes, on their images alone, relabelled 0, 1, ... in the order given.
 
     Args:
-        dataset: any. classes: at least two different class numbers. kind: how tables call it.
+        dataset: any.
+        classes: at least two different class numbers.
+        kind: how tables call it.
 
     Raises:
         InputError: fewer than two, repeated or unknown classes, or one without images.
@@ -106,7 +100,8 @@ def class_subsets(dataset: ImageDataset, seed: int) -> tuple[Task, ...]:
     """A random half of the classes, and the other half; halves of a single class are left out.
 
     Args:
-        dataset: any. seed: of the choice.
+        dataset: any.
+        seed: of the choice.
 
     Example:
         >>> x, y = np.zeros((8, 2, 2, 1), np.uint8), np.arange(8) % 4
@@ -123,7 +118,9 @@ def class_pairs(dataset: ImageDataset, count: int, seed: int) -> tuple[Task, ...
     """Pairs of classes drawn at random, first those that share no class.
 
     Args:
-        dataset: any. count: at most so many; there are q (q - 1) / 2. seed: of the choice.
+        dataset: any.
+        count: at most so many; there are q (q - 1) / 2.
+        seed: of the choice.
 
     Raises:
         InputError: count below 1.

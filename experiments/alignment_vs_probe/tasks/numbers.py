@@ -56,7 +56,8 @@ def position(dataset: ImageDataset, reference: np.ndarray | float, of: str) -> t
     """Where in the image it differs from a reference: the centre of mass of |x - reference|, across and down.
 
     Args:
-        dataset: any. reference: the mean image [h, w, c], or a number: 0 gives the centre of mass of the intensity.
+        dataset: any.
+        reference: the mean image [h, w, c], or a number: 0 gives the centre of mass of the intensity.
         of: what that is, for the names.
 
     Returns:
@@ -98,7 +99,9 @@ def top_components(
     """Scores along the principal components of largest variance: what reconstruction learns first.
 
     Args:
-        dataset: any. moments: of its training images. count: m, at most the number of components with variance.
+        dataset: any.
+        moments: of its training images.
+        count: m, at most the number of components with variance.
         components: of :func:`components_with_variance`, where they are at hand.
 
     Raises:
@@ -136,8 +139,11 @@ def bottom_components(
     which the images vary no more than their values are rounded are left out.
 
     Args:
-        dataset: any. moments: of its training images. count: m; fewer where the subspace has fewer.
-        share: of the variance, inside (0, 1). seed: of the choice among the components.
+        dataset: any.
+        moments: of its training images.
+        count: m; fewer where the subspace has fewer.
+        share: of the variance, inside (0, 1).
+        seed: of the choice among the components.
         components: of :func:`components_with_variance`, where they are at hand.
 
     Raises:
@@ -191,7 +197,8 @@ def components_with_variance(dataset: ImageDataset, moments: Moments) -> Compone
     """Principal components along which the images vary.
 
     Args:
-        dataset: any. moments: of its training images.
+        dataset: any.
+        moments: of its training images.
 
     Returns:
         [d, r] orthonormal columns and their variances [r], largest first, float64. Cost: one eigh of size d.

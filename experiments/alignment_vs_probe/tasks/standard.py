@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 from experiments.alignment_vs_probe.tasks.labels import class_pairs, class_subsets, coarse_labels, fine_labels
 from experiments.alignment_vs_probe.tasks.numbers import (
@@ -19,16 +19,16 @@ from mae_align.data.dataset import ImageDataset
 from mae_align.moments.moments import Moments
 from mae_align.runtime.errors import InputError
 
+# Class pairs; components of a task, at most what there is; shares of the variance, a bottom task each.
+_PAIRS = 4
+_COMPONENTS = 8
+_SHARES = (0.2, 0.05)
+
 
 def standard_tasks(
     dataset: ImageDataset,
     moments: Moments,
     seed: int,
-    *,
-    groups: Mapping[str, str] | None = None,
-    pairs: int = 4,
-    components: int = 8,
-    shares: Sequence[float] = (0.2, 0.05),
 ) -> tuple[Task, ...]:
     """All the tasks above, with the defaults that results are reported on.
 
@@ -38,16 +38,16 @@ def standard_tasks(
     left out with a warning.
 
     Args:
-        dataset: any. moments: of its training images (mean image and components). seed: of the choices.
-        groups: class name to group, see :func:`coarse_labels`. pairs: number of class pairs.
-        components: m of the component tasks, at most what there is. shares: of the variance, one bottom task each.
+        dataset: any.
+        moments: of its training images (mean image and components).
+        seed: of the choices.
 
     Returns:
         Tasks with different names; the same for the same arguments. Cost: one eigh of size d, one pass over the images
         per task of numbers.
 
     Raises:
-        InputError: moments of other images, groups that lack a class, a negative seed.
+        InputError: moments of other images, a negative seed.
 
     Example:
         >>> import numpy as np
@@ -59,15 +59,13 @@ def standard_tasks(
     """
     if seed < 0:
         raise InputError(f"seed={seed}: give a whole number from 0")
-    if groups is not None:
-        coarse_labels(dataset, groups)
     found = components_with_variance(dataset, moments)
-    top = min(components, len(found[1]))
+    top = min(_COMPONENTS, len(found[1]))
     mean = moments.mean_x.reshape(dataset.image_shape)
     makers: list[Callable[[], Task | tuple[Task, ...]]] = [lambda: fine_labels(dataset)]
     if dataset.num_classes > 2:
-        makers += [lambda: coarse_labels(dataset, groups), lambda: class_subsets(dataset, seed)]
-        makers += [lambda: class_pairs(dataset, pairs, seed)]
+        makers += [lambda: coarse_labels(dataset), lambda: class_subsets(dataset, seed)]
+        makers += [lambda: class_pairs(dataset, _PAIRS, seed)]
     makers += [
         lambda: brightness(dataset),
         lambda: contrast(dataset),
@@ -75,9 +73,9 @@ def standard_tasks(
         lambda: position(dataset, 0.0, "intensity"),
         lambda: top_components(dataset, moments, top, components=found),
     ]
-    for share in shares:
+    for share in _SHARES:
         makers.append(
-            lambda share=share: bottom_components(dataset, moments, components, share, seed, components=found)
+            lambda share=share: bottom_components(dataset, moments, _COMPONENTS, share, seed, components=found)
         )
     tasks: dict[str, Task] = {}
     for make in makers:

@@ -36,11 +36,6 @@ class Task:
         train_rows: [n'] int64 positions of the images they belong to, ascending.
         test_rows: likewise.
         restricted: whether some images are left out.
-
-    Example:
-        >>> rows = np.arange(3)
-        >>> Task("sign", TaskKind.FINE_LABELS, rows % 2, rows % 2, 2, rows, rows, restricted=False).is_classes
-        True
     """
 
     name: str
@@ -51,11 +46,6 @@ class Task:
     train_rows: np.ndarray
     test_rows: np.ndarray
     restricted: bool
-
-    @property
-    def is_classes(self) -> bool:
-        """Whether the targets are class labels."""
-        return self.num_classes is not None
 
     def tested_on(self, rows: np.ndarray) -> Task:
         """The same task with some of the test images as all of them.
