@@ -7,6 +7,7 @@ whatever file pytest is asked to run.
 from __future__ import annotations
 
 import atexit
+import builtins
 import os
 import shutil
 import signal
@@ -37,3 +38,8 @@ import jax
 # Set through the configuration, not the environment: subprocesses see the machine as a user does.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_runtest_teardown() -> None:
+    """Forget the last value of a doctest: tyro, when it is first imported, hashes what it finds among the builtins."""
+    vars(builtins).pop("_", None)

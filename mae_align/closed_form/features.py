@@ -137,13 +137,13 @@ def corruption_features(
     """
     mask = PatchMasking(1, 0.0) if corruption is None else corruption
     corrupted = mask.moments(clean_images(problem, images=images, centered=centered))
-    plain = _is_plain_mask(mask)
-    ratio = mask.p_eff(problem.image_shape) if plain else 0.0
-    if plain and ratio > 0.0:
-        return _mask_features(problem, mask.patch_size, ratio, corrupted, max_k or problem.rank, basis)
-    noise = _isotropic_noise(mask)
-    if noise is not None and problem.target is None:
-        return _principal_features(problem, noise, corrupted, max_k or problem.rank)
+    if problem.target is None:
+        ratio = mask.p_eff(problem.image_shape) if _is_plain_mask(mask) else 0.0
+        if _is_plain_mask(mask) and ratio > 0.0:
+            return _mask_features(problem, mask.patch_size, ratio, corrupted, max_k or problem.rank, basis)
+        if (noise := _isotropic_noise(mask)) is not None:
+            return _principal_features(problem, noise, corrupted, max_k or problem.rank)
+    # A target operator may leave fewer features than the rank: only the general path counts them.
     return moments_features(problem, corrupted, max_k=max_k)
 
 
@@ -191,7 +191,7 @@ def _mask_features(
         )
         solved = problem.solved_root(patch_size, 0.0)
         encoder = solved @ (np.asarray(basis.e) @ ((w / np.asarray(basis.pi))[:, None] * b))
-    decoder = encoder.T @ _cross(problem, corrupted)
+    decoder = encoder.T @ corrupted.cross
     return CorruptionFeatures(encoder, decoder, mu * problem.target_trace, q, gap, corrupted, problem.target_trace)
 
 
@@ -219,7 +219,10 @@ def moments_features(
         >>> moments_features(problem, CorruptionMoments(problem.sxx, problem.sxx, 1.0)).q.shape
         (4, 4)
     """
-    gram, cross = corrupted.gram, _cross(problem, corrupted)
+    gram, cross = corrupted.gram, corrupted.cross
+    if problem.target is not None:
+        # Row i of A is cov(x'_i, x), an image: W maps it to cov(x'_i, W x).
+        cross = np.asarray(problem.target.apply(cross.reshape(-1, *problem.image_shape)), np.float64)
     with solve_context("float64"):
         lower = _cholesky_factor(gram, problem.rtol)
         if lower is not None:
@@ -245,13 +248,6 @@ def moments_features(
         q = nested_basis(np.where(shown > problem.rtol * scale, features, 0.0), problem.rtol)
         decoder = size[:, None] * right[:m]
         return CorruptionFeatures(encoder, decoder, size**2, q, gap[:m], corrupted, problem.target_trace)
-
-
-def _cross(problem: PrimalProblem, corrupted: CorruptionMoments) -> np.ndarray:
-    """A = cov(x', W x) in units of keep: row i of cov(x', x) is an image, which W maps."""
-    if problem.target is None:
-        return corrupted.cross
-    return np.asarray(problem.target.apply(corrupted.cross.reshape(-1, *problem.image_shape)), np.float64)
 
 
 def nested_basis(features: np.ndarray, rtol: float) -> np.ndarray:

@@ -183,7 +183,7 @@ CHEAP = {
 
 
 @pytest.mark.parametrize("name", CHEAP)
-@pytest.mark.parametrize("case", ["regular", "singular", "target"])
+@pytest.mark.parametrize("case", ["regular", "singular"])
 def test_cheap_corruptions_have_the_features_of_the_general_path(name, case):
     """Masks of patches and isotropic noise take a short way; it ends where the general one does."""
     images = oracles.train().images.astype(np.float64)
@@ -191,15 +191,16 @@ def test_cheap_corruptions_have_the_features_of_the_general_path(name, case):
         images = np.repeat(images[:40, ::2], 2, axis=1)
     moments = Moments.from_arrays(images, np.arange(len(images)) % 3)
     noise = 0.0 if case == "singular" else None
-    problem = factorize(moments, pixel_noise=noise, target=ma.HighPass(1.5) if case == "target" else None)
+    problem = factorize(moments, pixel_noise=noise)
     corrupted = CHEAP[name].moments(clean_images(problem))
     cheap, general = corruption_features(problem, CHEAP[name]), moments_features(problem, corrupted)
     most = min(len(cheap.mu), len(general.mu), 15)
     for k in (1, 3, most):
         if general.gap[k - 1] > 1e-6:
-            np.testing.assert_allclose(*(f.q[:, :k] @ f.q[:, :k].T for f in (cheap, general)), atol=1e-7)
-            rebuilt = (f.encoder[:, :k] @ f.decoder[:k] for f in (cheap, general))
-            np.testing.assert_allclose(*rebuilt, atol=1e-7)
+            ours, theirs = (f.q[:, :k] @ f.q[:, :k].T for f in (cheap, general))
+            np.testing.assert_allclose(ours, theirs, atol=1e-7)
+            ours, theirs = (f.encoder[:, :k] @ f.decoder[:k] for f in (cheap, general))
+            np.testing.assert_allclose(ours, theirs, atol=1e-7)
         assert cheap.loss(k) == pytest.approx(general.loss(k), rel=1e-9)
     np.testing.assert_allclose(cheap.mu[:most], general.mu[:most], rtol=1e-7)
     size = cheap.encoder.T @ corrupted.gram @ cheap.encoder

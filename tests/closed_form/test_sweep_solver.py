@@ -106,9 +106,11 @@ def test_two_processes_sweep_as_one_and_the_first_writes_one_result(tmp_path):
 
 
 def experiment(out: Path) -> Path:
-    from experiments.masking_sweep.__main__ import Config, main
+    from experiments.harness.run import execute
+    from experiments.masking_sweep.__main__ import COLUMNS, Config, load, main
 
-    main(Config(patch_sizes=(2,), mask_ratios=(0.5, 0.75, 1.0), ks=(4,), max_k=8, groups=4, out=str(out)))
+    config = Config(patch_sizes=(2,), mask_ratios=(0.5, 0.75, 1.0), ks=(4,), max_k=8, groups=4, out=str(out))
+    execute("masking_sweep", main, config, load, COLUMNS)
     return out
 
 

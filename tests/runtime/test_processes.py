@@ -169,7 +169,7 @@ def work(folder: Path) -> None:
         "store": refusal(lambda: shared_store(folder / "points", lambda: "b")),
         "stream": stream(0),
         "data": refusal(lambda: load_together("digits" if me == 0 else "npz:none.npz", image_size=None, seed=0)),
-        "moments": refusal(lambda: masking_sweep.main(given)),
+        "moments": refusal(lambda: masking_sweep.load(given)),
         "none": refusing(),
         "same folder": refusal(lambda: RunFolder.open("toy", "toy", Config(0, run), run)),
         "whole stream": stream(1),
