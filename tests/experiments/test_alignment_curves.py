@@ -184,7 +184,7 @@ def test_set_figure_holds_long_names_and_many_sets():
 
 
 def test_fewer_images_are_those_of_the_split(tmp_path, no_figures):
-    run("--studies", "sets", "--max-train", "300", "--max-test", "100", "--out", str(tmp_path / "run"))
+    run("--studies", "sets", "--max-train", "300", "--max-test", "100", "--groups", "5", "--out", str(tmp_path / "run"))
     result = xr.load_dataset(tmp_path / "run" / "sets.nc", engine="scipy")
     # The validation images are fitted, too: nothing is chosen.
     assert result.num_train.values.tolist() == [300 + 287]
@@ -219,7 +219,7 @@ def test_one_set_has_the_fingerprint_of_its_split_and_several_one_of_all(tmp_pat
         (["--groups", "300"], "--groups 300: 359 test images leave a group empty"),
         (["--max-train", "20", "--validation-fraction", "0.01", "--classes.counts", "2", "10"], "fewer than 2 of each"),
         (["--image-size", "64"], "backgrounds are 106 x 48 pixels, smaller than the 64 x 64 foreground"),
-        (["--preset", "paper"], "cifar10.npz: check the path"),
+        (["--preset", "paper"], "check the path, npz:FILE"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(arguments, words, tmp_path, monkeypatch, capsys):

@@ -69,7 +69,7 @@ def test_labels_are_not_looked_at(tmp_path):
 
 def test_a_second_run_solves_nothing(run, monkeypatch, capsys):
     monkeypatch.setattr("mae_align.closed_form.compare.figures", None)
-    monkeypatch.setattr("mae_align.closed_form.sweep.patch_basis", None)
+    monkeypatch.setattr("mae_align.closed_form.corruption_sweep.corruption_features", None)
     (run / "summary.txt").unlink()
     run_experiment(diagnose_corruption, *SMALL, "--measure", "--out", run)
     assert "can matter" in capsys.readouterr().out

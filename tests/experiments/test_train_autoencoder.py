@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import mae_align as ma
-from experiments.harness import train_loop as train_loop
-from experiments.harness import train_main
-from experiments.harness.cli import launch
-from experiments.harness.measures import Measured
-from experiments.harness.train_common import End, LabelledSplit, Probe
-from experiments.train_autoencoder import PRESETS, Config, Network, Noise, main
+from experiments import train_autoencoder
+from experiments.harness import ensembles
+from experiments.harness.config import Training
+from experiments.harness.data import Split
+from experiments.harness.ensembles import End, Probe
+from experiments.harness.report import Measured
+from experiments.harness.run import Run, execute
+from experiments.train_autoencoder import COLUMNS, Config, Network, Noise, main
 from mae_align.models import in_head
+from tests.experiments.cases import refusal, rows_of
 
 TINY = Config(
     max_train=300,
@@ -28,9 +28,7 @@ TINY = Config(
     seeds=(0,),
     learning_rates=(1e-5, 3e-3),
     guidance=(0.0, 1.0),
-    epochs=6,
-    warmup_epochs=1.0,
-    batch_size=50,
+    training=Training(epochs=6, warmup_epochs=1.0, batch_size=50),
     latent=6,
     widths=(16,),
     probes=(Probe.ridge,),
@@ -39,17 +37,20 @@ TINY = Config(
 )
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """Two learning rates by two guidance weights."""
-    out = tmp_path_factory.mktemp("autoencoder") / "run"
-    main(dataclasses.replace(TINY, out=str(out)))
+def go(out: Path, **changes: Any) -> Path:
+    config = dataclasses.replace(TINY, **changes, out=str(out))
+    execute("train_autoencoder", main, config, Split.load, COLUMNS)
     return out
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """Two learning rates by two guidance weights."""
+    return go(tmp_path_factory.mktemp("autoencoder") / "run")
+
+
 def table(folder: Path, name: str) -> list[dict[str, str]]:
-    with (folder / f"{name}.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return rows_of(folder / f"{name}.csv")
 
 
 @pytest.mark.slow
@@ -71,9 +72,10 @@ def test_the_better_learning_rate_of_each_guidance_is_reported(run):
 
 @pytest.mark.slow
 def test_guidance_is_in_the_loss_and_its_head_watches_without(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    last = [line for line in lines if "loss" in line][-1]
-    loss, entropy, error = (np.array(last[name]) for name in ("loss", "cross_entropy", "reconstruction"))
+    lines = [json.loads(line) for line in (run / "networks" / "trained" / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "loss" in line][-6:]  # an epoch
+    names = ("loss", "cross_entropy", "reconstruction")
+    loss, entropy, error = (np.mean([line[name] for line in last], axis=0) for name in names)
     np.testing.assert_allclose(loss, error + np.array([0, 0, 1, 1]) * entropy, rtol=1e-5)
     # The head learns at weight 0 too.
     assert entropy[1] < np.log(10) - 0.05
@@ -84,7 +86,7 @@ def test_report_row_is_of_the_networks_reconstructions(run):
     """Error of the closed form's own kind: in units of the variance, of corrupted test images."""
     row = table(run, "report")[0]
     assert row["reconstruction_of"] == "clean images from corrupted ones"
-    split = LabelledSplit.load(TINY)
+    split = Split.load(TINY)
     x = split.test_images.astype(float)
     energy = ((x - split.train_images.mean(0)) ** 2).mean()
     share = float(row["reconstruction_mse"]) / energy
@@ -105,8 +107,8 @@ def test_report_row_is_of_the_networks_reconstructions(run):
     ],
 )
 def test_other_networks_and_corruptions(tmp_path, change):
-    small = {"learning_rates": (1e-3,), "guidance": (0.0,), "epochs": 1, "warmup_epochs": 0.0, "pictures": 2}
-    main(dataclasses.replace(TINY, **small, **change, out=str(tmp_path / "run")))
+    short = Training(epochs=1, warmup_epochs=0.0, batch_size=50)
+    go(tmp_path / "run", learning_rates=(1e-3,), guidance=(0.0,), training=short, pictures=2, **change)
     rows = table(tmp_path / "run", "report")
     assert len(rows) == 1 and float(rows[0]["reconstruction_error"]) > 0
     assert (tmp_path / "run" / "reconstructions.pdf").exists()
@@ -120,7 +122,7 @@ def test_other_networks_and_corruptions(tmp_path, change):
 def test_large_images_are_pooled_within_patches():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(40, 24, 24, 1)), np.arange(40) % 2
-    split = LabelledSplit("toy", 2, x, y, x, y, x, y, "")
+    split = Split("toy", ("a", "b"), x, y, x, y, x, y, np.repeat([False, True], 40))
     measured = Measured.of(split, ma.PatchMasking(6, 0.5), most=100)
     assert measured.factor == 3 and measured.corruption == ma.PatchMasking((2, 2), 0.5)
     # Masked and pooled is pooled and masked.
@@ -137,7 +139,7 @@ def test_large_images_are_pooled_within_patches():
 
 def test_warm_up_is_as_given_and_a_quarter_at_most_with_labels(monkeypatch, tmp_path):
     """Both trainings are there before there is a run folder."""
-    made, adamw = [], train_loop.adamw
+    made, adamw = [], ensembles.adamw
 
     class Opened(Exception):
         pass
@@ -145,51 +147,34 @@ def test_warm_up_is_as_given_and_a_quarter_at_most_with_labels(monkeypatch, tmp_
     def stop(*arguments, **options):
         raise Opened
 
-    monkeypatch.setattr(train_loop, "adamw", lambda *of: made.append(of) or adamw(*of))
-    monkeypatch.setattr(train_main.RunFolder, "open", stop)
+    monkeypatch.setattr(ensembles, "adamw", lambda *of: made.append(of) or adamw(*of))
+    monkeypatch.setattr(Run, "train_to", stop)
+    warm = dataclasses.replace(TINY.training, warmup_epochs=4.0)
     with pytest.raises(Opened):
-        main(dataclasses.replace(TINY, warmup_epochs=4.0, ends=(End.from_scratch,), end_epochs=8))
+        go(tmp_path / "run", training=warm, ends=(End.from_scratch,), end_epochs=8)
     # Six steps in an epoch. The head that guides is clipped apart.
     assert [(config.warmup_steps, apart) for config, apart in made] == [(24, in_head), (12, None)]
+    assert not (tmp_path / "run").exists()
 
 
-def test_the_checkpoint_of_least_loss_is_kept_beside_the_last_two(monkeypatch, tmp_path):
-    kept = []
+CASES = {
+    "guidance": ("--guidance -1", "--guidance -1: give numbers at least 0"),
+    "noise": ("--sigma 0", "--sigma 0: give a number over 0"),
+    "ratio": ("--mask-ratio 1", "--mask-ratio 1: give a number at least 0 and below 1"),
+    "patch": ("--patch-size 9", "patch 9x9 is larger than the image 8x8"),
+    "code": ("--latent 0", "--latent 0: give a number at least 1"),
+    "mesh": (
+        "--ends fine_tuning --end-learning-rates 1e-3 --learning-rates 1e-3 1e-4 --seeds 0 --ensemble-axis 2 "
+        "--devices 2",
+        "num_members=1 is not divisible by the 2 devices",
+    ),
+    "widths": ("--network resnet --widths 0", "--widths 0: give numbers at least 1"),
+}
 
-    def fit(*arguments, checkpoints, **options):
-        for step, loss in enumerate((0.1, 0.4, 0.2, 0.3), start=1):
-            checkpoints.save(step, {"x": jnp.zeros(1)}, {}, {"loss": loss})
-        checkpoints.wait()
-        kept.extend(checkpoints.steps())
 
-    monkeypatch.setattr(train_loop, "fit", fit)
-    programs: Any = SimpleNamespace(put=lambda *arrays: arrays)
-    train_loop.train(TINY, LabelledSplit.load(TINY), programs, programs, 6, tmp_path, "toy")
-    assert kept == [1, 3, 4]
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--guidance", "-1"], "--guidance -1: give finite weights of at least 0"),
-        (["--sigma", "0"], "--sigma 0: give a number over 0"),
-        (["--mask-ratio", "1"], "--mask-ratio 1: give a number from 0 to below 1"),
-        (["--patch-size", "9"], "patch 9x9 is larger than the image 8x8"),
-        (["--latent", "0"], "latent=0: give at least one feature"),
-        (
-            ["--ends", "fine_tuning", "--end-learning-rates", "1e-3", "--learning-rates", "1e-3", "1e-4"]
-            + ["--seeds", "0", "--ensemble-axis", "2", "--devices", "2"],
-            "num_members=1 is not divisible by the 2 devices",
-        ),
-        (["--network", "resnet", "--widths", "0"], "blocks (0,): give at least one number"),
-    ],
-)
-def test_bad_input_is_one_line_and_leaves_nothing(capsys, tmp_path, monkeypatch, argv, message):
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line_and_leaves_nothing(capsys, tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit_info:
-        launch(main, Config, PRESETS, argv)
-    assert exit_info.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {message}"), error
-    assert error.count("\n") == 1
+    arguments, message = CASES[case]
+    assert message in refusal(capsys, train_autoencoder, *arguments.split())
     assert not list(tmp_path.iterdir())
