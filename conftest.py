@@ -42,4 +42,5 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_runtest_teardown() -> None:
     """Forget the last value of a doctest: tyro, when it is first imported, hashes what it finds among the builtins."""
-    vars(builtins).pop("_", None)
+    if hasattr(builtins, "_"):
+        del builtins._  # pyright: ignore[reportAttributeAccessIssue]

@@ -14,6 +14,7 @@ import dataclasses
 import enum
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -307,16 +308,20 @@ class RunFolder:
         """Writes a labelled result as NAME.nc (netCDF-3, see `netcdf3_ready`) and NAME.csv.
 
         The table has one row for each combination of all coordinates and one column for each
-        variable; a variable without one of the dimensions is repeated along it.
+        variable; a variable without one of the dimensions is repeated along it. There is none where no
+        variable has all dimensions.
 
         Returns:
             The path of NAME.nc.
         """
         path = self.save_netcdf(name, dataset)
-        # A data set without dimensions has no index; one row is its table.
-        labelled = dataset if dataset.sizes else dataset.expand_dims("row")
-        with atomic_path(self.path / f"{name}.csv") as unfinished:
-            labelled.to_dataframe().reset_index().to_csv(unfinished, index=False)
+        # Where no variable has all dimensions, one table of all of them is mostly repetitions: a megabyte becomes three
+        # gigabytes.
+        if math.prod(dataset.sizes.values()) == max((v.size for v in dataset.variables.values()), default=0):
+            # A data set without dimensions has no index; one row is its table.
+            labelled = dataset if dataset.sizes else dataset.expand_dims("row")
+            with atomic_path(self.path / f"{name}.csv") as unfinished:
+                labelled.to_dataframe().reset_index().to_csv(unfinished, index=False)
         return path
 
     def save_netcdf(self, name: str, dataset: xr.Dataset) -> Path:

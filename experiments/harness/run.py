@@ -260,20 +260,21 @@ class Run(Generic[DataT]):
         """
         rows = frame if isinstance(frame, list) else frame.to_dict("records")
         self.folder.save_table(name, rows)
-        self._describe(name, [str(column) for row in rows for column in row])
+        self._describe(f"{name}.csv", [str(column) for row in rows for column in row])
         if show is not None:
             self._record.setdefault("table", name)
             self._shown.append(table_text(show))
 
     def dataset(self, name: str, dataset: xr.Dataset) -> None:
-        """Write a labelled result as NAME.nc and NAME.csv; every variable gets a long name and units."""
+        """Write a labelled result as NAME.nc, and NAME.csv where it is a table; variables get long names and units."""
         described = dataset.copy()
         for variable in described.variables:
             attrs = described[variable].attrs
             if "long_name" not in attrs or "units" not in attrs:
                 attrs["long_name"], attrs["units"] = _text_and_units(self.column(str(variable)))
-        self.folder.save_dataset(name, described)
-        self._describe(name, [str(v) for v in described.variables], described)
+        path = self.folder.save_dataset(name, described)
+        table = path.with_suffix(".csv")
+        self._describe((table if table.exists() else path).name, [str(v) for v in described.variables], described)
 
     def column(self, name: str) -> str:
         """The line that describes a column.
@@ -295,7 +296,7 @@ class Run(Generic[DataT]):
             text = f"{attrs['long_name']} [{attrs['units']}]" if attrs else self.column(column)
             lines.append(f"- `{column}`: {text}")
         self._tables[table] = lines
-        sections = [f"## {name}.csv\n\n" + "\n".join(found) + "\n" for name, found in self._tables.items()]
+        sections = [f"## {name}\n\n" + "\n".join(found) + "\n" for name, found in self._tables.items()]
         self.folder.save_text("columns.md", "\n".join(["# Columns of the tables\n", *sections]))
 
     def figure(self, name: str, figure: Figure) -> None:

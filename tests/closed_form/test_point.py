@@ -181,7 +181,7 @@ def test_a_batch_of_points_is_the_loop_over_them(solve):
         for batch in batches:
             np.testing.assert_allclose(batch.mu[i], one.mu, atol=1e-12)
             np.testing.assert_allclose(batch.gap[i], one.gap, atol=1e-10)
-            np.testing.assert_allclose(up_to_sign(batch.t[i], one.t), one.t, atol=1e-11)
+            np.testing.assert_allclose(up_to_sign(np.asarray(batch.t[i]), one.t), one.t, atol=1e-11)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.7, 50.0])

@@ -17,7 +17,6 @@ from experiments.alignment_curves.__main__ import Background, Classes, Config, R
 from experiments.alignment_curves.figures import set_figure
 from experiments.alignment_curves.report import change_sentence, change_text
 from experiments.alignment_curves.studies import Curve
-from experiments.harness.cli import launch
 from experiments.harness.config import RunConfig
 from tests.experiments.cases import refusal, rows_of, run_experiment
 
@@ -235,7 +234,7 @@ def test_images_too_large_for_the_machine_are_refused(monkeypatch, capsys):
 
 def test_every_field_is_explained(capsys):
     with pytest.raises(SystemExit) as exit_:
-        launch(alignment_curves.main, Config, alignment_curves.PRESETS, ["--help"])
+        run("--help")
     assert exit_.value.code == 0
     text = "".join(c for c in capsys.readouterr().out if c.isalnum())
     for kind in (Config, Classes, Resolution, Background):

@@ -386,3 +386,13 @@ def test_summary_is_printed_and_written(folder, capsys):
 def test_points_is_a_sub_folder(folder):
     assert folder.points == folder.path / "points"
     assert folder.points.is_dir()
+
+
+def test_a_result_that_is_no_table_has_none(tmp_path):
+    """Variables over a, over b and over c would become a row for each of all combinations."""
+    folder = RunFolder.open("toy", "toy", Config(0), str(tmp_path / "run"))
+    apart = xr.Dataset({"x": ("a", np.zeros(40)), "y": ("b", np.zeros(50)), "z": ("c", np.zeros(60))})
+    folder.save_dataset("apart", apart)
+    folder.save_dataset("together", xr.Dataset({"x": (("a", "b"), np.zeros((4, 5))), "y": ("b", np.zeros(5))}))
+    assert (folder.path / "apart.nc").exists() and not (folder.path / "apart.csv").exists()
+    assert len((folder.path / "together.csv").read_text().splitlines()) == 1 + 4 * 5
