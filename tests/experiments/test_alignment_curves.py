@@ -234,7 +234,7 @@ def test_images_too_large_for_the_machine_are_refused(monkeypatch, capsys):
 
 def test_every_field_is_explained(capsys):
     with pytest.raises(SystemExit) as exit_:
-        run("--help")
+        run_experiment(alignment_curves, "--help")
     assert exit_.value.code == 0
     text = "".join(c for c in capsys.readouterr().out if c.isalnum())
     for kind in (Config, Classes, Resolution, Background):
