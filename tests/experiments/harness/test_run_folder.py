@@ -390,7 +390,7 @@ def test_points_is_a_sub_folder(folder):
 
 def test_a_result_that_is_no_table_has_none(tmp_path):
     """Variables over a, over b and over c would become a row for each of all combinations."""
-    folder = RunFolder.open("toy", "toy", Config(0), str(tmp_path / "run"))
+    folder = RunFolder.open("toy", "toy", Config(), str(tmp_path / "run"))
     apart = xr.Dataset({"x": ("a", np.zeros(40)), "y": ("b", np.zeros(50)), "z": ("c", np.zeros(60))})
     folder.save_dataset("apart", apart)
     folder.save_dataset("together", xr.Dataset({"x": (("a", "b"), np.zeros((4, 5))), "y": ("b", np.zeros(5))}))
