@@ -25,7 +25,7 @@ CASES = {
         "--max-train 200 --learners mlp_adamw --intervened mlp_adamw --interventions reversed --seeds 0 1 --records 6 "
         "--looked-at 60 --bands 3 --response-points 30 --response-widths 0.5 --resamples 20 --network.latent 6 "
         "--training.batch-size 48 --training.steps 60",
-        "dynamics",
+        "half_times",
     ),
     "masking_dynamics": (
         "--max-train 200 --patch-sizes 4 --mask-ratios 0.5 0.75 --evaluations 3 --network.width 8 --network.depth 0 "

@@ -77,7 +77,7 @@ def arrays(folder: Path) -> dict[str, np.ndarray]:
 def test_run_leaves_everything_in_its_folder(folder):
     names = ("residuals", "spectra", "half_times", "groups", "frequency", "interventions", "set_apart")
     figures = {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
-    tables = {f"{name}.csv" for name in ("dynamics", "half_times", "cells", "orders")}
+    tables = {f"{name}.csv" for name in ("half_times", "cells", "orders")}
     records = {"dynamics.nc", "summary.txt", "columns.md", "config.json", "data.json", "run.json"}
     assert {path.name for path in folder.iterdir()} == figures | tables | records | {"points", "networks"}
     found = xr.load_dataset(folder / "dynamics.nc", engine="scipy")
@@ -111,7 +111,7 @@ def test_what_is_there_is_not_trained_again(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "follow", None)
     monkeypatch.setattr(experiment, "make_scene", None)
     go(TINY, copy)
-    for name in ("cells.csv", "half_times.csv", "orders.csv", "dynamics.csv"):
+    for name in ("cells.csv", "half_times.csv", "orders.csv", "dynamics.nc"):
         assert (copy / name).read_bytes() == (folder / name).read_bytes()
 
 
