@@ -14,10 +14,10 @@ import numpy as np
 import xarray as xr
 
 from mae_align.closed_form.predictions import KS, Row, closed_form_row
-from mae_align.closed_form.targets import count_of_share, varying_components
 from mae_align.corruption import Corruption
 from mae_align.data.frequency import error_by_band
 from mae_align.moments.moments import Moments
+from mae_align.moments.principal import PrincipalComponents, count_of_share, varying_components
 from mae_align.probes import ProbeResult, as_images, ridge_from_moments
 from mae_align.runtime.checks import check_images
 from mae_align.runtime.errors import InputError
@@ -151,7 +151,7 @@ def reconstruction_errors(
     *,
     share: float = 0.9,
     num_bands: int = 8,
-    components: tuple[np.ndarray, np.ndarray] | None = None,
+    components: PrincipalComponents | None = None,
 ) -> SubspaceErrors:
     """Where a reconstruction errs: in total, in the top and bottom principal subspaces, per band of frequency.
 
@@ -163,7 +163,7 @@ def reconstruction_errors(
         moments: of the training images: their mean and principal components.
         share: of the variance, in the top subspace.
         num_bands: see :mod:`mae_align.data.frequency`.
-        components: of :func:`mae_align.closed_form.targets.varying_components` of the moments, where several networks
+        components: of :func:`mae_align.moments.principal.varying_components` of the moments, where several networks
             share them; None: computed.
 
     Returns:
@@ -246,7 +246,7 @@ def report_row(
     share: float = 0.9,
     num_bands: int = 8,
     closed_form: Mapping[str, float | int | str] | None = None,
-    components: tuple[np.ndarray, np.ndarray] | None = None,
+    components: PrincipalComponents | None = None,
 ) -> Row:
     """One row: a trained network and its data, what the closed form says and what was measured.
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LinearRegression
 
 from mae_align import InputError, Moments, PatchMasking
-from mae_align.closed_form import targets
 from mae_align.closed_form.predictions import closed_form_row
 from mae_align.metrics import (
     Outputs,
@@ -20,6 +19,7 @@ from mae_align.metrics import (
     report_row,
     report_table,
 )
+from mae_align.moments import principal
 from mae_align.probes import ridge_probe
 
 
@@ -105,11 +105,11 @@ def test_errors_in_subspaces_are_those_of_projections():
 
 def test_networks_share_one_eigendecomposition(monkeypatch):
     x, test = images(), images(50, seed=1)
-    moments, solved, solve = Moments.from_arrays(x), [], targets.principal_components
-    monkeypatch.setattr(targets, "principal_components", lambda m: solved.append(1) or solve(m))
+    moments, solved, solve = Moments.from_arrays(x), [], principal.principal_components
+    monkeypatch.setattr(principal, "principal_components", lambda m: solved.append(1) or solve(m))
     alone = reconstruction_errors(test, test * 0.9, moments)
     assert len(solved) == 1
-    shared = targets.varying_components(moments)
+    shared = principal.varying_components(moments)
     assert len(solved) == 2
     again = reconstruction_errors(test, test * 0.9, moments, components=shared)
     assert len(solved) == 2 and again[:4] == alone[:4]
@@ -153,7 +153,7 @@ def test_one_row_holds_everything():
         "num_bands": 4,
     }
     outputs = Outputs(z, z_test, test * 0.9)
-    shared = targets.varying_components(moments)
+    shared = principal.varying_components(moments)
     row = report_row({"model": "random", "seed": 3}, outputs, probes={"ridge": probe}, components=shared, **arguments)
     assert list(row)[:2] == ["model", "seed"] and row["latent"] == 7 and row["rankme"] == rankme(z_test)
     own = feature_r2(z, y, z_test, y_test)

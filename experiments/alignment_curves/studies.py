@@ -17,7 +17,7 @@ import numpy as np
 import mae_align as ma
 from mae_align.closed_form.curves import curves_from_targets
 from mae_align.closed_form.factorize import factorize
-from mae_align.closed_form.held_out import held_out_curves, hold_out
+from mae_align.closed_form.held_out import held_out_curves
 from mae_align.data import average_pool, blend_over_backgrounds, select_classes
 from mae_align.runtime.devices import is_cpu, solve_device, worker_count
 from mae_align.runtime.files import PointStore
@@ -107,7 +107,7 @@ def pca_curve(train: ma.Moments, test: ma.Moments, pixel_noise: float | None) ->
     problem = factorize(train, pixel_noise=pixel_noise)
     t = problem.t0
     inside = curves_from_targets(t, t, problem.syy, problem.yty)
-    held = hold_out(problem, test)
+    held = problem.hold_out(test)
     inner = t @ t.T
     weights = np.triu(2 * inner, 1) + np.diag(np.diag(inner))
 

@@ -20,12 +20,12 @@ from experiments.harness.ensembles import End, Ensemble, Member, Probe, Problem,
 from experiments.harness.probes import NETWORK
 from experiments.harness.run import Rows, Run
 from mae_align.closed_form.predictions import KS, closed_form_row
-from mae_align.closed_form.targets import varying_components
 from mae_align.corruption import Corruption, PatchMask
 from mae_align.data import average_pool
 from mae_align.data.patches import patch_hw
 from mae_align.metrics import Outputs, report_row
 from mae_align.moments.moments import group_of
+from mae_align.moments.principal import PrincipalComponents, varying_components
 
 # Pixel values up to which whole images are measured; larger ones are pooled.
 MOST_PIXELS = 12_288
@@ -114,8 +114,8 @@ class Measured:
         return ma.Moments.from_arrays(self.pool(split.train_images), split.train_labels, num_classes=split.num_classes)
 
     @functools.cached_property
-    def components(self) -> tuple[np.ndarray, np.ndarray]:
-        """Principal components of the training images and their variances."""
+    def components(self) -> PrincipalComponents:
+        """Principal components of the training images."""
         return varying_components(self.train)
 
     @functools.cached_property

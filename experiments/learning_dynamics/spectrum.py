@@ -25,6 +25,7 @@ import numpy as np
 
 from mae_align.data.patches import ImageShape
 from mae_align.moments.moments import Moments
+from mae_align.moments.principal import varying_components
 from mae_align.runtime.errors import InputError
 
 # Images transformed in float64 at a time.
@@ -73,11 +74,10 @@ class Spectrum:
         """
         if not moments.center:
             raise InputError("these moments are about zero: make them with center=True to take principal directions")
-        values, vectors = np.linalg.eigh(moments.sxx)
-        kept = np.flatnonzero(values > max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps)[::-1]
-        if not len(kept):
+        vectors, values = varying_components(moments)
+        if not len(values):
             raise InputError("all images are the same: there is no variance to learn, give other images")
-        return cls(moments.image_shape, moments.mean_x, vectors[:, kept], values[kept])
+        return cls(moments.image_shape, moments.mean_x, vectors, values)
 
     @property
     def num_pixels(self) -> int:

@@ -150,10 +150,7 @@ def load(config: Config) -> Inputs:
         raise ma.InputError(
             "--validation-moments and --test-moments go with --train-moments: give all of them as files"
         )
-    split = Split.load(config)
-    if config.held_out:
-        check_groups(config.groups, len(split.test_labels))
-    return Images(split, config.data, config.held_out, config.groups, config.jitter, config.seed)
+    return Images(Split.load(config), config.data, config.held_out, config.groups, config.jitter, config.seed)
 
 
 def main(config: Config, run: Run[Inputs]) -> None:
@@ -199,6 +196,8 @@ def _check(config: Config, inputs: Inputs) -> None:
     GridSpec.checked(
         inputs.image_shape, config.patch_sizes, [0.0], _ratios(config), [math.inf], _FAMILIES[config.masking]
     )
+    if isinstance(inputs, Images) and config.held_out:
+        check_groups(config.groups, len(inputs.split.test_labels))
     if not any(ratio > 0 for ratio in config.mask_ratios):
         raise ma.InputError("--mask-ratios 0: give at least one ratio over 0, no mask is always computed")
     most = math.prod(inputs.image_shape)

@@ -18,9 +18,9 @@ import functools
 
 import numpy as np
 
-from mae_align.closed_form.factorize import factorize
 from mae_align.data.patches import ImageShape
 from mae_align.moments.moments import Moments
+from mae_align.moments.principal import varying_components
 from mae_align.runtime.checks import check_images
 from mae_align.runtime.errors import InputError
 
@@ -97,8 +97,10 @@ class PrincipalAxes:
         """
         if not moments.center:
             raise InputError("principal subspaces are about the mean image: give moments made with center=True")
-        problem = factorize(moments, pixel_noise=0.0)
-        return cls(moments.image_shape, problem.mean_x, problem.u, problem.s, seed)
+        vectors, variances = varying_components(moments)
+        if not len(variances):
+            raise InputError("the images are constant: there are no directions to project them on")
+        return cls(moments.image_shape, moments.mean_x, vectors, variances, seed)
 
     @property
     def rank(self) -> int:

@@ -34,12 +34,19 @@ class LinearAutoencoder:
     """A linear autoencoder with a linear head; a pytree.
 
     Attributes:
-        encoder: [d, k] V. head: [k, q] W. decoder: [k, d] Z ([k, p] where a target operator is reconstructed).
-        mean_x: [d] of clean images. mean_y: [q].
-        mean_input: [d] of the images that are reconstructed from, E[x']. mean_output: [d] of what is reconstructed.
+        encoder: [d, k] V.
+        head: [k, q] W.
+        decoder: [k, d] Z ([k, p] where a target operator is reconstructed).
+        mean_x: [d] of clean images.
+        mean_y: [q].
+        mean_input: [d] of the images that are reconstructed from, E[x'].
+        mean_output: [d] of what is reconstructed.
         loss: minimum of the training objective, in its own units.
-        rank: numerical rank of S. pixel_noise: variance on its diagonal. rtol: relative cutoff of its spectrum.
-        image_shape: (h, w, c). output_shape: the same, or (p,).
+        rank: numerical rank of S.
+        pixel_noise: variance on its diagonal.
+        rtol: relative cutoff of its spectrum.
+        image_shape: (h, w, c).
+        output_shape: the same, or (p,).
         note: what a reader of the result must know, "" if nothing.
     """
 
@@ -125,9 +132,9 @@ def supervised_autoencoder(
         lam: weight of reconstruction in [0, inf], target^2 / pixel^2. inf is PCA (the loss is then the reconstruction
             error alone). 0 is ordinary least squares for k >= rank(Sxy) and
             reduced-rank regression below; features beyond rank(Sxy) are those of the limit 0+.
-        k: number of features, at most the rank. pixel_noise, rtol, target: see
-            :func:`mae_align.closed_form.factorize.factorize`; with a target operator its output is reconstructed
-            instead of x.
+        k: number of features, at most the rank.
+        pixel_noise, rtol, target: see :func:`mae_align.closed_form.factorize.factorize`; with a target operator its
+            output is reconstructed instead of x.
 
     Returns:
         The autoencoder, float64. Cost: eigh of size d and of size rank.
@@ -151,7 +158,9 @@ def supervised_solution(problem: PrimalProblem, lam: float, k: int) -> LinearAut
     """Theorem 1 for a problem that is factorised already; see :func:`supervised_autoencoder`.
 
     Args:
-        problem: factorised from moments, float64. lam: weight of reconstruction in [0, inf]. k: number of features.
+        problem: factorised from moments, float64.
+        lam: weight of reconstruction in [0, inf].
+        k: number of features.
 
     Returns:
         The autoencoder, float64. Cost: eigh of size rank.
@@ -203,7 +212,8 @@ def denoising_autoencoder(
 
     Args:
         moments: of the training data; its G and A are [d, d], so that there is no dual of it.
-        corruption: any corruption with moments. k: number of features.
+        corruption: any corruption with moments.
+        k: number of features.
         pixel_noise, rtol, target: see :func:`mae_align.closed_form.factorize.factorize`.
         images: the training images [n, h, w, c], or a function that starts a pass over batches of them; only for
             corruptions without exact moments.
@@ -258,7 +268,13 @@ def supervised_loss(
     """Expected loss of Theorem 1 at any V, W, Z, from moments: E|W^T V^T x - y|^2 + lam E|Z^T V^T x - x|^2.
 
     Args:
-        encoder: [d, k]. head: [k, q]. decoder: [k, d]. lam: finite weight. sxx: [d, d]. sxy: [d, q]. syy: [q, q].
+        encoder: [d, k] V.
+        head: [k, q] W.
+        decoder: [k, d] Z.
+        lam: finite weight.
+        sxx: [d, d] image covariance.
+        sxy: [d, q] of images and targets.
+        syy: [q, q] target covariance.
 
     Returns:
         Scalar; differentiable. Cost d^2 k.
@@ -276,7 +292,10 @@ def denoising_loss(encoder: jax.Array, decoder: jax.Array, sxx: jax.Array, corru
     """Expected loss of Theorem 3 at any V, Z, from moments: E|Z^T V^T x' - x|^2.
 
     Args:
-        encoder: [d, k]. decoder: [k, d]. sxx: [d, d] clean covariance. corruption: moments of x'.
+        encoder: [d, k] V.
+        decoder: [k, d] Z.
+        sxx: [d, d] clean covariance.
+        corruption: moments of x'.
 
     Returns:
         Scalar, squared pixel units; differentiable. Cost d^2 k.

@@ -34,8 +34,10 @@ class PatchBasis(NamedTuple):
     """Coordinates in which every mask ratio of one patch size is diagonal.
 
     Attributes:
-        e: [r, r] eigenvectors of P, by descending pi. pi: [r] eigenvalues, floored at eps * pi_max.
-        gram: [r, r] K = E^T diag(s) E (E^T R^T W^T W R E where W x is reconstructed). target: [r, q] T = E^T T0.
+        e: [r, r] eigenvectors of P, by descending pi.
+        pi: [r] eigenvalues, floored at eps * pi_max.
+        gram: [r, r] K = E^T diag(s) E (E^T R^T W^T W R E where W x is reconstructed).
+        target: [r, q] T = E^T T0.
     """
 
     e: jax.Array
@@ -50,7 +52,8 @@ def patch_basis(problem: Factorized, patch_size: PatchSize, rho: float = 0.0) ->
     Blocks of one shape are decomposed as a batch; a singular block is inverted on its range (the same cutoff as S).
 
     Args:
-        problem: the factorised problem. patch_size: int or (h, w) in pixels.
+        problem: the factorised problem.
+        patch_size: int or (h, w) in pixels.
         rho: sigma^2 / p for isotropic noise before the mask, squared pixel units.
 
     Returns:
@@ -85,7 +88,8 @@ def pca_basis(problem: Factorized, noise_variance: float = 0.0) -> PatchBasis:
     """The basis without a mask: E = I, and pi = s / sigma^2 for isotropic noise (1 where there is none).
 
     Args:
-        problem: the factorised problem. noise_variance: sigma^2, squared pixel units.
+        problem: the factorised problem.
+        noise_variance: sigma^2, squared pixel units.
 
     Returns:
         The basis; no decomposition is needed.
@@ -108,7 +112,8 @@ def mask_weights(pi: np.ndarray, ratio: float, noise_variance: float = 0.0) -> n
     """Square roots of the eigenvalues of R^T G^-1 R: w = sqrt(pi / (p + (1 - p) pi)).
 
     Args:
-        pi: [r] eigenvalues of the basis. ratio: effective drop probability p in [0, 1].
+        pi: [r] eigenvalues of the basis.
+        ratio: effective drop probability p in [0, 1].
         noise_variance: sigma^2 of isotropic noise; at p = 0 it makes w = sqrt(pi / (1 + pi)), pi = s / sigma^2.
 
     Returns:

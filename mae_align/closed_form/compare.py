@@ -18,12 +18,12 @@ import xarray as xr
 from mae_align.closed_form.basis import PatchBasis
 from mae_align.closed_form.corruption_sweep import by_patch, corruption_key, is_exact, refuse_mesh
 from mae_align.closed_form.dataset import provenance
-from mae_align.closed_form.factorize import PrimalProblem, eigh, factorize
+from mae_align.closed_form.factorize import PrimalProblem, factorize
 from mae_align.closed_form.features import corruption_features, feature_basis
 from mae_align.corruption import Corruption
 from mae_align.corruption.base import Images
 from mae_align.moments.moments import Moments
-from mae_align.runtime.devices import solve_context
+from mae_align.moments.principal import varying_components
 from mae_align.runtime.errors import InputError
 from mae_align.runtime.files import fingerprint, identity
 from mae_align.runtime.pool import Arrays, RunOptions, Task, TaskGroup, execute
@@ -79,7 +79,9 @@ def half_samples(moments: Moments, problem: PrimalProblem, max_k: int) -> tuple[
     """Principal components of the even and of the odd groups, in the coordinates of all samples.
 
     Args:
-        moments: in at least two groups. problem: factorised from all of them. max_k: number of features.
+        moments: in at least two groups.
+        problem: factorised from all of them.
+        max_k: number of features.
 
     Returns:
         Two spans, of as many features as both halves have. Cost: two eigh of size d and two QR.
@@ -100,13 +102,10 @@ def half_samples(moments: Moments, problem: PrimalProblem, max_k: int) -> tuple[
     for half in made:
         if half.count < 2:
             raise InputError(f"a half of {moments.count} samples has {half.count}: use more samples or fewer groups")
-        with solve_context("float64", alone=True):
-            values, vectors = (np.asarray(a)[..., ::-1] for a in eigh(half.second_moments().sxx))
-        real = int((values > problem.rtol * values[0]).sum())
-        k = min(max_k, real)
-        gap = 1.0 - np.append(values[1:], 0.0)[:k] / values[:k]
-        spans.append(Span(feature_basis(problem, vectors[:, :k]), gap))
-    k = min(span.q.shape[1] for span in spans)
+        vectors, variances = varying_components(half, problem.rtol)
+        gap = 1.0 - np.append(variances[1:], 0.0) / variances
+        spans.append(Span(feature_basis(problem, vectors[:, :max_k]), gap[:max_k]))
+    k = min(len(span.gap) for span in spans)
     return Span(spans[0].q[:, :k], spans[0].gap[:k]), Span(spans[1].q[:, :k], spans[1].gap[:k])
 
 
@@ -114,7 +113,9 @@ def figures(a: Span, b: Span, ks: Sequence[int], num_targets: int) -> dict[str, 
     """How far two spans are apart at each k.
 
     Args:
-        a, b: two spans. ks: numbers of features. num_targets: q of :data:`mean_top_sine`.
+        a, b: two spans.
+        ks: numbers of features.
+        num_targets: q of :data:`mean_top_sine`.
 
     Returns:
         ``largest_sine``, ``mean_top_sine``, ``moved_share``, ``rms_change``, each [len(ks)]; NaN where one of the two
@@ -158,7 +159,8 @@ def compare_corruptions(
 
     Args:
         moments: of the images, in groups (20 is a good number); targets are not looked at.
-        a, b: two corruptions; None for none. ks: numbers of features.
+        a, b: two corruptions; None for none.
+        ks: numbers of features.
         num_targets: q for ``mean_top_sine``; default the moments' own number, 10 without targets.
         pixel_noise, rtol: as in :func:`mae_align.closed_form.factorize.factorize`.
         images: the images themselves, for corruptions without exact moments.
@@ -215,7 +217,9 @@ def compare_many(
 
     Args:
         moments, ks, num_targets, pixel_noise, rtol, images: as in :func:`compare_corruptions`.
-        corruptions: by name. reference: None for no corruption. run: workers, progress, store.
+        corruptions: by name.
+        reference: None for no corruption.
+        run: workers, progress, store.
 
     Returns:
         Dataset over corruption and k: ``largest_sine`` (exact bound), ``mean_top_sine``, ``moved_share``,
@@ -335,7 +339,8 @@ def principal_angles(basis_a: np.ndarray, basis_b: np.ndarray) -> np.ndarray:
     Cosines are the singular values of A^T B and sines those of (I - A A^T) B; each is used where it is accurate.
 
     Args:
-        basis_a: [r, k] with orthonormal columns. basis_b: [r, k] likewise.
+        basis_a: [r, k] with orthonormal columns.
+        basis_b: [r, k] likewise.
 
     Returns:
         [k] radians in [0, pi/2]. Cost r k^2.

@@ -1,4 +1,4 @@
-"""Curves of any list of corruptions side by side, every k at once, on the general path."""
+"""Curves of any list of corruptions side by side, every k at once."""
 
 from __future__ import annotations
 
@@ -10,20 +10,10 @@ import numpy as np
 import xarray as xr
 
 from mae_align.closed_form.basis import PatchBasis, patch_basis
-from mae_align.closed_form.curves import (
-    curves_from_targets,
-)
-from mae_align.closed_form.dataset import DESCRIPTIONS, provenance
+from mae_align.closed_form.dataset import held_out, in_sample, labelled, provenance
 from mae_align.closed_form.factorize import PrimalProblem, factorize
 from mae_align.closed_form.features import corruption_features, shared_patch
-from mae_align.closed_form.held_out import (
-    HeldOut,
-    check_held_out,
-    held_out_curves,
-    hold_out,
-    hold_out_encoder,
-)
-from mae_align.closed_form.held_out import held_out_errors_jit as held_out_errors
+from mae_align.closed_form.held_out import HeldOut, check_held_out, solved_errors
 from mae_align.closed_form.targets import TargetOperator
 from mae_align.corruption import Corruption, ExactCorruption
 from mae_align.corruption.base import Images
@@ -100,7 +90,7 @@ def corruption_sweep(
     settings = provenance(problem, moments, eval_moments)
     states = [a for m in (moments, eval_moments) if m is not None for a in m.state]
     about = settings | {"k": max_k, "program": "corruptions"}
-    held = None if eval_moments is None else hold_out(problem, eval_moments)
+    held = None if eval_moments is None else problem.hold_out(eval_moments)
     keys = {name: f"corruption-{corruption_key(corruption, images)}" for name, corruption in named.items()}
     once = {key: named[name] for name, key in keys.items()}
     with solve_context("float64"):
@@ -143,6 +133,7 @@ def by_patch(
 
 
 def _named(corruptions: Sequence[Corruption] | Mapping[str, Corruption]) -> dict[str, Corruption]:
+    """Corruptions by name; refuses what is none, and names that repeat."""
     if isinstance(corruptions, Mapping):
         named = {str(name): corruption for name, corruption in corruptions.items()}
     else:
@@ -214,24 +205,20 @@ def _solve(
 ) -> list[Arrays]:
     """Curves' ingredients of one corruption; features that it does not leave are NaN."""
     found = corruption_features(problem, corruption, max_k=max_k, basis=basis, images=images, centered=centered)
-    k = len(found.mu)
-    t = found.q[:, :k].T @ problem.t0
-
-    def padded(a: np.ndarray, axis: int = 0) -> np.ndarray:
-        width = [(0, max_k - k if i == axis else 0) for i in range(a.ndim)]
-        return np.pad(a[:k] if axis == 0 else a, width, constant_values=np.nan)
-
-    moments = found.corrupted
-    out = {"t": padded(t), "mu": padded(found.mu), "gap": padded(found.gap), "num_features": np.array(len(found.mu))}
-    out |= {name: np.array(getattr(moments, name)) for name in ("keep", "gram_se", "cross_se")}
+    k, t = len(found.mu), found.q.T @ problem.t0
+    out: Arrays = {"t": t, "mu": found.mu, "gap": found.gap}
     if held is not None:
-        f = found.q[:, :k]
+        f = found.q
         if unseen is not None:
-            held, f = hold_out_encoder(problem, found.encoder[:, :k], f, unseen), np.eye(k)
-        with solve_context("float64"):
-            errors, parts = (np.asarray(a) for a in held_out_errors(f, t, held))
-        out |= {"errors": padded(errors), "group_errors": padded(parts, 1)}
-    return [out]
+            held, f = problem.hold_out_encoder(found.encoder, f, unseen), np.eye(k)
+        out |= solved_errors(f, t, held)
+
+    def padded(name: str, a: np.ndarray) -> np.ndarray:
+        axis = 1 if name == "group_errors" else 0
+        return np.pad(a, [(0, max_k - k if i == axis else 0) for i in range(a.ndim)], constant_values=np.nan)
+
+    about = {name: np.array(getattr(found.corrupted, name)) for name in ("keep", "gram_se", "cross_se")}
+    return [{name: padded(name, a) for name, a in out.items()} | about | {"num_features": np.array(found.num_features)}]
 
 
 def _assembled(
@@ -242,20 +229,12 @@ def _assembled(
     max_k: int,
     settings: Mapping[str, object],
 ) -> xr.Dataset:
+    """Dataset over corruption and k."""
     stacked = {name: np.stack([one[name] for one in found.values()]) for name in next(iter(found.values()))}
-    curves = curves_from_targets(stacked["t"], problem.t0, problem.syy, problem.yty)
-    values = dict(curves._asdict())
-    values["alignment_percent"] = 100.0 * np.sqrt(np.maximum(curves.alignment, 0.0))
+    values = in_sample(stacked, problem)
     values["loss"] = problem.target_trace - stacked["keep"][:, None] * np.cumsum(stacked["mu"], axis=1)
     values["eigengap"] = stacked["gap"]
-    if held is not None:
-        out = held_out_curves(stacked["errors"], stacked["group_errors"], held)
-        values |= {"eval_r2": out.r2, "eval_r2_se": out.se, "eval_influence": out.influence}
-    data = {}
-    for name, value in values.items():
-        axes = ("corruption", "group", "k") if value.ndim == 3 else ("corruption", "k")
-        long_name, units = DESCRIPTIONS[name]
-        data[name] = xr.Variable(axes, value, {"long_name": long_name, "units": units})
+    values |= held_out(stacked, held)
     coordinates = {
         "corruption": list(found),
         "k": np.arange(1, max_k + 1),
@@ -264,4 +243,5 @@ def _assembled(
     for name in ("num_features", "keep", "gram_se", "cross_se"):
         coordinates[name] = ("corruption", stacked[name])
     where = {"platform": solve_device("float64").platform}
+    data = {name: labelled(name, value, ("corruption",)) for name, value in values.items()}
     return xr.Dataset(data, coordinates, dict(settings) | where)

@@ -19,19 +19,19 @@ from mae_align.closed_form.held_out import (
     HeldOutCurves,
     check_held_out,
     held_out_curves,
-    held_out_errors_jit,
-    hold_out_encoder,
+    solved_errors,
 )
 from mae_align.moments.moments import Moments
 from mae_align.runtime.checks import check_task
-from mae_align.runtime.devices import solve_context
 
 
 class Curves(NamedTuple):
     """Curves over the number of features, index 0 is k = 1.
 
     Attributes:
-        r2: [k] share in [0, 1]. alignment: [k] share in [0, 1]. probe_mse: [k] squared target units.
+        r2: [k] share in [0, 1].
+        alignment: [k] share in [0, 1].
+        probe_mse: [k] squared target units.
     """
 
     r2: np.ndarray
@@ -43,8 +43,10 @@ def curves_from_targets(t: np.ndarray, t0: np.ndarray, syy: np.ndarray, yty: np.
     """The three in-sample curves from the targets in an orthonormal basis of the features.
 
     Args:
-        t: [..., k, q] rows of Q^T Y / sqrt n. t0: [r, q] the same for a full basis (fixes the alignment's scale).
-        syy: [q, q]. yty: [q, q] uncentred.
+        t: [..., k, q] rows of Q^T Y / sqrt n.
+        t0: [r, q] the same for a full basis (fixes the alignment's scale).
+        syy: [q, q] target covariance.
+        yty: [q, q] uncentred target second moment.
 
     Returns:
         r2, alignment, probe_mse, each [..., k]. Cost k q^2.
@@ -73,8 +75,10 @@ def encoder_curves(
     """The curves of any linear encoder: features V_k^T x with V_k its first k columns.
 
     Args:
-        moments: of the training data (the probe is fitted on them). encoder: [d, k] V.
-        eval_moments: of held-out data, grouped. pixel_noise: as in :func:`mae_align.closed_form.factorize.factorize`.
+        moments: of the training data (the probe is fitted on them).
+        encoder: [d, k] V.
+        eval_moments: of held-out data, grouped.
+        pixel_noise: as in :func:`mae_align.closed_form.factorize.factorize`.
 
     Returns:
         In-sample curves [k], and held-out curves or None. Cost: one eigh of size d.
@@ -98,7 +102,5 @@ def encoder_curves(
     inside = curves_from_targets(t, problem.t0, problem.syy, problem.yty)
     if eval_moments is None:
         return inside, None
-    held = hold_out_encoder(problem, encoder, q, eval_moments)
-    with solve_context("float64"):
-        total, parts = (np.asarray(a) for a in held_out_errors_jit(np.eye(len(t)), t, held))
-    return inside, held_out_curves(total, parts, held)
+    held = problem.hold_out_encoder(encoder, q, eval_moments)
+    return inside, held_out_curves(**solved_errors(np.eye(len(t)), t, held), held=held)

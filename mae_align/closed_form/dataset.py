@@ -14,7 +14,7 @@ import xarray as xr
 import mae_align
 from mae_align.closed_form.curves import curves_from_targets
 from mae_align.closed_form.factorize import Factorized
-from mae_align.closed_form.grid import GridPoint, GridSpec
+from mae_align.closed_form.grid import BasisKey, GridPoint, GridSpec
 from mae_align.closed_form.held_out import HeldOut, HeldOutRows, held_out_curves
 from mae_align.data.patches import PatchSize, patch_grid, patch_hw
 from mae_align.moments.moments import Moments
@@ -56,78 +56,78 @@ def assemble(
     """Dataset over patch_size, noise_level, mask_ratio, lam, k (and group) from the arrays of the solved points.
 
     Args:
-        problem, held, spec, max_k: what was solved. found: arrays by point key. attributes: provenance.
+        problem: what was solved.
+        held: held-out data, or None.
+        spec: the grid.
+        max_k: number of features.
+        found: arrays by the key of a point, and by ``je-`` and the name of a basis.
+        attributes: provenance.
 
     Returns:
         The labelled result, float64.
     """
     shape = tuple(len(a) for a in (spec.patch_sizes, spec.noise_levels, spec.mask_ratios, spec.lambdas))
     values: dict[str, np.ndarray] = {}
-
-    def put(name: str, point: GridPoint, value: Any, axes: int = 4) -> None:
-        value = np.asarray(value, np.float64)
-        if name not in values:
-            values[name] = np.full(shape[:axes] + value.shape, np.nan)
-        values[name][point.index[:axes]] = value
-
+    joint: dict[BasisKey, dict[str, np.ndarray]] = {}
     for point in spec.points():
-        _put_point(put, point, found[point.key], problem, held)
-        joint = found[f"je-{point.basis.name}"]
-        # Without mask or noise two views are equal and every direction ties: joint embedding is not defined.
-        identified = point.basis.patch_size is not None or point.basis.noise > 0
-        _put_joint_embedding(put, point, joint, problem, held, identified=identified)
-    data = {}
-    for name, value in values.items():
-        axes = _AXES[:3] if name.startswith("je_") else _AXES
-        extra = {1: ("k",), 2: ("group", "k")}.get(value.ndim - len(axes), ())
-        long_name, units = DESCRIPTIONS.get(name, (name, "1"))
-        data[name] = xr.Variable(axes + extra, value, {"long_name": long_name, "units": units})
+        if point.basis not in joint:
+            joint[point.basis] = _joint_embedding(point.basis, found[f"je-{point.basis.name}"], problem, held)
+        for name, value in (_point_values(point, found[point.key], problem, held) | joint[point.basis]).items():
+            axes = len(_axes(name))
+            if name not in values:
+                values[name] = np.full(shape[:axes] + np.shape(value), np.nan)
+            values[name][point.index[:axes]] = value
+    data = {name: labelled(name, value, _axes(name)) for name, value in values.items()}
     return xr.Dataset(data, _coordinates(problem, spec, max_k), dict(attributes)).set_coords("condition")
 
 
-def _put_point(
-    put: Any,
-    point: GridPoint,
-    arrays: Mapping[str, np.ndarray],
-    problem: Factorized,
-    held: HeldOut | HeldOutRows | None,
-) -> None:
+def in_sample(arrays: Mapping[str, np.ndarray], problem: Factorized) -> dict[str, np.ndarray]:
+    """r2, alignment, probe_mse and alignment_percent [..., k] from the targets ``t`` [..., k, q]."""
     curves = curves_from_targets(arrays["t"], problem.t0, problem.syy, problem.yty)
-    for name, value in curves._asdict().items():
-        put(name, point, value)
-    put("alignment_percent", point, 100.0 * np.sqrt(np.maximum(curves.alignment, 0.0)))
-    keep = point.mask.keep_probability(problem.image_shape)
-    start = point.weights(problem)[2]
-    put("loss", point, start * (1.0 - keep * np.cumsum(np.asarray(arrays["mu"], np.float64))))
-    put("eigengap", point, arrays["gap"])
-    put("condition", point, arrays["condition"])
+    return curves._asdict() | {"alignment_percent": 100.0 * np.sqrt(np.maximum(curves.alignment, 0.0))}
+
+
+def held_out(arrays: Mapping[str, np.ndarray], held: HeldOut | HeldOutRows | None) -> dict[str, np.ndarray]:
+    """eval_r2, eval_r2_se [..., k] and eval_influence [..., g, k]; nothing without held-out data."""
+    if held is None:
+        return {}
+    out = held_out_curves(arrays["errors"], arrays["group_errors"], held)
+    return {"eval_r2": out.r2, "eval_r2_se": out.se, "eval_influence": out.influence}
+
+
+def labelled(name: str, value: np.ndarray, axes: tuple[str, ...]) -> xr.Variable:
+    """A variable over some axes, and k or group and k, with its long name and units."""
+    extra = {0: (), 1: ("k",), 2: ("group", "k")}[value.ndim - len(axes)]
+    long_name, units = DESCRIPTIONS.get(name, (name, "1"))
+    return xr.Variable(axes + extra, value, {"long_name": long_name, "units": units})
+
+
+def _axes(name: str) -> tuple[str, ...]:
+    """The grid's axes of a variable: joint embedding knows no supervision."""
+    return _AXES[:3] if name.startswith("je_") else _AXES
+
+
+def _point_values(
+    point: GridPoint, arrays: Mapping[str, np.ndarray], problem: Factorized, held: HeldOut | HeldOutRows | None
+) -> dict[str, np.ndarray]:
+    """Everything that is reported of one cell."""
+    keep, start = point.mask.keep_probability(problem.image_shape), point.weights(problem)[2]
+    values = in_sample(arrays, problem)
+    values["loss"] = start * (1.0 - keep * np.cumsum(np.asarray(arrays["mu"], np.float64)))
+    values |= {"eigengap": arrays["gap"], "condition": arrays["condition"]}
     if "explained" in arrays:
-        put("reconstruction_mse", point, problem.target_trace - np.asarray(arrays["explained"], np.float64))
-    if held is not None:
-        out = held_out_curves(arrays["errors"], arrays["group_errors"], held)
-        put("eval_r2", point, out.r2)
-        put("eval_r2_se", point, out.se)
-        put("eval_influence", point, out.influence)
+        values["reconstruction_mse"] = problem.target_trace - np.asarray(arrays["explained"], np.float64)
+    return values | held_out(arrays, held)
 
 
-def _put_joint_embedding(
-    put: Any,
-    point: GridPoint,
-    arrays: Mapping[str, np.ndarray],
-    problem: Factorized,
-    held: HeldOut | HeldOutRows | None,
-    *,
-    identified: bool,
-) -> None:
-    blank = 1.0 if identified else np.nan
-    curves = curves_from_targets(arrays["t"], problem.t0, problem.syy, problem.yty)
-    put("je_r2", point, blank * curves.r2, 3)
-    put("je_alignment", point, blank * curves.alignment, 3)
-    if held is not None:
-        out = held_out_curves(arrays["errors"], arrays["group_errors"], held)
-        put("je_eval_r2", point, blank * out.r2, 3)
-        put("je_eval_r2_se", point, blank * out.se, 3)
-        put("je_eval_influence", point, blank * out.influence, 3)
+def _joint_embedding(
+    key: BasisKey, arrays: Mapping[str, np.ndarray], problem: Factorized, held: HeldOut | HeldOutRows | None
+) -> dict[str, np.ndarray]:
+    """What is reported of joint embedding in one basis."""
+    # Without mask or noise two views are equal and every direction ties: joint embedding is not defined.
+    blank = 1.0 if key.patch_size is not None or key.noise > 0 else np.nan
+    values = in_sample(arrays, problem) | held_out(arrays, held)
+    return {f"je_{name}": blank * value for name, value in values.items() if f"je_{name}" in DESCRIPTIONS}
 
 
 def patch_size_labels(patch_sizes: tuple[PatchSize, ...]) -> list[int] | list[str]:

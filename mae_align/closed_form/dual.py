@@ -56,7 +56,9 @@ class DualProblem(Factorized):
     """The problem factorised from samples.
 
     Attributes:
-        samples: the training data. z: [n, r] eigenvectors of K0. raw: [r] s0, its eigenvalues, without the floor.
+        samples: the training data.
+        z: [n, r] eigenvectors of K0.
+        raw: [r] s0, its eigenvalues, without the floor.
     """
 
     kind: ClassVar[str] = "dual"
@@ -94,15 +96,81 @@ class DualProblem(Factorized):
         return (p + p.T) / 2, jnp.dot(cross, weights, precision=_HIGHEST) / math.sqrt(n)
 
     def hold_out(self, unseen: Samples) -> HeldOutRows:
-        """diag(s)^-1/2 U^T x of the held-out samples."""
-        return hold_out_samples(self, unseen)
+        """Held-out samples in the coordinates of encoders in the span of the samples: diag(s)^-1/2 U^T x.
+
+        These are the encoders without a mask.
+
+        Args:
+            unseen: held-out samples.
+
+        Returns:
+            Their coordinates [n_ev, r] and groups. Cost: d n n_ev.
+
+        Raises:
+            InputError: the two data sets differ in image shape or targets, or a group is empty.
+
+        Example:
+            >>> x = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1)).astype(np.uint8)
+            >>> train, test = (Samples.from_arrays(part, np.arange(4) % 2) for part in (x[:4], x[4:]))
+            >>> factorize_samples(train).hold_out(test).rows.shape
+            (4, 3)
+        """
+        check_projection(unseen, self.image_shape, len(self.syy))
+        n = self.count
+        with solve_context(self.dtype):
+            gram = jnp.zeros((n + unseen.count, n), self.dtype)
+            for x in self.columns(np.arange(self.samples.num_pixels), unseen):
+                gram = _add_gram(gram, x, n)
+            weights = jnp.asarray(self.z / np.sqrt(n * self.raw * self.s), self.dtype)
+            return self._held_out(unseen, np.asarray(jnp.dot(gram[n:], weights, precision=_HIGHEST)))
 
     def masked(
-        self, patch_size: PatchSize, rho: float, unseen: Samples | None, held: HeldOutRows | None
+        self, patch_size: PatchSize, rho: float, unseen: Samples | None, held: HeldOutRows | None = None
     ) -> tuple[PatchBasis, HeldOutRows | None]:
-        """The basis of a patch size and the held-out samples in its coordinates, in one pass over the pixels."""
+        """The basis of one patch size and the held-out samples in its coordinates, in one pass over the pixels.
+
+        A masked encoder V = (D + rho I)^-1 R E diag(w / pi) B leaves the span of the samples, since masked images do.
+        It sees a new image x in the coordinates E diag(1/pi) E^T R^T (D + rho I)^-1 x, which depend on the patch size.
+
+        Args:
+            patch_size: int or (h, w) in pixels.
+            rho: sigma^2 / p, see :func:`mae_align.closed_form.basis.patch_basis`.
+            unseen: held-out samples, or None.
+            held: not looked at.
+
+        Returns:
+            The basis, and the held-out coordinates [n_ev, r] with their groups (None without held-out samples). Cost:
+            d n (n + n_ev) + n d c, c pixel values in a patch, and one eigh of size r; memory n^2 + (n + n_ev) block.
+
+        Raises:
+            InputError: a bad patch size, an inert mask (:func:`check_patches`), held-out samples that do not match.
+
+        Example:
+            >>> x = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1)).astype(np.uint8)
+            >>> train, test = (Samples.from_arrays(part, np.arange(4) % 2) for part in (x[:4], x[4:]))
+            >>> basis, held = factorize_samples(train).masked(2, 0.0, test)
+            >>> basis.pi.shape, held.rows.shape
+            ((3,), (4, 3))
+        """
         del held
-        return masked_basis(self, patch_size, rho, unseen)
+        patch_grid(self.image_shape, patch_size)
+        if unseen is not None:
+            check_projection(unseen, self.image_shape, len(self.syy))
+        with solve_context(self.dtype):
+            p, cross = self.precisions(patch_size, rho, unseen)
+            basis = jax.block_until_ready(basis_of(self, p))
+            if unseen is None:
+                return basis, None
+            rows = jnp.dot(cross, basis.e, precision=_HIGHEST) / basis.pi[None, :]
+            return basis, self._held_out(unseen, np.asarray(jnp.dot(rows, basis.e.T, precision=_HIGHEST)))
+
+    def _held_out(self, unseen: Samples, rows: np.ndarray) -> HeldOutRows:
+        """Held-out samples by their coordinates [n_ev, r]."""
+        y = unseen.targets - self.mean_y
+        share = np.zeros((unseen.num_groups, unseen.count))
+        share[unseen.member, np.arange(unseen.count)] = 1.0 / unseen.count
+        variance = share @ (y**2).sum(1)
+        return HeldOutRows(*(np.asarray(a, self.dtype) for a in (rows, y, share, variance)))
 
     def columns(self, pixels: np.ndarray, unseen: Samples | None) -> Iterator[np.ndarray]:
         """Some pixel values at a time, about the training mean: [m, n + n_ev]."""
@@ -202,74 +270,6 @@ def factorize_samples(
     )
 
 
-def masked_basis(
-    problem: DualProblem, patch_size: PatchSize, rho: float, unseen: Samples | None
-) -> tuple[PatchBasis, HeldOutRows | None]:
-    """The basis of one patch size and the held-out samples in its whitened coordinates, in one pass over the pixels.
-
-    A masked encoder V = (D + rho I)^-1 R E diag(w / pi) B leaves the span of the samples, since masked images do. What
-    it sees in a new image x depends on the patch size: x has the coordinates E diag(1/pi) E^T R^T (D + rho I)^-1 x.
-
-    Args:
-        problem: of the training data. patch_size: int or (h, w) in pixels. rho: sigma^2 / p, see
-            :func:`mae_align.closed_form.basis.patch_basis`. unseen: held-out samples, or None.
-
-    Returns:
-        The basis, and the held-out coordinates [n_ev, r] with their groups (None without held-out samples). Cost:
-        d n (n + n_ev) + n d c, c pixel values in a patch, and one eigh of size r; memory n^2 + (n + n_ev) block.
-
-    Raises:
-        InputError: a bad patch size, an inert mask (:func:`check_patches`), held-out samples that do not match.
-
-    Example:
-        >>> x = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1)).astype(np.uint8)
-        >>> train, test = (Samples.from_arrays(part, np.arange(4) % 2) for part in (x[:4], x[4:]))
-        >>> basis, held = masked_basis(factorize_samples(train), 2, 0.0, test)
-        >>> basis.pi.shape, held.rows.shape
-        ((3,), (4, 3))
-    """
-    patch_grid(problem.image_shape, patch_size)
-    if unseen is not None:
-        check_projection(unseen, problem.image_shape, len(problem.syy))
-    with solve_context(problem.dtype):
-        p, cross = problem.precisions(patch_size, rho, unseen)
-        basis = jax.block_until_ready(basis_of(problem, p))
-        if unseen is None:
-            return basis, None
-        rows = jnp.dot(cross, basis.e, precision=_HIGHEST) / basis.pi[None, :]
-        return basis, _held_out(problem, unseen, np.asarray(jnp.dot(rows, basis.e.T, precision=_HIGHEST)))
-
-
-def hold_out_samples(problem: DualProblem, unseen: Samples) -> HeldOutRows:
-    """Held-out samples in the whitened coordinates of encoders in the span of the samples: diag(s)^-1/2 U^T x.
-
-    These are the encoders without a mask. :func:`masked_basis` projects for those with one.
-
-    Args:
-        problem: of the training data. unseen: held-out samples.
-
-    Returns:
-        Their coordinates [n_ev, r] and groups. Cost: d n n_ev.
-
-    Raises:
-        InputError: the two data sets differ in image shape or targets, or a group is empty.
-
-    Example:
-        >>> x = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 1)).astype(np.uint8)
-        >>> train, test = (Samples.from_arrays(part, np.arange(4) % 2) for part in (x[:4], x[4:]))
-        >>> hold_out_samples(factorize_samples(train), test).rows.shape
-        (4, 3)
-    """
-    check_projection(unseen, problem.image_shape, len(problem.syy))
-    n = problem.count
-    with solve_context(problem.dtype):
-        gram = jnp.zeros((n + unseen.count, n), problem.dtype)
-        for x in problem.columns(np.arange(problem.samples.num_pixels), unseen):
-            gram = _add_gram(gram, x, n)
-        weights = jnp.asarray(problem.z / np.sqrt(n * problem.raw * problem.s), problem.dtype)
-        return _held_out(problem, unseen, np.asarray(jnp.dot(gram[n:], weights, precision=_HIGHEST)))
-
-
 def check_patches(samples: Samples, patch_sizes: list[PatchSize]) -> None:
     """Refuse masks that cannot change anything: without any noise, patches that each fit the samples exactly.
 
@@ -277,7 +277,8 @@ def check_patches(samples: Samples, patch_sizes: list[PatchSize]) -> None:
     every patch b: P is a multiple of the identity, and every mask ratio gives PCA.
 
     Args:
-        samples: of the training data. patch_sizes: int or (h, w) in pixels, of more than one patch.
+        samples: of the training data.
+        patch_sizes: int or (h, w) in pixels, of more than one patch.
 
     Raises:
         InputError: such a patch size.
@@ -339,14 +340,6 @@ def _target_gram(target: TargetOperator, samples: Samples, weights: np.ndarray) 
             gram[j : j + step, i : i + step] = gram[i : i + step, j : j + step].T
     check_something_left(target, float(gram.trace()), variance)
     return weights.T @ (gram / n) @ weights
-
-
-def _held_out(problem: DualProblem, unseen: Samples, rows: np.ndarray) -> HeldOutRows:
-    y = unseen.targets - problem.mean_y
-    share = np.zeros((unseen.num_groups, unseen.count))
-    share[unseen.member, np.arange(unseen.count)] = 1.0 / unseen.count
-    variance = share @ (y**2).sum(1)
-    return HeldOutRows(*(np.asarray(a, problem.dtype) for a in (rows, y, share, variance)))
 
 
 def _inverse_root(block: jax.Array, gamma: jax.Array, cutoff: jax.Array, *, definite: bool) -> jax.Array:

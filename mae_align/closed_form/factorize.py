@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.linalg import solve_triangular
 
 from mae_align.closed_form.basis import PatchBasis, patch_basis, pca_basis
-from mae_align.closed_form.held_out import HeldOut, HeldOutRows, hold_out, hold_out_masked
+from mae_align.closed_form.held_out import HeldOut, HeldOutRows, check_projection
 from mae_align.closed_form.targets import TargetOperator, mapped, target_gram
 from mae_align.data.patches import ImageShape, PatchSize, patch_labels
 from mae_align.moments.moments import Moments
@@ -31,8 +32,11 @@ class Factorized(abc.ABC):
         s: [r] eigenvalues of S above the cutoff, descending, squared pixel units.
         t0: [r, q] diag(s)^-1/2 U^T Sxy.
         trace: tr S, floor of every pixel included.
-        syy: [q, q] target covariance. yty: [q, q] uncentred target second moment.
-        mean_x: [d]. mean_y: [q]. count: number of samples n.
+        syy: [q, q] target covariance.
+        yty: [q, q] uncentred target second moment.
+        mean_x: [d] mean image.
+        mean_y: [q] mean target.
+        count: number of samples n.
         pixel_noise: variance added to the diagonal of cov(x), squared pixel units.
         rtol: eigenvalues at or below rtol * s_max count as zero.
         image_shape: (h, w, c).
@@ -193,7 +197,8 @@ class PrimalProblem(Factorized):
     """The problem factorised from second moments: S = U diag(s) U^T with U at hand.
 
     Attributes:
-        u: [d, r] eigenvectors. sxx: [d, d] S itself, floor included.
+        u: [d, r] eigenvectors.
+        sxx: [d, d] S itself, floor included.
     """
 
     kind: ClassVar[str] = "primal"
@@ -217,18 +222,86 @@ class PrimalProblem(Factorized):
         return p
 
     def hold_out(self, unseen: Moments) -> HeldOut:
-        """diag(s)^-1/2 U^T of the held-out moments."""
-        return hold_out(self, unseen)
+        """Held-out moments, taken about the training means, in coordinates without a mask: diag(s)^-1/2 U^T x.
+
+        Args:
+            unseen: of the held-out data, grouped for standard errors.
+
+        Returns:
+            The projected moments. Cost: g d^2 r; memory 4 g r^2 bytes.
+
+        Raises:
+            InputError: the two data sets differ in image shape or targets, or a group is empty.
+
+        Example:
+            >>> x, y = np.random.default_rng(0).normal(size=(60, 2, 2, 1)), np.arange(60) % 2
+            >>> train, test = Moments.from_arrays(x[:40], y[:40]), Moments.from_arrays(x[40:], y[40:], groups=2)
+            >>> factorize(train).hold_out(test).group_gram.shape
+            (2, 4, 4)
+        """
+        return self._projected(self.u / np.sqrt(self.s), unseen)
 
     def masked(
         self, patch_size: PatchSize, rho: float, unseen: Moments | None, held: HeldOut | None
     ) -> tuple[PatchBasis, HeldOut | None]:
-        """The basis of a patch size; a singular S does not hold what masked encoders see of held-out images."""
+        """As :meth:`Factorized.masked`; at full rank masked encoders see held-out images as those without a mask do.
+
+        Where S is singular (rank under d) a masked encoder V = (D + rho I)^-1 R E diag(w / pi) B leaves the range of
+        S, since masked images do: x has the coordinates E diag(1/pi) E^T R^T (D + rho I)^-1 x. Cost: g d^2 r.
+        """
         basis = patch_basis(self, patch_size, rho)
-        if unseen is not None and self.rank < unseen.num_pixels:
-            with solve_context(self.dtype):
-                held = jax.device_put(hold_out_masked(self, basis, patch_size, rho, unseen))
-        return basis, held
+        if unseen is None or self.rank == unseen.num_pixels:
+            return basis, held
+        with solve_context(self.dtype):
+            e, pi = np.asarray(basis.e), np.asarray(basis.pi)
+            whiten = ((self.solved_root(patch_size, rho) @ e) / pi) @ e.T
+            return basis, jax.device_put(self._projected(whiten, unseen))
+
+    def hold_out_encoder(self, encoder: np.ndarray, q: np.ndarray, unseen: Moments) -> HeldOut:
+        """Held-out moments in the coordinates of an encoder's own features, which may leave the range of a singular S.
+
+        With R^T V = Q B, V B^-1 are the features that are orthonormal on the training data.
+
+        Args:
+            encoder: [d, k] V.
+            q: [r, k] Q, nested; a column is 0 where its feature adds nothing.
+            unseen: of the held-out data.
+
+        Returns:
+            The projected moments, [k, k] in place of [r, r]: to be used with f = I. Cost: g d^2 k.
+
+        Raises:
+            InputError: as :meth:`hold_out`.
+
+        Example:
+            >>> m = Moments.from_arrays(np.random.default_rng(0).normal(size=(60, 2, 2, 1)), np.arange(60) % 2)
+            >>> problem = factorize(m, pixel_noise=0.0)
+            >>> held = problem.hold_out_encoder(problem.u, np.eye(4), m)
+            >>> bool(np.allclose(held.gram, np.eye(4)))
+            True
+        """
+        real = q.any(0)
+        triangle = q[:, real].T @ (self.root.T @ encoder[:, real])
+        whiten = np.zeros(encoder.shape)
+        whiten[:, real] = solve_triangular(triangle, encoder[:, real].T, trans=1).T
+        return self._projected(whiten, unseen)
+
+    def _projected(self, whiten: np.ndarray, unseen: Moments) -> HeldOut:
+        """Held-out moments of whiten^T x, whiten [d, r]."""
+        check_projection(unseen, self.image_shape, len(self.syy))
+        n, r, g = unseen.count, whiten.shape[1], len(unseen.counts)
+        gram, cross = np.zeros((r, r), whiten.dtype), np.zeros((r, self.syy.shape[0]), whiten.dtype)
+        group_gram, group_cross = np.zeros((g, r, r), np.float32), np.zeros((g, *cross.shape), whiten.dtype)
+        group_variance = np.zeros(g, whiten.dtype)
+        for i, part in enumerate(unseen.groups_about(self.mean_x, self.mean_y)):
+            share = part.count / n
+            part_gram = share * (whiten.T @ (part.sxx.astype(whiten.dtype) @ whiten))
+            group_cross[i] = share * (whiten.T @ part.sxy)
+            group_variance[i] = share * np.trace(part.syy)
+            gram += part_gram
+            cross += group_cross[i]
+            group_gram[i] = part_gram
+        return HeldOut(gram, cross, group_variance.sum(), group_gram, group_cross, group_variance)
 
     def solved_root(self, patch_size: PatchSize, rho: float) -> np.ndarray:
         """[d, r] (D + rho I)^-1 R, inside :func:`solve_context`. Cost d c r, c pixels in a patch."""

@@ -1,9 +1,10 @@
-"""The general path: Theorem 3 for any corruption with second moments, whatever its form.
+"""Any corruption to features (Theorem 3), the short way where there is one.
 
-With G = cov(x') = L L^T and A = cov(x', x), the top solutions of A A^T v = mu G v are v = L^-T o, with o the left
-singular vectors of L^-1 A and mu the *squares* of its singular values. Forming A A^T first would square the spread of
-the spectrum. Where G is singular an eigendecomposition on its numerical range takes the place of the Cholesky factor.
-See docs/theory.md, section 3.5.
+Isotropic noise leaves the principal components; masks of patches are diagonal in a basis that all of one patch size
+share (docs/theory.md, section 4). Any other corruption goes the general way. With G = cov(x') = L L^T and
+A = cov(x', x), the top solutions of A A^T v = mu G v are v = L^-T o, with o the left singular vectors of L^-1 A and mu
+the *squares* of its singular values. Forming A A^T first would square the spread of the spectrum. Where G is singular
+an eigendecomposition on its numerical range takes the place of the Cholesky factor (section 3.5).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class CorruptionFeatures(NamedTuple):
         q: [r, m] nested orthonormal sample basis of the features of clean images, in the coordinates of the
             factorised problem; a column is 0 where its feature adds nothing to those before it.
         gap: [m] (mu_k - mu_{k+1}) / mu_k; at 0 the first k features are not identified.
+        num_features: how many the corruption leaves, at least m.
         corrupted: the second moments they were found from.
         start: loss at k = 0, squared pixel units; the loss at k is start - keep * (sum of the first k of mu).
     """
@@ -46,6 +48,7 @@ class CorruptionFeatures(NamedTuple):
     mu: np.ndarray
     q: np.ndarray
     gap: np.ndarray
+    num_features: int
     corrupted: CorruptionMoments
     start: float
 
@@ -63,7 +66,8 @@ def clean_images(problem: PrimalProblem, *, images: Images | None = None, center
     """What a corruption may ask about the images of a factorised problem.
 
     Args:
-        problem: the factorised problem. images: [n, h, w, c] or a function that starts a pass over batches.
+        problem: the factorised problem.
+        images: [n, h, w, c] or a function that starts a pass over batches.
         centered: whether the moments are about the mean.
 
     Returns:
@@ -169,7 +173,8 @@ def _principal_features(
     encoder, decoder = u * size[:max_k], (u * (size[:max_k] * s)).T
     q = np.eye(problem.rank, max_k)
     gap = 1.0 - np.append(mu[1:], 0.0) / mu
-    return CorruptionFeatures(encoder, decoder, mu[:max_k], q, gap[:max_k], corrupted, problem.target_trace)
+    start = problem.target_trace
+    return CorruptionFeatures(encoder, decoder, mu[:max_k], q, gap[:max_k], problem.rank, corrupted, start)
 
 
 def _mask_features(
@@ -191,8 +196,8 @@ def _mask_features(
         )
         solved = problem.solved_root(patch_size, 0.0)
         encoder = solved @ (np.asarray(basis.e) @ ((w / np.asarray(basis.pi))[:, None] * b))
-    decoder = encoder.T @ corrupted.cross
-    return CorruptionFeatures(encoder, decoder, mu * problem.target_trace, q, gap, corrupted, problem.target_trace)
+    decoder, start = encoder.T @ corrupted.cross, problem.target_trace
+    return CorruptionFeatures(encoder, decoder, mu * start, q, gap, problem.rank, corrupted, start)
 
 
 def moments_features(
@@ -239,22 +244,23 @@ def moments_features(
         if m == 0:
             raise InputError("the corruption leaves nothing of these images: there is nothing to reconstruct from")
         gap = 1.0 - np.append(size[1:m] ** 2, 0.0) / size[:m] ** 2
-        m = min(m, max_k or m)
+        num_features, m = m, min(m, max_k or m)
         encoder, size = encoder[:, :m], size[:m]
         features = problem.root.T @ encoder
         # What clean images show of a feature by rounding alone is none of it, whatever its direction.
         shown = np.linalg.norm(features, axis=0)
         scale = np.sqrt(problem.s[0]) * np.linalg.norm(encoder, axis=0)
         q = nested_basis(np.where(shown > problem.rtol * scale, features, 0.0), problem.rtol)
-        decoder = size[:, None] * right[:m]
-        return CorruptionFeatures(encoder, decoder, size**2, q, gap[:m], corrupted, problem.target_trace)
+        decoder, start = size[:, None] * right[:m], problem.target_trace
+        return CorruptionFeatures(encoder, decoder, size**2, q, gap[:m], num_features, corrupted, start)
 
 
 def nested_basis(features: np.ndarray, rtol: float) -> np.ndarray:
     """Orthonormal columns whose first k span the first k features, for every k.
 
     Args:
-        features: [r, m]. rtol: a column with a relative remainder of this size adds nothing.
+        features: [r, m].
+        rtol: a column with a relative remainder of this size adds nothing.
 
     Returns:
         [r, m]; columns that add nothing are 0. Cost: one QR, and one Gram-Schmidt pass where there are such columns.
@@ -337,7 +343,8 @@ def feature_basis(problem: PrimalProblem, encoder: np.ndarray) -> np.ndarray:
     Q of R^T V = Q B; two encoders with the same span of Q give every linear probe the same features.
 
     Args:
-        problem: factorised from moments (it needs the pixels' eigenvectors). encoder: [d, k] V, k <= r.
+        problem: factorised from moments (it needs the pixels' eigenvectors).
+        encoder: [d, k] V, k <= r.
 
     Returns:
         [r, k] with orthonormal columns, float64. Cost d r k.

@@ -19,7 +19,8 @@ class BasisKey:
     """Which basis a point is solved in.
 
     Attributes:
-        patch_size: int or (h, w); None without a mask. noise: rho = sigma^2 / p with a mask, sigma^2 without.
+        patch_size: int or (h, w); None without a mask.
+        noise: rho = sigma^2 / p with a mask, sigma^2 without.
     """
 
     patch_size: PatchSize | None
@@ -42,8 +43,11 @@ class GridPoint:
     """One cell of the grid.
 
     Attributes:
-        index: position (patch_size, noise_level, mask_ratio, lam). basis: see :class:`BasisKey`.
-        p_eff: effective drop probability. noise_variance: sigma^2. lam: weight of reconstruction in [0, inf].
+        index: position (patch_size, noise_level, mask_ratio, lam).
+        basis: see :class:`BasisKey`.
+        p_eff: effective drop probability.
+        noise_variance: sigma^2.
+        lam: weight of reconstruction in [0, inf].
         mask: the corruption.
     """
 
@@ -76,7 +80,9 @@ class GridSpec:
     """A checked grid.
 
     Attributes:
-        patch_sizes, noise_levels, mask_ratios, lambdas: the axes. masks: [patch][ratio]. image_shape: (h, w, c).
+        patch_sizes, noise_levels, mask_ratios, lambdas: the axes.
+        masks: by patch size and ratio.
+        image_shape: (h, w, c).
     """
 
     patch_sizes: tuple[PatchSize, ...]

@@ -10,22 +10,17 @@ for every k by one 2-d cumulative sum. Where the held-out images themselves are 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.linalg import solve_triangular
 
-from mae_align.closed_form.basis import PatchBasis
-from mae_align.data.patches import ImageShape, PatchSize
+from mae_align.data.patches import ImageShape
 from mae_align.moments.moments import Moments
 from mae_align.moments.samples import Samples
 from mae_align.runtime.devices import solve_context
 from mae_align.runtime.errors import InputError
-
-if TYPE_CHECKING:
-    from mae_align.closed_form.factorize import PrimalProblem
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -34,9 +29,11 @@ class HeldOut(NamedTuple):
     """Held-out moments in the whitened coordinates of a factorised problem, as parts of one mean over all samples.
 
     Attributes:
-        gram: [r, r] diag(s)^-1/2 U^T Sxx_ev U diag(s)^-1/2. cross: [r, q] diag(s)^-1/2 U^T Sxy_ev.
+        gram: [r, r] diag(s)^-1/2 U^T Sxx_ev U diag(s)^-1/2.
+        cross: [r, q] diag(s)^-1/2 U^T Sxy_ev.
         variance: scalar tr Syy_ev about the training mean.
-        group_gram: [g, r, r] float32 parts of ``gram`` (only standard errors use them). group_cross: [g, r, q].
+        group_gram: [g, r, r] float32 parts of ``gram`` (only standard errors use them).
+        group_cross: [g, r, q] parts of ``cross``.
         group_variance: [g].
     """
 
@@ -67,7 +64,8 @@ class HeldOutRows(NamedTuple):
     """Held-out samples in the whitened coordinates of a factorised problem.
 
     Attributes:
-        rows: [n, r] whitened coordinates. targets: [n, q] about the training mean.
+        rows: [n, r] whitened coordinates.
+        targets: [n, q] about the training mean.
         share: [g, n] 1 / n where a sample is in a group, else 0.
         group_variance: [g] parts of tr Syy_ev about the training mean.
     """
@@ -92,8 +90,10 @@ class HeldOutCurves(NamedTuple):
     """Held-out r2 with its standard error, index 0 is k = 1.
 
     Attributes:
-        r2: [k], may be negative. se: [k], NaN with fewer than two groups. influence: [g, k] share of each group in
-            the estimate's error; ``paired_se`` of a difference of influences is the standard error of a difference.
+        r2: [k], may be negative.
+        se: [k], NaN with fewer than two groups.
+        influence: [g, k] share of each group in the estimate's error; ``paired_se`` of a difference of influences is
+            the standard error of a difference.
     """
 
     r2: np.ndarray
@@ -105,7 +105,8 @@ def check_held_out(eval_moments: Moments | Samples, moments: Moments | Samples) 
     """Refuse held-out moments that do not fit the training data.
 
     Args:
-        eval_moments: of the held-out data. moments: of the training data.
+        eval_moments: of the held-out data.
+        moments: of the training data.
 
     Raises:
         InputError: another kind (moments or samples), image shape or number of targets, images made differently, or an
@@ -155,114 +156,6 @@ def check_projection(eval_moments: Moments | Samples, image_shape: ImageShape, n
         )
 
 
-def hold_out(problem: PrimalProblem, eval_moments: Moments) -> HeldOut:
-    """Project held-out moments, taken about the training means, on the coordinates of a factorised problem.
-
-    Args:
-        problem: of the training data. eval_moments: of the held-out data, grouped for standard errors.
-            :func:`mae_align.closed_form.dual.hold_out_samples` and :func:`mae_align.closed_form.dual.masked_basis`
-            project held-out samples.
-
-    Returns:
-        The projected moments. Cost: g d^2 r; memory 4 g r^2 bytes.
-
-    Raises:
-        InputError: the two data sets differ in image shape or targets, or a group is empty.
-
-    Example:
-        >>> from mae_align.closed_form.factorize import factorize
-        >>> x = np.random.default_rng(0).normal(size=(60, 2, 2, 1))
-        >>> y = np.arange(60) % 2
-        >>> train, test = Moments.from_arrays(x[:40], y[:40]), Moments.from_arrays(x[40:], y[40:], groups=2)
-        >>> hold_out(factorize(train), test).group_gram.shape
-        (2, 4, 4)
-    """
-    return _project(problem, problem.u / np.sqrt(problem.s), eval_moments)
-
-
-def hold_out_masked(
-    problem: PrimalProblem, basis: PatchBasis, patch_size: PatchSize, rho: float, eval_moments: Moments
-) -> HeldOut:
-    """Held-out moments in the coordinates of masked encoders, where S is singular (rank under d).
-
-    A masked encoder V = (D + rho I)^-1 R E diag(w / pi) B then leaves the range of S, since masked images do: x has the
-    coordinates E diag(1/pi) E^T R^T (D + rho I)^-1 x. At full rank these are those of :func:`hold_out`.
-
-    Args:
-        problem: of the training data. basis: of this patch size and rho. patch_size, rho: as in
-            :func:`mae_align.closed_form.basis.patch_basis`. eval_moments: of the held-out data.
-
-    Returns:
-        The projected moments. Cost: g d^2 r.
-
-    Raises:
-        InputError: as :func:`hold_out`.
-
-    Example:
-        >>> from mae_align.closed_form.factorize import factorize
-        >>> from mae_align.closed_form.basis import patch_basis
-        >>> x = np.random.default_rng(0).normal(size=(60, 2, 2, 1))
-        >>> m = Moments.from_arrays(x, np.arange(60) % 2)
-        >>> problem = factorize(m)
-        >>> held = hold_out_masked(problem, patch_basis(problem, 1), 1, 0.0, m)
-        >>> bool(np.allclose(held.gram, hold_out(problem, m).gram))
-        True
-    """
-    with solve_context(problem.dtype):
-        e, pi = np.asarray(basis.e), np.asarray(basis.pi)
-        whiten = ((problem.solved_root(patch_size, rho) @ e) / pi) @ e.T
-    return _project(problem, whiten, eval_moments)
-
-
-def hold_out_encoder(problem: PrimalProblem, encoder: np.ndarray, q: np.ndarray, eval_moments: Moments) -> HeldOut:
-    """Held-out moments in the coordinates of an encoder's own features, which may leave the range of a singular S.
-
-    With R^T V = Q B, V B^-1 are the features that are orthonormal on the training data.
-
-    Args:
-        problem: of the training data. encoder: [d, k] V. q: [r, k] Q, nested; a column is 0 where its feature adds
-            nothing. eval_moments: of the held-out data.
-
-    Returns:
-        The projected moments, [k, k] in place of [r, r]: to be used with f = I. Cost: g d^2 k.
-
-    Raises:
-        InputError: as :func:`hold_out`.
-
-    Example:
-        >>> from mae_align.closed_form.features import feature_basis
-        >>> from mae_align.closed_form.factorize import factorize
-        >>> x = np.random.default_rng(0).normal(size=(60, 2, 2, 1))
-        >>> m = Moments.from_arrays(x, np.arange(60) % 2)
-        >>> problem = factorize(m, pixel_noise=0.0)
-        >>> held = hold_out_encoder(problem, np.eye(4), feature_basis(problem, np.eye(4)), m)
-        >>> bool(np.allclose(held.gram, np.eye(4)))
-        True
-    """
-    real = q.any(0)
-    triangle = q[:, real].T @ (problem.root.T @ encoder[:, real])
-    whiten = np.zeros(encoder.shape)
-    whiten[:, real] = solve_triangular(triangle, encoder[:, real].T, trans=1).T
-    return _project(problem, whiten, eval_moments)
-
-
-def _project(problem: PrimalProblem, whiten: np.ndarray, eval_moments: Moments) -> HeldOut:
-    check_projection(eval_moments, problem.image_shape, len(problem.syy))
-    n, r, g = eval_moments.count, whiten.shape[1], len(eval_moments.counts)
-    gram, cross = np.zeros((r, r), whiten.dtype), np.zeros((r, problem.syy.shape[0]), whiten.dtype)
-    group_gram, group_cross = np.zeros((g, r, r), np.float32), np.zeros((g, *cross.shape), whiten.dtype)
-    group_variance = np.zeros(g, whiten.dtype)
-    for i, part in enumerate(eval_moments.groups_about(problem.mean_x, problem.mean_y)):
-        share = part.count / n
-        part_gram = share * (whiten.T @ (part.sxx.astype(whiten.dtype) @ whiten))
-        group_cross[i] = share * (whiten.T @ part.sxy)
-        group_variance[i] = share * np.trace(part.syy)
-        gram += part_gram
-        cross += group_cross[i]
-        group_gram[i] = part_gram
-    return HeldOut(gram, cross, group_variance.sum(), group_gram, group_cross, group_variance)
-
-
 def held_out_errors(f: jax.Array, t: jax.Array, held: HeldOut | HeldOutRows) -> tuple[jax.Array, jax.Array]:
     """Mean squared probe error on held-out data for every k, in total and by group (traceable).
 
@@ -270,13 +163,25 @@ def held_out_errors(f: jax.Array, t: jax.Array, held: HeldOut | HeldOutRows) -> 
     the projected held-out covariance, with c_i = |t_i|^2 f_i + 2 sum_{j<i} (t_i.t_j) f_j.
 
     Args:
-        f: [r, k] orthonormal features in whitened coordinates. t: [k, q] their training targets. held: projection.
+        f: [r, k] orthonormal features in whitened coordinates.
+        t: [k, q] their training targets.
+        held: the held-out data in the same coordinates.
 
     Returns:
         total [k] and parts by group [g, k] (they sum to the total), squared target units. With moments the groups run
         in float32, since only standard errors use them.
     """
     return held.errors(f, t)
+
+
+_compiled_errors = jax.jit(held_out_errors)
+
+
+def solved_errors(f: np.ndarray, t: np.ndarray, held: HeldOut | HeldOutRows) -> dict[str, np.ndarray]:
+    """:func:`held_out_errors` of features that are there already, as ``errors`` [k] and ``group_errors`` [g, k]."""
+    with solve_context(t.dtype):
+        errors, parts = _compiled_errors(f, t, held)
+        return {"errors": np.asarray(errors), "group_errors": np.asarray(parts)}
 
 
 def _couple(f: jax.Array, t: jax.Array) -> jax.Array:
@@ -289,7 +194,9 @@ def held_out_curves(errors: np.ndarray, group_errors: np.ndarray, held: HeldOut 
     """Held-out r2 = 1 - error / tr Syy_ev and its grouped standard error.
 
     Args:
-        errors: [..., k] from :func:`held_out_errors`. group_errors: [..., g, k]. held: the projection.
+        errors: [..., k] from :func:`held_out_errors`.
+        group_errors: [..., g, k] its parts.
+        held: the held-out data.
 
     Returns:
         r2 [..., k], se [..., k], influence [..., g, k].
@@ -334,6 +241,3 @@ def paired_se(influence: np.ndarray) -> np.ndarray:
     if g < 2:
         return np.full((*influence.shape[:-2], influence.shape[-1]), np.nan)
     return np.sqrt(g / (g - 1) * (np.asarray(influence, np.float64) ** 2).sum(-2))
-
-
-held_out_errors_jit = jax.jit(held_out_errors)

@@ -25,15 +25,13 @@ from mae_align.closed_form.held_out import (
     HeldOut,
     check_held_out,
     held_out_curves,
-    held_out_errors_jit,
-    hold_out_encoder,
     paired_se,
+    solved_errors,
 )
 from mae_align.corruption import Corruption, PatchMasking
 from mae_align.corruption.base import Images
 from mae_align.moments.moments import Moments
 from mae_align.runtime.checks import check_task
-from mae_align.runtime.devices import solve_context
 from mae_align.runtime.errors import InputError
 
 KS = (8, 32, 128)
@@ -97,8 +95,10 @@ def closed_form_rows(
     """:func:`closed_form_row` of many tasks on the same images, from one factorisation and one encoder.
 
     Args:
-        moments: with the target columns of all tasks side by side. corruption, ks, encoder, pixel_noise, images: as
-            there. columns: by task, its target columns. eval_moments: with the same columns.
+        moments: with the target columns of all tasks side by side.
+        corruption, ks, encoder, pixel_noise, images: as there.
+        columns: by task, its target columns.
+        eval_moments: with the same columns.
 
     Returns:
         Rows by task, equal to those of each task alone.
@@ -134,7 +134,7 @@ def closed_form_rows(
         q = nested_basis(problem.root.T @ encoder, problem.rtol)
     t = q.T @ problem.t0
     at = _Points(ks, len(t))
-    held = None if eval_moments is None else hold_out_encoder(problem, encoder, q, eval_moments)
+    held = None if eval_moments is None else problem.hold_out_encoder(encoder, q, eval_moments)
     spread = None if eval_moments is None else _target_spread(eval_moments, problem.mean_y)
     rows: dict[str, Row] = {}
     for name, c in columns.items():
@@ -143,9 +143,7 @@ def closed_form_rows(
         row |= at.cells("r2", curves.r2) | at.cells("alignment", curves.alignment)
         if held is not None and spread is not None:
             part = _of_columns(held, spread, c)
-            with solve_context("float64"):
-                errors, parts = (np.asarray(a) for a in held_out_errors_jit(np.eye(len(t)), t[:, c], part))
-            out = held_out_curves(errors, parts, part)
+            out = held_out_curves(**solved_errors(np.eye(len(t)), t[:, c], part), held=part)
             row |= at.cells("eval_r2", out.r2) | at.errors("eval_r2_se", out.influence)
         rows[name] = row
     return rows
@@ -161,7 +159,8 @@ def denoising_encoder(
     """All features of the denoising autoencoder of a corruption, best first (Theorem 3).
 
     Args:
-        moments: of the images it is trained on; targets are not looked at. corruption: None for none (PCA).
+        moments: of the images it is trained on; targets are not looked at.
+        corruption: None for none (PCA).
         pixel_noise, images: as in :func:`mae_align.closed_form.autoencoder.denoising_autoencoder`.
 
     Returns:

@@ -21,7 +21,7 @@ from mae_align.closed_form.dataset import assemble, provenance
 from mae_align.closed_form.dual import check_patches, factorize_samples
 from mae_align.closed_form.factorize import DType, Factorized, factorize
 from mae_align.closed_form.grid import BasisKey, GridPoint, GridSpec
-from mae_align.closed_form.held_out import HeldOut, HeldOutRows, check_held_out, held_out_errors_jit
+from mae_align.closed_form.held_out import HeldOut, HeldOutRows, check_held_out, solved_errors
 from mae_align.closed_form.point import (
     PointFunction,
     Shared,
@@ -76,7 +76,8 @@ def masking_sweep(
     Args:
         moments: of the training data, or its samples where they are fewer than the pixels: then no [d, d] array is
             formed (:func:`mae_align.moments.samples.summarize` makes the cheaper of the two).
-        patch_sizes: ints or (h, w) in pixels. mask_ratios: in [0, 1], both ends included.
+        patch_sizes: ints or (h, w) in pixels.
+        mask_ratios: in [0, 1], both ends included.
         masking: family of masks; ``FixedCountPatchMasking`` rounds the ratio to whole patches (see the coordinates
             ``realized_ratio`` and ``num_patches``).
         eval_moments: of held-out data, with groups for standard errors; samples where ``moments`` are samples.
@@ -138,7 +139,8 @@ def sweep(
     of (lam A A^T + B B^T) v = mu G v, A = E[x' x^T], B = E[x' y^T].
 
     Args:
-        moments: of the training data. patch_sizes, mask_ratios, masking: as in :func:`masking_sweep`.
+        moments: of the training data.
+        patch_sizes, mask_ratios, masking: as in :func:`masking_sweep`.
         noise_levels: sigma of isotropic Gaussian noise added before the mask, units of the stored pixels.
         lambdas: weight of reconstruction against supervision of weight 1, in [0, inf]; 0 is the limit 0+, inf is
             reconstruction alone. It has the units target^2 / pixel^2: see the coordinate ``lam_relative``.
@@ -169,7 +171,8 @@ def lambda_sweep(moments: Moments | Samples, lambdas: Sequence[float], **options
     """Supervised + reconstruction trade-off of Theorem 1, every k.
 
     Args:
-        moments: of the training data. lambdas: in [0, inf], see :func:`sweep`.
+        moments: of the training data.
+        lambdas: in [0, inf], see :func:`sweep`.
         **options: eval_moments, max_k, pixel_noise, rtol, dtype, target, run of :func:`sweep`.
 
     Returns:
@@ -193,7 +196,8 @@ def gaussian_sweep(moments: Moments | Samples, sigmas: Sequence[float], **option
     """Isotropic Gaussian denoising over noise levels, every k: the curves do not move (corollary of Theorem 3).
 
     Args:
-        moments: of the training data. sigmas: units of the stored pixels.
+        moments: of the training data.
+        sigmas: units of the stored pixels.
         **options: lambdas, eval_moments, max_k, pixel_noise, rtol, dtype, target, run of :func:`sweep`.
 
     Returns:
@@ -385,10 +389,5 @@ class _Grid(NamedTuple):
 
     def joint_embedding(self, shared: Shared) -> list[Arrays]:
         """Linear joint embedding's features are the columns of E as they stand, by descending pi."""
-        with solve_context(self.problem.dtype):
-            out: Arrays = {"t": np.asarray(shared.basis.target[: self.max_k])}
-            if shared.held is not None:
-                e, t = shared.basis.e[:, : self.max_k], shared.basis.target[: self.max_k]
-                errors, parts = held_out_errors_jit(e, t, shared.held)
-                out |= {"errors": np.asarray(errors), "group_errors": np.asarray(parts)}
-        return [out]
+        e, t = np.asarray(shared.basis.e)[:, : self.max_k], np.asarray(shared.basis.target)[: self.max_k]
+        return [{"t": t} | ({} if shared.held is None else solved_errors(e, t, shared.held))]

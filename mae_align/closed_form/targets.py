@@ -14,10 +14,10 @@ from typing import Self
 import numpy as np
 
 from mae_align.corruption.base import short_name
-from mae_align.corruption.components import principal_components
 from mae_align.corruption.linear import GaussianBlur
 from mae_align.data.patches import ImageShape, PatchSize, patch_hw, patch_labels
 from mae_align.moments.moments import Moments
+from mae_align.moments.principal import varying_components
 from mae_align.runtime.errors import InputError
 
 
@@ -104,7 +104,7 @@ class Components(TargetOperator):
         Raises:
             InputError: count outside 1..number of components with variance.
         """
-        vectors, _ = varying_components(moments)
+        vectors = varying_components(moments).vectors
         return cls(vectors[:, : _checked(count, vectors.shape[1])])
 
     @classmethod
@@ -114,7 +114,7 @@ class Components(TargetOperator):
         Raises:
             InputError: count outside 1..number of components with variance.
         """
-        vectors, _ = varying_components(moments)
+        vectors = varying_components(moments).vectors
         return cls(vectors[:, vectors.shape[1] - _checked(count, vectors.shape[1]) :])
 
     def apply(self, images: np.ndarray) -> np.ndarray:
@@ -195,25 +195,6 @@ class MatrixTarget(TargetOperator):
         return flat @ self.matrix.T
 
 
-def varying_components(moments: Moments) -> tuple[np.ndarray, np.ndarray]:
-    """Components along which the images vary, and their variances.
-
-    Args:
-        moments: of the images.
-
-    Returns:
-        [d, r] orthonormal columns, largest variance first, and [r], float64. Cost: one eigh of size d.
-
-    Example:
-        >>> vectors, values = varying_components(Moments.from_arrays(np.arange(6.0).reshape(3, 1, 2, 1)))
-        >>> vectors.shape, values.round(3).tolist()
-        ((2, 1), [5.333])
-    """
-    vectors, values = principal_components(moments)
-    real = values > len(values) * np.finfo(np.float64).eps * values[0]
-    return vectors[:, real], values[real]
-
-
 def _checked(count: int, most: int) -> int:
     if not isinstance(count, int | np.integer) or not 1 <= count <= most:
         raise InputError(
@@ -222,22 +203,12 @@ def _checked(count: int, most: int) -> int:
     return int(count)
 
 
-def count_of_share(values: np.ndarray, share: float) -> int:
-    """The fewest of the variances, in order, that make up a share of their sum.
-
-    Example:
-        >>> count_of_share(np.array([6.0, 3.0, 1.0]), 0.8)
-        2
-    """
-    cumulative = np.cumsum(values) / values.sum()
-    return int(min(np.searchsorted(cumulative, share - 1e-12) + 1, len(values)))
-
-
 def mapped(target: TargetOperator, images: np.ndarray) -> np.ndarray:
     """W applied to images, checked.
 
     Args:
-        target: W. images: [m, h, w, c] float64.
+        target: W.
+        images: [m, h, w, c] float64.
 
     Returns:
         [m, p] float64.
@@ -260,7 +231,9 @@ def target_gram(target: TargetOperator, root: np.ndarray, image_shape: ImageShap
     """R^T W^T W R, with W applied to the columns of R as images.
 
     Args:
-        target: W. root: [d, r] R. image_shape: (h, w, c).
+        target: W.
+        root: [d, r] R.
+        image_shape: (h, w, c).
 
     Returns:
         [r, r] in the precision of ``root``. Cost: W on r images and r^2 p.
@@ -281,7 +254,9 @@ def check_something_left(target: TargetOperator, after: float, before: float) ->
     """Refuse an operator that leaves no variance of the images.
 
     Args:
-        target: W. after: variance of W x. before: variance of x.
+        target: W.
+        after: variance of W x.
+        before: variance of x.
 
     Raises:
         InputError: nothing is left beyond rounding.

@@ -18,25 +18,8 @@ import numpy as np
 from mae_align.corruption.base import CleanImages, CorruptionMoments, ExactCorruption, independent_pairs, push_mask
 from mae_align.data.patches import ImageShape
 from mae_align.moments.moments import Moments
+from mae_align.moments.principal import principal_components
 from mae_align.runtime.errors import InputError
-
-
-def principal_components(moments: Moments) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvectors of the pixel covariance and the variance along each, largest first.
-
-    Args:
-        moments: of the images.
-
-    Returns:
-        [d, d] orthonormal columns and [d] variances (squared pixel units, no noise floor), float64. Cost: one eigh.
-
-    Example:
-        >>> x = np.random.default_rng(0).normal(size=(50, 2, 2, 1))
-        >>> principal_components(Moments.from_arrays(x, np.arange(50) % 2))[0].shape
-        (4, 4)
-    """
-    values, vectors = np.linalg.eigh(moments.second_moments().sxx)
-    return vectors[:, ::-1].copy(), np.maximum(values[::-1], 0.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,7 +117,7 @@ class ComponentMasking(BasisMask):
             >>> ComponentMasking.from_moments(Moments.from_arrays(x, np.arange(50) % 2), 0.5).name
             'ComponentMasking(components=array[4, 4], keep=0.5)'
         """
-        return cls(principal_components(moments)[0], keep)
+        return cls(principal_components(moments).vectors, keep)
 
     def probabilities(self) -> tuple[np.ndarray, np.ndarray]:
         """m as given and M_ij = m_i m_j for i != j, exact."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mae_align.corruption import components
 from mae_align.moments.moments import Moments
+from mae_align.moments.principal import varying_components
 from mae_align.runtime.checks import check_images
 from mae_align.runtime.errors import InputError
 
@@ -39,7 +39,7 @@ def principal_components(moments: Moments, images: np.ndarray, count: int) -> np
     Args:
         moments: of the training images: mean and components come from them.
         images: [n, h, w, c].
-        count: k, at most the number of pixel values; components without variance are constant features.
+        count: k, at most the number of pixel values; components without variance are features of 0.
 
     Returns:
         [n, k] float32, pixel units. Cost: one eigh of size d and n d k multiply-adds.
@@ -61,11 +61,9 @@ def principal_components(moments: Moments, images: np.ndarray, count: int) -> np
         raise InputError(
             f"count={count}: give a whole number from 1 to {moments.num_pixels}, the number of pixel values"
         )
-    vectors, values = components.principal_components(moments)
-    # Along directions without variance rounding is no feature.
-    vectors = vectors[:, :count] * (values[:count] > len(values) * np.finfo(np.float64).eps * values[0])
-    found = np.empty((len(images), count), np.float32)
+    vectors = varying_components(moments).vectors[:, :count]
+    found = np.zeros((len(images), count), np.float32)
     for start in range(0, len(images), _ROWS):
         part = images[start : start + _ROWS].reshape(-1, moments.num_pixels)
-        found[start : start + _ROWS] = (part - moments.mean_x) @ vectors
+        found[start : start + _ROWS, : vectors.shape[1]] = (part - moments.mean_x) @ vectors
     return found

@@ -35,7 +35,8 @@ class Task(Generic[Basis]):
     """Points solved in one call.
 
     Attributes:
-        keys: names of the points. solve: basis -> one dictionary of arrays per key, in order.
+        keys: names of the points.
+        solve: basis -> one dictionary of arrays per key, in order.
     """
 
     keys: tuple[str, ...]
@@ -47,7 +48,8 @@ class TaskGroup(Generic[Basis]):
     """Tasks that share a basis.
 
     Attributes:
-        make_basis: called once, only if some task is not stored yet. tasks: see :class:`Task`.
+        make_basis: called once, only if some task is not stored yet.
+        tasks: see :class:`Task`.
     """
 
     make_basis: Callable[[], Basis]
@@ -129,7 +131,9 @@ def run_groups(
     """Run every task that is not stored yet.
 
     Args:
-        groups: what to do. workers: threads, at least 1. store: where finished points are kept.
+        groups: what to do.
+        workers: threads, at least 1.
+        store: where finished points are kept.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -212,7 +216,8 @@ def check_mesh(mesh: Mesh, dtype: str) -> None:
     """Refuse a mesh whose devices cannot solve in this precision.
 
     Args:
-        mesh: any mesh; its axes are taken together. dtype: of the solves.
+        mesh: any mesh; its axes are taken together.
+        dtype: of the solves.
 
     Raises:
         InputError: float64 solves on devices without float64.
@@ -298,7 +303,8 @@ def replicated(tree: Any, mesh: Mesh) -> Any:
     """The same arrays on every device of a mesh.
 
     Args:
-        tree: pytree of arrays, the same on every process. mesh: of devices.
+        tree: pytree of arrays, the same on every process.
+        mesh: of devices.
 
     Returns:
         Pytree of global arrays; what lies on the mesh already is not copied.

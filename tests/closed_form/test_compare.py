@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import mae_align as ma
 from mae_align.closed_form import compare
+from mae_align.closed_form.compare import principal_angles
 from mae_align.closed_form.factorize import factorize
 from mae_align.closed_form.features import clean_images, corruption_features
 from mae_align.corruption import Corruption
@@ -62,6 +63,10 @@ def features(corruption: Corruption, k: int) -> np.ndarray:
     moments = corruption.moments(clean_images(problem))
     _, v = oracles.top_directions(moments.cross @ moments.cross.T, moments.gram)
     return np.linalg.qr(x @ v[:, :k])[0]
+
+
+def orthonormal(seed: int, rows: int, columns: int) -> np.ndarray:
+    return np.linalg.qr(np.random.default_rng(seed).normal(size=(rows, columns)))[0]
 
 
 @pytest.fixture(scope="module")
@@ -177,28 +182,6 @@ def test_equal_corruptions_are_computed_once_and_a_second_run_computes_nothing(t
         compare.compare_many(images(), named, [4], run=run)
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"corruptions": {}}, "corruptions is empty"),
-        ({"ks": []}, r"ks=\[\]"),
-        ({"ks": [0]}, r"ks=\[0\]"),
-        ({"ks": [61]}, r"ks=\[61\]"),
-        ({"num_targets": 0}, "num_targets=0"),
-        ({"corruptions": {"a": ma.PatchMasking(9, 0.5)}}, "larger than the image"),
-    ],
-)
-def test_bad_input_is_refused_before_any_work(monkeypatch, options, message):
-    monkeypatch.setattr(compare, "factorize", None)
-    with pytest.raises(InputError, match=message):
-        compare.compare_many(images(), **({"corruptions": {"a": ma.PatchMasking(2, 0.5)}, "ks": [3]} | options))
-
-
-def test_moments_in_one_group_are_refused():
-    with pytest.raises(InputError, match="build them with groups=20"):
-        ma.compare_corruptions(images().ungrouped(), None, ma.PatchMasking(2, 0.5), [3])
-
-
 def test_a_lost_leading_feature_is_no_sampling_noise():
     """The spectrum's flat tail moves by more than a feature between samples; its head does not."""
     x = np.random.default_rng(0).normal(size=(400, 6, 6, 1))
@@ -272,13 +255,57 @@ def test_a_corruption_that_leaves_fewer_features_is_told_on_either_side(swapped)
     assert found.verdict.values.tolist()[1] == compare.NOT_IDENTIFIED
 
 
-def test_what_does_not_fit_a_comparison_is_refused(monkeypatch):
+@pytest.mark.parametrize("k", [1, 4, 7, 11])
+def test_angles_are_those_of_scipy_in_ascending_order(k):
+    a, b = orthonormal(0, 24, k), orthonormal(1, 24, k)
+    found = principal_angles(a, b)
+    np.testing.assert_allclose(found, scipy.linalg.subspace_angles(a, b)[::-1], atol=1e-14)
+    assert (np.diff(found) >= 0).all()
+    np.testing.assert_allclose(principal_angles(b, a), found, atol=1e-14)
+    np.testing.assert_allclose(principal_angles(a @ orthonormal(2, k, k), b @ orthonormal(3, k, k)), found, atol=1e-13)
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-12, 1e-9, 1e-5, 0.3, np.pi / 4, 1.2, np.pi / 2 - 1e-9, np.pi / 2])
+def test_small_and_large_angles_are_accurate(angle):
+    """A cosine alone would lose every angle below 1e-8, a sine alone those near a right angle."""
+    q = orthonormal(4, 9, 9)
+    turned = np.cos(angle) * q[:, 0] + np.sin(angle) * q[:, 5]
+    found = principal_angles(q[:, :3], np.stack([q[:, 2], turned, q[:, 1]], 1))
+    np.testing.assert_allclose(found, [0.0, 0.0, angle], atol=3e-15, rtol=0)
+
+
+def test_directions_in_common_have_no_angle():
+    """Two subspaces of 7 in 12 dimensions share at least 2."""
+    found = principal_angles(orthonormal(0, 12, 7), orthonormal(1, 12, 7))
+    assert found[1] < 1e-14 and found[2] > 0.1
+
+
+MASK = ma.PatchMasking(2, 0.5)
+SAMPLES = ma.Samples.from_arrays(oracles.train().images, oracles.train().labels)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"corruptions": {}}, "corruptions is empty"),
+        ({"corruptions": {"a": ma.PatchMasking(9, 0.5)}}, "larger than the image"),
+        ({"corruptions": {"a": ma.SampledCorruption(lambda image, key: image, 1)}}, "pass the images"),
+        ({"reference": ma.SampledCorruption(lambda image, key: image, 1)}, "pass the images"),
+        ({"ks": []}, r"ks=\[\]"),
+        ({"ks": [0]}, r"ks=\[0\]"),
+        ({"ks": [61]}, r"ks=\[61\]"),
+        ({"num_targets": 0}, "num_targets=0"),
+        ({"moments": images().ungrouped()}, "build them with groups=20"),
+        ({"moments": SAMPLES}, r"not Samples: use Moments\.from_arrays"),
+        ({"run": ma.RunOptions(mesh=grid_mesh())}, "leave mesh out"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(monkeypatch, options, message):
     monkeypatch.setattr(compare, "factorize", None)
-    samples = ma.Samples.from_arrays(oracles.train().images, oracles.train().labels, groups=4)
-    with pytest.raises(InputError, match=r"not Samples: use Moments\.from_arrays"):
-        ma.compare_corruptions(samples, None, ma.PatchMasking(2, 0.5), [3])  # pyright: ignore[reportArgumentType]
-    with pytest.raises(InputError, match="pass the images"):
-        ma.compare_corruptions(images(), None, ma.SampledCorruption(lambda image, key: image, 1), [3])
-    mesh = grid_mesh()
-    with pytest.raises(InputError, match="leave mesh out"):
-        compare.compare_many(images(), {"a": ma.PatchMasking(2, 0.5)}, [3], run=ma.RunOptions(mesh=mesh))
+    with pytest.raises(InputError, match=message):
+        compare.compare_many(**({"moments": images(), "corruptions": {"a": MASK}, "ks": [3]} | options))
+
+
+def test_subspaces_of_different_size_are_refused():
+    with pytest.raises(InputError, match=r"\(5, 2\) and \(5, 3\): compare the same k"):
+        principal_angles(orthonormal(0, 5, 2), orthonormal(0, 5, 3))

@@ -197,6 +197,15 @@ def test_workers_streams_and_names_do_not_change_the_numbers(fit):
         np.testing.assert_allclose(one[name], many[name], rtol=1e-7, atol=1e-9)
 
 
+def test_fewer_features_are_the_leading_ones_of_as_many(fit):
+    kinds = {"mask": ma.PatchMasking(2, 0.5), "noise": ma.GaussianNoise(0.7), "pool": ma.AveragePool(2)}
+    few, all_of_them = (ma.corruption_sweep(fit, kinds, max_k=k, pixel_noise=0.0) for k in (5, None))
+    np.testing.assert_array_equal(few.num_features, [D, D, 18])
+    np.testing.assert_array_equal(all_of_them.num_features, [D, D, 18])
+    for name in few:
+        np.testing.assert_allclose(few[name], all_of_them[name].isel(k=slice(0, 5)), rtol=1e-9, atol=1e-11)
+
+
 def test_one_corruption_under_two_names_is_solved_once(fit, monkeypatch):
     solve, solved = sweep_module._solve, []
     monkeypatch.setattr(sweep_module, "_solve", lambda *args: solved.append(args[-2]) or solve(*args))

@@ -12,7 +12,7 @@ from sklearn.linear_model import LinearRegression, Ridge
 import mae_align as ma
 from mae_align.closed_form.curves import curves_from_targets
 from mae_align.closed_form.factorize import factorize
-from mae_align.closed_form.held_out import HeldOut, HeldOutCurves, held_out_curves, hold_out
+from mae_align.closed_form.held_out import HeldOut, HeldOutCurves, held_out_curves
 from mae_align.moments.moments import Moments, group_of
 from tests import oracles
 from tests.oracles import Sample
@@ -131,7 +131,7 @@ def test_uncentred_moments_have_probes_without_intercept(encoder):
 
 def test_held_out_parts_are_the_groups_own_moments(moments):
     problem, sample = factorize(moments, pixel_noise=0.0), oracles.held_out()
-    held = hold_out(problem, held_out_moments(4))
+    held = problem.hold_out(held_out_moments(4))
     whiten = problem.u / np.sqrt(problem.s)
     z, y = (sample.x - problem.mean_x) @ whiten, sample.y - problem.mean_y
     n = len(z)
@@ -247,22 +247,22 @@ def test_bad_encoders_are_refused(moments, encoder, message):
         ma.encoder_curves(moments, encoder)
 
 
-def test_held_out_data_that_does_not_match_is_refused(moments, encoder):
-    sample = oracles.held_out()
-
-    def curves(images, labels, **options):
-        return ma.encoder_curves(moments, encoder, eval_moments=Moments.from_arrays(images, labels, **options))
-
-    with pytest.raises(ma.InputError, match=r"\(5, 6, 2\)"):
-        curves(sample.images.reshape(-1, 5, 6, 2), sample.labels)
-    with pytest.raises(ma.InputError, match="held-out targets have 6 columns, training targets 4"):
-        curves(sample.images, sample.labels, num_classes=6)
-    with pytest.raises(ma.InputError, match=r"3 held-out samples leave .* empty: use fewer groups"):
-        curves(sample.images[:3], sample.labels[:3], num_classes=4, groups=20)
-    with pytest.raises(ma.InputError, match="uint8"):
-        curves(np.clip(sample.images * 10, 0, 255).astype(np.uint8), sample.labels, num_classes=4)
-    with pytest.raises(ma.InputError, match="halved"):
-        curves(sample.images / 2, sample.labels, num_classes=4, preprocessing="halved")
+@pytest.mark.parametrize(
+    "change, options, message",
+    [
+        (lambda x: x.reshape(-1, 5, 6, 2), {}, r"\(5, 6, 2\)"),
+        (lambda x: x, {"num_classes": 6}, "held-out targets have 6 columns, training targets 4"),
+        (lambda x: x[:3], {"groups": 20}, r"3 held-out samples leave .* empty: use fewer groups"),
+        (lambda x: np.clip(x * 10, 0, 255).astype(np.uint8), {}, "uint8"),
+        (lambda x: x / 2, {"preprocessing": "halved"}, "halved"),
+    ],
+)
+def test_held_out_data_that_does_not_match_is_refused(moments, encoder, change, options, message):
+    images = change(oracles.held_out().images)
+    labels = oracles.held_out().labels[: len(images)]
+    unseen = Moments.from_arrays(images, labels, **({"num_classes": 4} | options))
+    with pytest.raises(ma.InputError, match=message):
+        ma.encoder_curves(moments, encoder, eval_moments=unseen)
 
 
 def test_curves_do_not_change_with_the_units_of_the_pixels(moments, encoder):

@@ -15,8 +15,6 @@ from mae_align.closed_form.dual import (
     DualProblem,
     check_patches,
     factorize_samples,
-    hold_out_samples,
-    masked_basis,
 )
 from mae_align.closed_form.factorize import factorize
 from mae_align.moments.moments import Moments
@@ -169,7 +167,7 @@ def test_held_out_curves_are_real_predictions_of_the_masked_encoder(few, patch, 
 def test_rows_without_a_mask_are_the_whitened_samples(few):
     problem = factorize_samples(few, pixel_noise=0.2)
     axes, _ = within_span(problem)
-    held = hold_out_samples(problem, samples_of(NEW, 5))
+    held = problem.hold_out(samples_of(NEW, 5))
     expected = (NEW.x - FEW.x.mean(0)) @ axes / np.sqrt(problem.s) * align_signs(problem, axes)
     np.testing.assert_allclose(held.rows, expected, atol=1e-9)
     np.testing.assert_allclose(held.targets, NEW.y - FEW.y.mean(0), atol=1e-15)
@@ -282,7 +280,7 @@ def test_mixed_kinds_are_refused(few):
         ma.masking_sweep(few, [2], [0.5], max_k=40)
     other = Samples.from_arrays(NEW.images[:, :5], NEW.labels)
     with pytest.raises(InputError, match="held-out images are"):
-        masked_basis(factorize_samples(few), 2, 0.0, other)
+        factorize_samples(few).masked(2, 0.0, other)
 
 
 def test_what_cannot_fit_is_refused_with_the_numbers(few, monkeypatch):

@@ -186,34 +186,40 @@ def test_features_are_counted_from_one_to_the_rank(problem):
             problem.check_k(k)
 
 
-@pytest.mark.parametrize("pixel_noise", [-1.0, math.nan, math.inf])
-def test_a_bad_floor_is_refused(moments, pixel_noise):
-    with pytest.raises(InputError, match="give a variance of at least 0"):
-        factorize(moments, pixel_noise=pixel_noise)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"pixel_noise": -1.0}, "give a variance of at least 0"),
+        ({"pixel_noise": math.nan}, "give a variance of at least 0"),
+        ({"pixel_noise": math.inf}, "give a variance of at least 0"),
+        ({"rtol": -1e-3}, "rtol"),
+        ({"rtol": math.nan}, "rtol"),
+        ({"rtol": 1.0}, "rtol"),
+        ({"dtype": "float16"}, "'float64' or 'float32'"),
+    ],
+)
+def test_bad_options_are_refused(moments, options, message):
+    with pytest.raises(InputError, match=message):
+        factorize(moments, **options)
 
 
-@pytest.mark.parametrize("rtol", [-1e-3, math.nan, 1.0, math.inf])
-def test_a_bad_cutoff_is_refused(moments, rtol):
-    with pytest.raises(InputError, match="rtol"):
-        factorize(moments, rtol=rtol)
+@pytest.mark.parametrize(
+    "images, targets, message",
+    [
+        (oracles.train().images[:1], np.ones((1, 1)), "at least 2"),
+        (oracles.train().images[:20], np.ones((20, 2)), "targets are constant"),
+        (np.full((20, 2, 2, 1), 9, np.uint8), np.arange(20) % 2, "images are constant"),
+    ],
+)
+def test_data_with_nothing_to_learn_is_refused(images, targets, message):
+    with pytest.raises(InputError, match=message):
+        factorize(Moments.from_arrays(images, targets))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "double", None])
-def test_another_precision_is_refused(moments, dtype):
-    with pytest.raises(InputError, match="'float64' or 'float32'"):
-        factorize(moments, dtype=dtype)
-
-
-def test_data_with_nothing_to_learn_is_refused():
-    x = oracles.train().images[:20]
-    with pytest.raises(InputError, match="at least 2"):
-        factorize(Moments.from_arrays(x[:1], np.ones((1, 1))))
+def test_one_class_of_several_is_nothing_to_learn():
+    one = Moments.from_arrays(oracles.train().images[:20], np.zeros(20, int), num_classes=3)
     with pytest.raises(InputError, match="targets are constant"):
-        factorize(Moments.from_arrays(x, np.ones((20, 2))))
-    with pytest.raises(InputError, match="targets are constant"):
-        factorize(Moments.from_arrays(x, np.zeros(20, int), num_classes=3))
-    with pytest.raises(InputError, match="images are constant"):
-        factorize(Moments.from_arrays(np.full((20, 2, 2, 1), 9, np.uint8), np.arange(20) % 2))
+        factorize(one)
 
 
 def test_a_patch_larger_than_the_image_is_refused(problem):

@@ -1,4 +1,4 @@
-"""The general path against the generalised eigenproblem of the definition, singular moments included."""
+"""Features of any corruption against the generalised eigenproblem of the definition, singular moments included."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mae_align as ma
+from mae_align.closed_form.compare import principal_angles
 from mae_align.closed_form.factorize import PrimalProblem, factorize
-from mae_align.closed_form.features import clean_images, corruption_features, moments_features, nested_basis
+from mae_align.closed_form.features import (
+    clean_images,
+    corruption_features,
+    feature_basis,
+    moments_features,
+    nested_basis,
+)
 from mae_align.corruption import Corruption, CorruptionMoments
 from mae_align.moments.moments import Moments
 from tests import oracles
@@ -208,3 +215,58 @@ def test_cheap_corruptions_have_the_features_of_the_general_path(name, case):
     few = corruption_features(problem, CHEAP[name], max_k=3)
     np.testing.assert_allclose(few.encoder, cheap.encoder[:, :3], atol=1e-12)
     np.testing.assert_allclose(few.gap, cheap.gap[:3], atol=1e-12)
+
+
+def test_feature_basis_spans_the_features_of_the_images(problem):
+    """Its angles to another encoder are those of the feature columns over all images."""
+    x = oracles.train().x - oracles.train().x.mean(0)
+    a, b = (np.random.default_rng(seed).normal(size=(60, 6)) for seed in (5, 6))
+    basis = feature_basis(problem, a)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(6), atol=1e-13)
+    found = principal_angles(basis, feature_basis(problem, b))
+    np.testing.assert_allclose(found, scipy.linalg.subspace_angles(x @ a, x @ b)[::-1], atol=1e-10)
+    same = feature_basis(problem, a @ np.random.default_rng(7).normal(size=(6, 6)))
+    np.testing.assert_allclose(principal_angles(basis, same), 0.0, atol=1e-12)
+    # Leading columns span the features of leading encoder columns: every k at once.
+    np.testing.assert_allclose(np.abs(basis[:, :3].T @ feature_basis(problem, a[:, :3])), np.eye(3), atol=1e-12)
+
+
+def test_features_that_repeat_each_other_are_refused(problem):
+    a = np.random.default_rng(8).normal(size=(60, 4))
+    a[:, 3] = a[:, 0] - 2 * a[:, 1]
+    with pytest.raises(ma.InputError, match="linearly dependent on these images"):
+        feature_basis(problem, a)
+    # Different on paper, equal on images with a duplicated pixel, but for the rounding of the eigenvectors.
+    for first in range(0, 60, 6):
+        x = oracles.train().x.copy()
+        x[:, first] = x[:, first + 1]
+        twin = factorize(Moments.from_arrays(x.reshape(-1, *SHAPE), oracles.train().labels), pixel_noise=0.0)
+        for scales in ([1.0, 1.0], [1e-9, 1e9]):
+            with pytest.raises(ma.InputError, match="linearly dependent on these images"):
+                feature_basis(twin, np.eye(60)[:, [first, first + 1]] * scales)
+        with pytest.raises(ma.InputError, match="k=60 is not a number of features up to the rank 59"):
+            feature_basis(twin, np.eye(60))
+        assert feature_basis(twin, np.delete(np.eye(60), first, axis=1)).shape == (59, 59)
+    assert feature_basis(problem, np.eye(60)[:, [20, 21]]).shape == (60, 2)
+
+
+@pytest.mark.parametrize("decay", [1e-3, 1e-6, 1e-11])
+def test_every_direction_above_the_cutoff_is_a_feature_of_its_own(decay):
+    """However steep the spectrum; and a pixel that is there twice is still found."""
+    rng = np.random.default_rng(9)
+    x = rng.normal(size=(400, 20)) * np.sqrt(np.geomspace(1.0, decay, 20)) @ np.linalg.qr(rng.normal(size=(20, 20)))[0]
+    steep = factorize(Moments.from_arrays(x.reshape(-1, 4, 5, 1), np.arange(400) % 3), pixel_noise=0.0)
+    assert steep.rank == 20
+    for encoder in (steep.u, np.eye(20), steep.u / np.sqrt(steep.s)):
+        assert feature_basis(steep, encoder).shape == (20, 20)
+    twice = np.hstack([x, x[:, :1]]).reshape(-1, 7, 3, 1)
+    twin = factorize(Moments.from_arrays(twice, np.arange(400) % 3), pixel_noise=0.0)
+    assert twin.rank == 20
+    with pytest.raises(ma.InputError, match="linearly dependent on these images"):
+        feature_basis(twin, np.eye(21)[:, [0, 5, 20]])
+
+
+@pytest.mark.parametrize("encoder", [np.eye(59), np.ones(60), np.full((60, 2), np.nan), np.eye(60)[:, :0]])
+def test_what_is_no_encoder_of_these_images_is_refused(problem, encoder):
+    with pytest.raises(ma.InputError, match=r"give finite numbers \[60, k\]|k=0 is not a number of features"):
+        feature_basis(problem, encoder)

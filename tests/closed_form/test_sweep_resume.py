@@ -95,11 +95,13 @@ def test_the_points_of_a_sweep_are_not_taken_for_those_of_another(tmp_path):
     # More of the same grid is the same computation.
     more = ma.masking_sweep(moments, [1, 2], [0.5, 0.7], eval_moments=held, run=run)
     assert (more.eval_r2.sel(patch_size=1, mask_ratio=0.5) == first.eval_r2.sel(patch_size=1, mask_ratio=0.5)).all()
+    relabelled = ma.Moments.from_arrays(images, labels[::-1])
     images[0, 0, 0, 0] ^= 1
     changed = ma.Moments.from_arrays(images, labels)
     turned = ma.Moments.from_arrays(images[:60], labels[::-1][:60])
     for other in (
         lambda: ma.masking_sweep(changed, [1], [0.5], eval_moments=held, run=run),
+        lambda: ma.masking_sweep(relabelled, [1], [0.5], eval_moments=held, run=run),
         lambda: ma.masking_sweep(moments, [1], [0.5], eval_moments=turned, run=run),
         lambda: ma.masking_sweep(moments, [1], [0.5], run=run),
         lambda: ma.masking_sweep(moments, [1], [0.5], eval_moments=held, max_k=4, run=run),

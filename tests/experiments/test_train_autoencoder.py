@@ -15,8 +15,8 @@ from experiments import train_autoencoder
 from experiments.harness import ensembles
 from experiments.harness.config import Training
 from experiments.harness.data import Split
-from experiments.harness.ensembles import End, Probe
-from experiments.harness.report import Measured
+from experiments.harness.ensembles import End, Member, Probe
+from experiments.harness.report import Measured, result_rows
 from experiments.harness.run import Run, execute
 from experiments.train_autoencoder import COLUMNS, Config, Network, Noise, main
 from mae_align.models import in_head
@@ -117,6 +117,19 @@ def test_other_networks_and_corruptions(tmp_path, change):
     assert rows[0].get("features_note", "") == note
     notes = {row["features"]: row.get("features_note", "") for row in table(tmp_path / "run", "results")}
     assert notes["trained network"] == note and notes["raw pixels"] == notes["untrained network"] == ""
+
+
+def test_settings_of_a_probe_do_not_stand_in_the_place_of_those_of_its_network():
+    members = [Member(3, 0.1), Member(4, 0.1)]
+    scores = {"accuracy_test": 0.5, "probe_seed": 0, "probe_learning_rate": 1e-3}
+    rows = [{"member": at, "features": "trained network", "probe": "mlp", **scores} for at in (0, 1)]
+    found = result_rows(members, rows, [1])
+    assert [(row["member"], row["seed"], row["learning_rate"]) for row in found] == [
+        ("seed 3", 3, 0.1),
+        ("seed 4", 4, 0.1),
+    ]
+    assert [row["reported"] for row in found] == [False, True]
+    assert all(row["probe_seed"] == 0 and row["probe_learning_rate"] == 1e-3 for row in found)
 
 
 def test_large_images_are_pooled_within_patches():

@@ -7,15 +7,13 @@ from collections.abc import Callable
 import numpy as np
 
 from experiments.alignment_vs_probe.tasks.task import Task, TaskKind
-from mae_align.corruption.components import principal_components
 from mae_align.data.dataset import ImageDataset
 from mae_align.moments.moments import Moments
+from mae_align.moments.principal import PrincipalComponents, varying_components
 from mae_align.runtime.errors import InputError
 
 # Images held in float64 at a time.
 _ROWS = 4096
-# Orthonormal columns [d, r] and the variance [r] along each, largest first.
-Components = tuple[np.ndarray, np.ndarray]
 
 
 def brightness(dataset: ImageDataset) -> Task:
@@ -94,7 +92,7 @@ def position(dataset: ImageDataset, reference: np.ndarray | float, of: str) -> t
 
 
 def top_components(
-    dataset: ImageDataset, moments: Moments, count: int, *, components: Components | None = None
+    dataset: ImageDataset, moments: Moments, count: int, *, components: PrincipalComponents | None = None
 ) -> Task:
     """Scores along the principal components of largest variance: what reconstruction learns first.
 
@@ -131,7 +129,7 @@ def bottom_components(
     share: float,
     seed: int,
     *,
-    components: Components | None = None,
+    components: PrincipalComponents | None = None,
 ) -> Task:
     """Scores along random principal components of the bottom subspace: what reconstruction learns last.
 
@@ -193,7 +191,7 @@ def _scores(x: np.ndarray, mean: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     return (x.reshape(len(x), -1) - mean) @ vectors
 
 
-def components_with_variance(dataset: ImageDataset, moments: Moments) -> Components:
+def components_with_variance(dataset: ImageDataset, moments: Moments) -> PrincipalComponents:
     """Principal components along which the images vary.
 
     Args:
@@ -201,7 +199,7 @@ def components_with_variance(dataset: ImageDataset, moments: Moments) -> Compone
         moments: of its training images.
 
     Returns:
-        [d, r] orthonormal columns and their variances [r], largest first, float64. Cost: one eigh of size d.
+        As :func:`mae_align.moments.principal.varying_components`.
 
     Raises:
         InputError: moments of other images.
@@ -215,6 +213,4 @@ def components_with_variance(dataset: ImageDataset, moments: Moments) -> Compone
         raise InputError(
             f"moments of images {list(moments.image_shape)}, data set of {list(dataset.image_shape)}: make them from it"
         )
-    vectors, values = principal_components(moments)
-    real = values > max(1e-9, len(values) * np.finfo(np.float64).eps) * values[0]
-    return vectors[:, real], values[real]
+    return varying_components(moments)

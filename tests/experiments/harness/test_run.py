@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ import xarray as xr
 
 from experiments import runs
 from experiments.harness.cli import launch_experiment, with_written
-from experiments.harness.config import Counts, RunConfig
+from experiments.harness.config import ADDS, Counts, RunConfig
 from experiments.harness.data import Split
 from experiments.harness.run import Run, execute
 from mae_align.runtime.errors import InputError
@@ -29,6 +30,8 @@ class Config(RunConfig):
     """Images."""
     ks: Counts = (1, 2)
     """Numbers."""
+    more: Annotated[tuple[str, ...], ADDS] = ("a",)
+    """What is reported as well."""
 
 
 class Main:
@@ -91,6 +94,16 @@ def test_a_finished_run_of_another_version_is_run_again(tmp_path):
     main = Main()
     go(main, tmp_path)
     assert json.loads((folder / "run.json").read_text())["version"] == record["version"]
+
+
+def test_a_finished_run_goes_on_with_what_is_to_be_added_and_keeps_the_rest(tmp_path):
+    folder = go(Main(), tmp_path)
+    assert "more" not in json.loads((folder / "config.json").read_text())["config"]
+    ended = (folder / "run.json").stat().st_mtime_ns
+    main = Main()
+    go(main, tmp_path, more=("a", "b"))
+    assert (folder / "run.json").stat().st_mtime_ns > ended and main.computed == []
+    assert json.loads((folder / "run.json").read_text())["added"] == {"--more": "('a', 'b')"}
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.harness.config import Training
-from experiments.harness.train import TrainedLooks, milestones, optimizer, train_at
+from experiments.harness.train import TrainedLooks, milestones, optimizer, train_at, train_to
 from mae_align.runtime.files import PointStore
 from mae_align.train.loop import Preempted
 from tests.train.toy_training import ToyTraining, images_and_labels
@@ -100,6 +100,22 @@ def test_a_look_that_was_lost_is_trained_up_to_again(whole, tmp_path):
 def test_an_untrained_ensemble_is_looked_at_without_training(tmp_path):
     looked = Looked(tmp_path)
     assert looked.run((0,))["b"].tolist() == [[0.0, 0.0]] and looked.training.dispatches == []
+
+
+def test_the_ensemble_of_a_finished_training_is_that_of_its_checkpoint(whole, tmp_path):
+    folder, found = whole
+    shutil.copytree(folder, tmp_path / "copy")
+    again = Looked(tmp_path / "copy")
+    state = train_to(
+        again.looks,
+        again.training,
+        lambda: again.training.init(range(3, 5)),
+        lambda: again.training.put(*images_and_labels()),
+        STEPS,
+        again.look,
+    )
+    assert again.seen == [] and again.training.dispatches == []
+    np.testing.assert_array_equal(state.params["w"], found["w"][-1])
 
 
 def test_milestones_begin_and_end_where_they_should():
