@@ -97,10 +97,11 @@ def side_by_side(a: pd.DataFrame, b: pd.DataFrame) -> str:
 
 def _settings(folder: Path) -> dict[str, str]:
     """Settings of a run by option."""
-    written = _read(folder / "config.json")
+    written, more = _read(folder / "config.json"), _read(folder / "run.json").get("added", {})
     found: dict[str, list[str]] = {}
     last = ""
-    for word in ["--experiment", written.get("experiment", "?"), *written_options(written.get("config", {}))]:
+    options = [*written_options(written.get("config", {})), *written_options(more)]
+    for word in ["--experiment", written.get("experiment", "?"), *options]:
         if word.startswith("--"):
             found[word] = []
             last = word

@@ -3,10 +3,10 @@
 An experiment is a frozen dataclass of settings, a few presets of it and a function. Its module ends
 
     if __name__ == "__main__":
-        launch(main, Config, PRESETS)
+        launch_experiment(main, Config, PRESETS, COLUMNS)
 
 and `python -m experiments.NAME --preset paper --seed 3` runs `main` with the preset "paper", one
-field changed.
+field changed. Programs that have no run folder end with `launch(main, Config, PRESETS)`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from experiments.harness.config import written_options
+from experiments.harness.config import RunConfig, check, written_options
 from experiments.harness.data import Split
 from experiments.harness.run import Data, Run, execute
 from mae_align.runtime.errors import InputError
@@ -31,6 +31,7 @@ from mae_align.runtime.processes import start_distributed
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
+RunConfigT = TypeVar("RunConfigT", bound=RunConfig)
 _DEFAULT_PRESET = "laptop"
 
 
@@ -57,7 +58,7 @@ def launch(
     """
     with one_line_errors():
         config = _parse(main, config_class, presets, sys.argv[1:] if argv is None else list(argv))
-        refuse_empty(config)
+        check(config)
         # Options win over the environment, where an experiment has them.
         start_distributed(*(getattr(config, name, None) for name in ("coordinator", "num_processes", "process_id")))
         main(config)
@@ -86,9 +87,9 @@ def one_line_errors() -> Iterator[None]:
 
 
 def launch_experiment(
-    main: Callable[[ConfigT, Run[Any]], None],
-    config_class: type[ConfigT],
-    presets: Mapping[str, ConfigT],
+    main: Callable[[RunConfigT, Run[Any]], None],
+    config_class: type[RunConfigT],
+    presets: Mapping[str, RunConfigT],
     columns: Mapping[str, str],
     load: Callable[[Any], Data] = Split.load,
     argv: Sequence[str] | None = None,
@@ -110,7 +111,7 @@ def launch_experiment(
     """
     name = described(main)[0].split()[-1].rpartition(".")[2]
 
-    def run(config: ConfigT) -> None:
+    def run(config: RunConfigT) -> None:
         execute(name, main, config, load, columns)
 
     run.__module__ = main.__module__
@@ -122,6 +123,8 @@ def launch_experiment(
 
 def with_written(argv: Sequence[str], experiment: str) -> list[str]:
     """Arguments with `--config FILE` replaced by what the file says, first, so that all others win over it.
+
+    Beside it, run.json says what was only added to the report, such as further probes.
 
     Args:
         argv: Arguments of an experiment.
@@ -150,13 +153,15 @@ def with_written(argv: Sequence[str], experiment: str) -> list[str]:
     try:
         written = json.loads(Path(files[0]).read_text(encoding="utf-8"))
         settings, of = written["config"], written["experiment"]
+        record = Path(files[0]).with_name("run.json")
+        more = json.loads(record.read_text(encoding="utf-8")).get("added", {}) if record.exists() else {}
     except OSError as error:
         raise InputError(f"--config {files[0]!r}: cannot be read ({error.strerror}): give a config.json") from None
     except (ValueError, KeyError, TypeError):
         raise InputError(f"--config {files[0]!r} is not the config.json of a run folder") from None
     if of != experiment:
         raise InputError(f"--config {files[0]!r} is of the experiment {of}: run python -m experiments.{of} with it")
-    return [*written_options(settings), *rest]
+    return [*written_options(settings), *written_options(more), *rest]
 
 
 def _parse(
@@ -206,14 +211,3 @@ def _named_preset(argv: Sequence[str]) -> str:
         elif option.startswith("--preset="):
             name = option.removeprefix("--preset=")
     return name
-
-
-def refuse_empty(config: DataclassInstance, prefix: str = "--") -> None:
-    """Refuses options that take several values and were given none."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        option = prefix + field.name.replace("_", "-")
-        if isinstance(value, tuple | list) and not value:
-            raise InputError(f"{option} has no value: give at least one, or leave the option out")
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            refuse_empty(value, f"{option}.")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 from mae_align.runtime.errors import InputError
@@ -95,13 +95,25 @@ class RunConfig:
     validation_fraction: Annotated[float, Bounds(above=0, below=1)] = 0.2
     """Share of the training images kept out for validation: everything that is chosen is chosen on it."""
     max_train: Annotated[int | None, Bounds(least=2)] = None
-    """Use at most so many of the remaining training images, drawn at random; none for all."""
+    """Fit on at most so many of the remaining training images, drawn at random; none for all.
+
+    With it, validation images are never fitted, in no experiment.
+    """
     max_test: Annotated[int | None, Bounds(least=2)] = None
     """Use at most so many test images, drawn at random; none for all."""
     seed: Seed = 0
     """Of the split and of every subset that is drawn."""
     out: Annotated[str | None, ELSEWHERE] = None
-    """Run folder; none for runs/EXPERIMENT-DATA-HASH."""
+    """Run folder; none for runs/EXPERIMENT-DATA-HASH. A run that is finished there is shown, not computed again."""
+    reuse: Annotated[bool, ELSEWHERE] = False
+    """Go on in a folder that another version of the code began, and keep what is finished there."""
+
+    def check(self) -> None:
+        """Refuse settings that do not go together, before any data are read; each experiment adds its own.
+
+        Raises:
+            InputError: naming the options.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,24 +256,27 @@ def computed(config: DataclassInstance) -> dict[str, Any]:
         >>> "out" in computed(RunConfig()), computed(RunConfig())["seed"]
         (False, 0)
     """
-    found: dict[str, Any] = {}
-    for one in settings(config):
-        if not (one.elsewhere or one.adds):
-            inner = found
-            for name in one.path[:-1]:
-                inner = inner.setdefault(name, {})
-            inner[one.path[-1]] = one.value
-    return found
+    return _nested(one for one in settings(config) if not (one.elsewhere or one.adds))
 
 
-def added(config: DataclassInstance) -> dict[str, str]:
-    """The settings that only add to what is reported, by their options, as text.
+def added(config: DataclassInstance) -> dict[str, Any]:
+    """The settings that only add to what is reported, as nested dictionaries.
 
     Example:
         >>> added(RunConfig())
         {}
     """
-    return {one.option: repr(one.value) for one in settings(config) if one.adds}
+    return _nested(one for one in settings(config) if one.adds)
+
+
+def _nested(found: Iterable[Setting]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for one in found:
+        inner = nested
+        for name in one.path[:-1]:
+            inner = inner.setdefault(name, {})
+        inner[one.path[-1]] = one.value
+    return nested
 
 
 def written_options(values: dict[str, Any], prefix: str = "--") -> list[str]:

@@ -19,7 +19,7 @@ class Split:
     """A data set cut up by one rule, the same for every experiment with the same data, sizes, share and seed.
 
     The validation images are a share of every class of the training images; the training images are drawn from the
-    others; test images are drawn from the test set. Rows stay in the order of the data set.
+    others; test images are drawn from the test set, the same however many train. Rows stay in the order of the data set.
 
     Attributes:
         name: of the data set.
@@ -31,6 +31,7 @@ class Split:
         test_images: [t, h, w, c], to report on.
         test_labels: [t].
         is_validation: [n + v] which of the training and validation images are for validation, in the data set's order.
+        limited: whether training images were left out, as --max-train asks.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Split:
     test_images: np.ndarray
     test_labels: np.ndarray
     is_validation: np.ndarray
+    limited: bool = False
 
     @classmethod
     def load(cls, config: RunConfig) -> Split:
@@ -63,9 +65,10 @@ class Split:
         """
         data = load_together(config.data, image_size=config.image_size, seed=config.seed)
         fitted, chosen = stratified_split(data.train_labels, config.validation_fraction, config.seed)
-        rng = np.random.default_rng(config.seed)
-        fitted = drawn(fitted, config.max_train, rng)
-        tested = drawn(np.arange(len(data.test_labels)), config.max_test, rng)
+        every = len(fitted)
+        fitted = drawn(fitted, config.max_train, np.random.default_rng(config.seed))
+        # A generator of its own: networks of different --max-train are tested on the same images.
+        tested = drawn(np.arange(len(data.test_labels)), config.max_test, np.random.default_rng([config.seed, 1]))
         images = data.train_images[fitted]
         if (images == images[:1]).all():
             raise ma.InputError("the training images are constant: there is nothing to reconstruct")
@@ -79,6 +82,7 @@ class Split:
             data.test_images[tested],
             data.test_labels[tested],
             np.isin(np.sort(np.concatenate([fitted, chosen])), chosen),
+            len(fitted) < every,
         )
 
     @property
@@ -115,16 +119,21 @@ class Split:
         }
         return {name: fingerprint(arrays, {}) for name, arrays in parts.items()}
 
-    def refit(self) -> tuple[np.ndarray, np.ndarray]:
-        """Training and validation images together, [n + v, h, w, c], and their labels, in the order of the data set.
-
-        What is reported is fitted on them where everything is chosen already.
-        """
+    def train_and_validation(self) -> tuple[np.ndarray, np.ndarray]:
+        """Training and validation images together, [n + v, h, w, c], and their labels, in the order of the data set."""
         images = np.empty((len(self.is_validation), *self.image_shape), self.train_images.dtype)
         labels = np.empty(len(images), self.train_labels.dtype)
         images[~self.is_validation], labels[~self.is_validation] = self.train_images, self.train_labels
         images[self.is_validation], labels[self.is_validation] = self.validation_images, self.validation_labels
         return images, labels
+
+    def refit(self) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels that are fitted where everything is chosen already.
+
+        All that :meth:`train_and_validation` has; after --max-train the training images alone, so that no more are
+        fitted than were asked for.
+        """
+        return (self.train_images, self.train_labels) if self.limited else self.train_and_validation()
 
     def moments(self, *, groups: int = 1) -> tuple[ma.Moments, ma.Moments]:
         """Moments of the training images, and of the test images in groups.

@@ -21,7 +21,7 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +103,8 @@ def _jsonable(value: object) -> Any:
     raise TypeError(f"{type(value).__name__} {value!r} cannot be written as JSON")
 
 
-def _to_json(value: object) -> str:
+def to_json(value: object) -> str:
+    """Numbers, text, lists, mappings, arrays, paths and enumerations as JSON."""
     return json.dumps(value, indent=2, default=_jsonable) + "\n"
 
 
@@ -161,10 +162,9 @@ def netcdf3_ready(dataset: xr.Dataset) -> xr.Dataset:
     return xr.Dataset(variables, coords, attrs)
 
 
-def _identity(experiment: str, dataset_label: str, config: DataclassInstance, ignore: Collection[str]) -> str:
+def _identity(experiment: str, dataset_label: str, config: DataclassInstance) -> str:
     """What results in a folder belong to: the text of its config.json."""
-    settings = {name: value for name, value in computed(config).items() if name not in ignore}
-    return _to_json({"experiment": experiment, "dataset": dataset_label, "config": settings})
+    return to_json({"experiment": experiment, "dataset": dataset_label, "config": computed(config)})
 
 
 def _check_same_run(config_path: Path, wanted: Mapping[str, Any]) -> None:
@@ -195,29 +195,34 @@ def _check_same_run(config_path: Path, wanted: Mapping[str, Any]) -> None:
         )
 
 
-def _taken(path: Path, text: str) -> bool:
-    """Makes the folder with this config.json or takes over one that has it; whether it was there.
+def _is_there(path: Path, text: str) -> bool:
+    """Whether a folder is there and has this config.json; what cannot become that folder is refused.
 
     Raises:
         InputError: As `RunFolder.open`.
     """
-    config_path = path / "config.json"
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        if config_path.exists():
-            _check_same_run(config_path, json.loads(text))
+        if (path / "config.json").exists():
+            _check_same_run(path / "config.json", json.loads(text))
             return True
-        if any(not entry.name.endswith(_TEMPORARY_SUFFIX) for entry in path.iterdir()):
+        if path.exists() and any(not entry.name.endswith(_TEMPORARY_SUFFIX) for entry in path.iterdir()):
             raise InputError(
                 f"{path} is not the folder of a run (it has files but no config.json): choose another --out"
             )
-        with atomic_path(config_path) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
-    except FileExistsError:
+    except NotADirectoryError:
         raise InputError(f"{path} is a file, not a folder: choose another --out") from None
     except OSError as error:
-        raise InputError(f"cannot use the folder {path} ({error.strerror}): choose another --out") from error
+        raise _unusable(path, error) from error
+    parent = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+    if not parent.is_dir():
+        raise InputError(f"{parent} is a file, not a folder: choose another --out")
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"cannot write to the folder {parent}: choose another --out")
     return False
+
+
+def _unusable(path: Path, error: OSError) -> InputError:
+    return InputError(f"cannot use the folder {path} ({error.strerror}): choose another --out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,24 +231,14 @@ class RunFolder:
 
     Attributes:
         path: The folder.
-        resumed: Whether an earlier run of the same configuration left it.
         shared: The folder of the first process, in every process: for what all of them write together.
     """
 
     path: Path
-    resumed: bool
     shared: Path
 
     @classmethod
-    def open(
-        cls,
-        experiment: str,
-        dataset_label: str,
-        config: DataclassInstance,
-        out: str | None = None,
-        *,
-        ignore: Collection[str] = ("out",),
-    ) -> RunFolder:
+    def open(cls, experiment: str, dataset_label: str, config: DataclassInstance, out: str | None = None) -> RunFolder:
         """Makes the folder of a run, or goes on in the one that an earlier run left.
 
         Of several processes (`jax.distributed`) the first has the folder. The others get one of
@@ -254,7 +249,6 @@ class RunFolder:
             dataset_label: The data set as given to `load_dataset`, or a word for several.
             config: The configuration. Results in the folder belong to it alone.
             out: The folder. None: `runs/EXPERIMENT-DATASET-HASH`, HASH from the configuration.
-            ignore: Fields of `config` that do not change results.
 
         Returns:
             The open folder.
@@ -263,39 +257,37 @@ class RunFolder:
             InputError: If the folder belongs to another configuration, holds files of something
                 else, has a damaged config.json or cannot be written; in every process.
         """
-        text = _identity(experiment, dataset_label, config, ignore)
-        path = cls.path_of(experiment, dataset_label, config, out, ignore=ignore)
-        shared = path
+        text = _identity(experiment, dataset_label, config)
+        path = shared = cls.path_of(experiment, dataset_label, config, out)
         if jax.process_index() > 0:
             path = Path(tempfile.mkdtemp())
             atexit.register(shutil.rmtree, path, ignore_errors=True)
         with refused_together():
-            return cls(path, _taken(path, text), shared)
+            if not _is_there(path, text):
+                try:
+                    path.mkdir(parents=True, exist_ok=True)
+                    with atomic_path(path / "config.json") as unfinished:
+                        unfinished.write_text(text, encoding="utf-8")
+                except OSError as error:
+                    raise _unusable(path, error) from error
+        return cls(path, shared)
 
     @staticmethod
-    def path_of(
-        experiment: str,
-        dataset_label: str,
-        config: DataclassInstance,
-        out: str | None = None,
-        *,
-        ignore: Collection[str] = ("out",),
-    ) -> Path:
+    def path_of(experiment: str, dataset_label: str, config: DataclassInstance, out: str | None = None) -> Path:
         """Where the folder of a run lies; arguments as for `open`."""
         if out is not None:
             return Path(out).expanduser()
-        digest = hashlib.sha256(_identity(experiment, dataset_label, config, ignore).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(_identity(experiment, dataset_label, config).encode()).hexdigest()[:8]
         return Path("runs", f"{experiment}-{file_name_part(dataset_label)}-{digest}")
 
     @staticmethod
-    def holds(path: Path, experiment: str, dataset_label: str, config: DataclassInstance) -> bool:
-        """Whether a folder is that of a run of this configuration."""
-        try:
-            return (path / "config.json").read_text(encoding="utf-8") == _identity(
-                experiment, dataset_label, config, ("out",)
-            )
-        except (OSError, ValueError):
-            return False
+    def is_there(path: Path, experiment: str, dataset_label: str, config: DataclassInstance) -> bool:
+        """Whether a folder is that of a run of this configuration; nothing is written.
+
+        Raises:
+            InputError: As `open`.
+        """
+        return _is_there(path, _identity(experiment, dataset_label, config))
 
     @property
     def points(self) -> Path:
@@ -335,10 +327,6 @@ class RunFolder:
             netcdf3_ready(dataset).to_netcdf(unfinished, engine="scipy")
         return path
 
-    def load_dataset(self, name: str) -> xr.Dataset:
-        """Reads NAME.nc back into memory."""
-        return xr.load_dataset(self.path / f"{name}.nc", engine="scipy")
-
     def save_table(self, name: str, rows: Sequence[Mapping[str, object]]) -> Path:
         """Writes rows as NAME.csv; columns in the order in which they first occur.
 
@@ -372,7 +360,7 @@ class RunFolder:
         """
         path = self.path / f"{name}.json"
         with atomic_path(path) as unfinished:
-            unfinished.write_text(_to_json(value), encoding="utf-8")
+            unfinished.write_text(to_json(value), encoding="utf-8")
         return path
 
     def save_figure(self, name: str, figure: Figure) -> Path:
@@ -406,42 +394,27 @@ class RunFolder:
         return path
 
 
-class Parts:
-    """Parts by name, each written when it is done.
-
-    Of several processes the first has the files, and all of them get its parts.
+def once(store: PointStore, key: str, compute: Callable[[], Any]) -> Any:
+    """Numbers, text, lists and mappings: read where a run before has finished them, computed and kept where not.
 
     Args:
-        folder: where they are kept. identity: of the data they belong to, see
-        :func:`mae_align.runtime.files.fingerprint`.
-
-    Raises:
-        InputError: the folder holds parts of other data.
+        store: of finished parts, see :func:`shared_points`.
+        key: a file name.
+        compute: gives them, in every process; those of the first count.
     """
-
-    def __init__(self, folder: Path, identity: str) -> None:
-        self.identity = identity
-        self._store = shared_points(folder, identity)
-
-    def once(self, key: str, compute: Callable[[], Any]) -> Any:
-        """The part of that name: read where it is finished, computed (by all processes) and written where not.
-
-        Args:
-            key: a file name. compute: gives numbers, text, and lists and mappings of them.
-        """
-        found = self._store.load(key)
-        if found is None:
-            text = of_first(json.dumps(compute(), default=_plain).encode()).decode()
-            found = {"json": np.array(text)}
-            self._store.save(key, found)
-        return json.loads(str(found["json"]))
+    found = store.load(key)
+    if found is None:
+        found = {"json": np.array(of_first(to_json(compute()).encode()).decode())}
+        store.save(key, found)
+    return json.loads(str(found["json"]))
 
 
 def shared_points(folder: Path, identity: str) -> PointStore:
     """Finished points made of arrays; of several processes the first has the files, and all of them get its points.
 
     Args:
-        folder: where they are kept. identity: of what they belong to, see :func:`mae_align.runtime.files.fingerprint`.
+        folder: where they are kept.
+        identity: of what they belong to, see :func:`mae_align.runtime.files.fingerprint`.
 
     Raises:
         InputError: the folder holds points of something else.
@@ -454,13 +427,3 @@ def shared_points(folder: Path, identity: str) -> PointStore:
 def silent() -> bool:
     """Whether this process shows no progress: of several only the first does."""
     return jax.process_index() > 0
-
-
-def _plain(value: object) -> Any:
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    if isinstance(value, enum.Enum):
-        return value.value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    raise TypeError(f"{type(value).__name__} {value!r} cannot be written as JSON")

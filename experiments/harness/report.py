@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 import mae_align as ma
-from experiments.harness.columns import CLOSED_FORM
+from experiments.harness.columns import CLOSED_FORM, PROBE
 from experiments.harness.data import Split
 from experiments.harness.ends import NAMES
 from experiments.harness.ensembles import End, Ensemble, Member, Probe, Problem, batches
@@ -62,13 +62,15 @@ COLUMNS = {
     "reconstruction_error_band*": "the same by spatial frequency, from low to high",
     "reconstruction_top_count": "components that carry reconstruction_top_share of the variance",
     "reconstruction_top_share": "see reconstruction_top_count",
-    "*accuracy_*": "share of the named images whose class is found",
-    "*r2_*": "share of the label variance of the named images that the probe explains",
     "end_learning_rate": "the best learning rate with labels on validation images",
     "end_learning_rates_tried": "all learning rates with labels",
     "end_epochs": "passes over the training images with labels",
-    "probe_*": "protocol of the probe",
-    **{f"{probe.value}_*": f"protocol of the {probe.value} probe" for probe in Probe},
+    **PROBE,
+    **{
+        f"{probe.value}_{name.removeprefix('probe_')}": f"{probe.value} probe: {line}"
+        for probe in Probe
+        for name, line in PROBE.items()
+    },
 }
 """A line for every column of the tables of the training experiments."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import hashlib
 import json
 import re
 import shlex
@@ -21,14 +22,13 @@ import xarray as xr
 from tqdm import tqdm
 
 import mae_align as ma
-from experiments.harness.config import added, check, computed
-from experiments.harness.folder import Parts, RunFolder, shared_points, silent
+from experiments.harness.config import RunConfig, added, computed
+from experiments.harness.folder import RunFolder, once, shared_points, silent, to_json
 from mae_align.runtime.errors import InputError
 from mae_align.runtime.files import PointStore, fingerprint
-from mae_align.runtime.processes import of_first
+from mae_align.runtime.processes import of_first, refused_together
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
     from matplotlib.figure import Figure
 
     from experiments.harness.train import TrainedLooks
@@ -60,7 +60,7 @@ class Data(Protocol):
 
 
 DataT = TypeVar("DataT", bound=Data)
-ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
 Cell = TypeVar("Cell")
 Result = TypeVar("Result")
 
@@ -76,7 +76,7 @@ class Run(Generic[DataT]):
             a pattern of names such as ``"closed_r2_k*"``.
     """
 
-    def __init__(self, experiment: str, config: DataclassInstance, data: DataT, columns: Mapping[str, str]) -> None:
+    def __init__(self, experiment: str, config: RunConfig, data: DataT, columns: Mapping[str, str]) -> None:
         self.experiment, self.config, self.data, self._columns = experiment, config, data, columns
         self.notes: list[str] = []
         self._fingerprint = dict(data.fingerprint)
@@ -86,43 +86,38 @@ class Run(Generic[DataT]):
         self._record: dict[str, Any] = {
             "experiment": experiment,
             "version": ma.__version__,
+            "code": code_of(experiment),
             "jax": jax.__version__,
             "platform": jax.default_backend(),
             "command": shlex.join(["python", "-m", f"experiments.{experiment}", *sys.argv[1:]]),
             "data": data.name,
             "started": _now(),
             "finished": None,
-            "added": added(config),
+            "added": json.loads(to_json(added(config))),
         }
 
     @property
     def _label(self) -> str:
         """What the folder is called after: what the data say, else the setting `data`."""
-        return getattr(self.data, "label", None) or getattr(self.config, "data", self.data.name)
+        return getattr(self.data, "label", None) or self.config.data
 
     @functools.cached_property
     def folder(self) -> RunFolder:
-        """The folder, with config.json, data.json and run.json; refuses one of other settings or other images."""
-        folder = RunFolder.open(self.experiment, self._label, self.config, getattr(self.config, "out", None))
-        written = _read_json(folder.path / "data.json")
-        if written is not None and written != self._fingerprint:
-            raise InputError(
-                f"{folder.path} holds results of other images under the same name: choose another --out or delete it"
-            )
+        """The folder, with config.json, data.json and run.json."""
+        folder = RunFolder.open(self.experiment, self._label, self.config, self.config.out)
         folder.save_json("data", self._fingerprint)
         before = _read_json(folder.path / _RECORD) or {}
         self._record["started"] = before.get("started", self._record["started"])
+        if before.get("reused") or before.get("code", self._record["code"]) != self._record["code"]:
+            self._record["reused"] = True
+            self.notes.append("Some of this was computed by other code, as --reuse allows.")
         folder.save_json("run", self._record)
         return folder
 
     @property
     def identity(self) -> str:
-        """What finished parts belong to: the images and labels, and this version."""
-        return fingerprint([], {"data": self._fingerprint, "version": ma.__version__})
-
-    @functools.cached_property
-    def _parts(self) -> Parts:
-        return Parts(self.folder.points, self.identity)
+        """What finished parts belong to: the images and labels."""
+        return fingerprint([], {"data": self._fingerprint})
 
     @functools.cached_property
     def store(self) -> PointStore:
@@ -131,7 +126,7 @@ class Run(Generic[DataT]):
 
     def once(self, key: str, compute: Callable[[], Any]) -> Any:
         """Numbers, text, lists and mappings: read where a run before has finished them, computed and kept where not."""
-        return self._parts.once(key, compute)
+        return once(self.store, key, compute)
 
     def arrays(self, key: str, compute: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Arrays by name: read where a run before has finished them, computed and kept where not."""
@@ -267,27 +262,39 @@ class Run(Generic[DataT]):
 
     def dataset(self, name: str, dataset: xr.Dataset) -> None:
         """Write a labelled result as NAME.nc, and NAME.csv where it is a table; variables get long names and units."""
+        described = self._with_units(dataset)
+        table = self.folder.save_dataset(name, described).with_suffix(".csv")
+        self._describe(table.name if table.exists() else f"{name}.nc", [str(v) for v in described.variables], described)
+
+    def netcdf(self, name: str, dataset: xr.Dataset) -> None:
+        """Write a labelled result that is too long for a table as NAME.nc; variables get long names and units."""
+        described = self._with_units(dataset)
+        self.folder.save_netcdf(name, described)
+        self._describe(f"{name}.nc", [str(v) for v in described.variables], described)
+
+    def _with_units(self, dataset: xr.Dataset) -> xr.Dataset:
         described = dataset.copy()
         for variable in described.variables:
             attrs = described[variable].attrs
             if "long_name" not in attrs or "units" not in attrs:
                 attrs["long_name"], attrs["units"] = _text_and_units(self.column(str(variable)))
-        path = self.folder.save_dataset(name, described)
-        table = path.with_suffix(".csv")
-        self._describe((table if table.exists() else path).name, [str(v) for v in described.variables], described)
+        return described
 
     def column(self, name: str) -> str:
         """The line that describes a column.
 
         Raises:
-            KeyError: nothing describes it.
+            InputError: nothing describes it.
         """
         if name in self._columns:
             return self._columns[name]
         for pattern, text in self._columns.items():
             if fnmatchcase(name, pattern):
                 return text
-        raise KeyError(f"{self.experiment}: no line describes the column {name!r}; add it to the columns")
+        raise InputError(
+            f"COLUMNS of experiments.{self.experiment} has no line for the column {name!r}: add one; "
+            "what is computed is kept"
+        )
 
     def _describe(self, table: str, columns: Sequence[str], dataset: xr.Dataset | None = None) -> None:
         lines = []
@@ -326,23 +333,52 @@ class Run(Generic[DataT]):
         self.folder.save_json("run", self._record)
 
     def finished_before(self) -> str | None:
-        """The summary of a run with these settings, images and this version that has ended; None without one."""
+        """The summary of a run with these settings, images and code that has ended; None without one.
 
-        def look() -> str:
-            path = RunFolder.path_of(self.experiment, self._label, self.config, getattr(self.config, "out", None))
-            record = _read_json(path / _RECORD) or {}
-            summary = path / "summary.txt"
-            same = (
-                record.get("finished") is not None
-                and record.get("version") == ma.__version__
-                and record.get("added") == self._record["added"]
-                and _read_json(path / "data.json") == self._fingerprint
-                and RunFolder.holds(path, self.experiment, self._label, self.config)
-                and summary.exists()
+        Raises:
+            InputError: the folder is of other settings, images or code, or of something else; nothing is written.
+        """
+        found = ""
+        with refused_together():
+            if jax.process_index() == 0:
+                found = self._finished_here()
+        return of_first(found.encode()).decode() or None
+
+    def _finished_here(self) -> str:
+        path = RunFolder.path_of(self.experiment, self._label, self.config, self.config.out)
+        if not RunFolder.is_there(path, self.experiment, self._label, self.config):
+            return ""
+        if (_read_json(path / "data.json") or self._fingerprint) != self._fingerprint:
+            raise InputError(
+                f"{path} holds results of other images under the same name: choose another --out or delete it"
             )
-            return summary.read_text(encoding="utf-8") if same else ""
+        record = _read_json(path / _RECORD) or {}
+        same_code = record.get("code", self._record["code"]) == self._record["code"]
+        if not same_code and not self.config.reuse:
+            raise InputError(
+                f"{path} was computed by other code ({record.get('version', 'an older version')}, or the source has "
+                "changed since): give another --out to compute it anew, or --reuse to keep what is finished there"
+            )
+        summary = path / "summary.txt"
+        ended = record.get("finished") is not None and record.get("added") == self._record["added"]
+        return summary.read_text(encoding="utf-8") if ended and same_code and summary.exists() else ""
 
-        return of_first(look().encode() if jax.process_index() == 0 else b"").decode() or None
+
+@functools.cache
+def code_of(experiment: str) -> str:
+    """Hash of the source that computes an experiment: its own, that of the harness and that of mae_align.
+
+    Example:
+        >>> code_of("minimal") == code_of("minimal"), code_of("minimal") == code_of("masking_sweep")
+        (True, False)
+    """
+    here = Path(__file__).resolve().parents[1]
+    roots = [here / f"{experiment}.py", here / experiment, here / "harness", Path(ma.__file__).parent]
+    files = [file for root in roots for file in ([root] if root.is_file() else sorted(root.rglob("*.py")))]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def execute(
@@ -352,19 +388,19 @@ def execute(
     load: Callable[[ConfigT], DataT],
     columns: Mapping[str, str],
 ) -> None:
-    """Run an experiment: check its settings, load its data, and run it; a finished run prints its result at once.
+    """Run an experiment: load its data, look at its folder, and run it; a finished run prints its result at once.
 
     Args:
         experiment: its name.
         main: does it.
-        config: its settings.
+        config: its settings, within their bounds.
         load: reads its data.
         columns: describes the columns of its tables.
 
     Raises:
-        InputError: settings or data that do not fit, before any long work.
+        InputError: settings or data that do not fit, or a folder of something else, before any long work.
     """
-    check(config)
+    config.check()
     run = Run(experiment, config, load(config), columns)
     if (summary := run.finished_before()) is not None:
         if not silent():

@@ -59,7 +59,6 @@ def train_and_report(config: TrainedConfig, run: Run[Split], problem: Problem) -
     Raises:
         InputError: settings that do not fit the data or the devices, before any long work.
     """
-    config.check()
     split, members, seed = run.data, problem.members, config.seed
     rates = [member.learning_rate for member in members]
     training = make_training(

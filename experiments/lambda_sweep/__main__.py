@@ -120,7 +120,7 @@ def main(config: Config, run: Run[Split]) -> None:
     q = data.num_classes
     fitted, test = data.moments(groups=config.groups)
     chosen_on = ma.Moments.from_arrays(data.validation_images, data.validation_labels, num_classes=q)
-    train = fitted.merge(chosen_on)
+    train = fitted if data.limited else fitted.merge(chosen_on)
     problem = factorize(train, pixel_noise=config.pixel_noise)
     choice = factorize(fitted, pixel_noise=config.pixel_noise)
     _check_ks(config, min(problem.rank, choice.rank), "rank of these images")
@@ -131,7 +131,7 @@ def main(config: Config, run: Run[Split]) -> None:
     result.attrs["r2_full_rank"] = float((problem.t0**2).sum() / np.trace(problem.syy))
     run.dataset("trade_off", result.drop_vars("eval_influence"))
     # By group: any two cells can be compared later with the standard error of their difference.
-    run.folder.save_netcdf("influence", result[["eval_influence"]])
+    run.netcdf("influence", result[["eval_influence"]])
     rows = report_rows(result, validation, config.budget)
     run.table("summary", rows, show=shown(rows, config.budget))
     run.figure("trade_off", trade_off_figure(result, config.budget))

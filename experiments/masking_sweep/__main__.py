@@ -167,7 +167,7 @@ def main(config: Config, run: Run[Inputs]) -> None:
     run.dataset("curves", result.drop_vars(influence))
     if influence:
         # By group: any two cells can be compared later with the standard error of their difference.
-        run.folder.save_netcdf("influence", result[influence])
+        run.netcdf("influence", result[influence])
     # Fewer images than pixels: the validation sweep has fewer training images, and so a smaller rank.
     most = min(part.sizes["k"] for part in (result, validation) if part is not None)
     ks = [k for k in config.ks if k <= most]

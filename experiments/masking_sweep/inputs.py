@@ -61,8 +61,10 @@ class Images:
     @property
     def description(self) -> str:
         """The data set in words."""
-        together = "" if self.held_out else "; in-sample on training and validation images together"
-        return f"{self.split.description}{together}"
+        if self.held_out:
+            return self.split.description
+        fitted = "training images alone" if self.split.limited else "training and validation images together"
+        return f"{self.split.description}; in-sample on {fitted}"
 
     @property
     def fingerprint(self) -> Mapping[str, str]:
@@ -75,18 +77,19 @@ class Images:
         return self.split.image_shape
 
     def parts(self) -> Parts:
-        """Moments of training and validation images, apart for the choice and together for the report, and of tests."""
-        images, labels = self.split.refit()
+        """Moments of what the choice and what the report are fitted on, of validation images and of test images."""
+        images, labels = self.split.train_and_validation()
         if self.jitter > 0:
             images = jitter(images, self.jitter, self.seed)
-        if not self.held_out:
-            return Parts(self._summary(images, labels), None, None)
         chosen = self.split.is_validation
+        if not self.held_out:
+            used = ~chosen if self.split.limited else slice(None)
+            return Parts(self._summary(images[used], labels[used]), None, None)
         fit = self._summary(images[~chosen], labels[~chosen])
         validation = self._summary(images[chosen], labels[chosen], like=fit)
         tests = self.split.test_images.astype(images.dtype, copy=False)
         test = self._summary(tests, self.split.test_labels, self.groups, like=fit)
-        return Parts(merged(fit, validation), (fit, validation), test)
+        return Parts(fit if self.split.limited else merged(fit, validation), (fit, validation), test)
 
     def _summary(self, images: np.ndarray, labels: np.ndarray, groups: int = 1, like: Summary | None = None) -> Summary:
         made = "stored pixels"

@@ -285,7 +285,7 @@ def main(config: Config, run: Run[Split]) -> None:
     run.dataset("sampled", as_dataset(solved, (Part.sampled,)))
     run.table("checks", rows, show=shown(rows))
     run.figure("excess", excess_figure(solved))
-    run.notes.append(f"Fitted on {len(images)} images, training and validation together; rank {setup.problem.rank}.")
+    run.notes.append(f"Fitted on {len(images)} images of rank {setup.problem.rank}.")
     run.verdict(*verdict(rows))
     if not all(row["passed"] for row in rows):
         raise SystemExit(1)

@@ -227,6 +227,14 @@ def test_bad_input_is_one_line_before_any_work(arguments, words, tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("study", ["sets", "classes", "resolution", "background"])
+def test_every_k_over_the_rank_is_one_line(study, tmp_path, capsys):
+    """The rank is known when the curves are there: digits have 61 pixels that vary."""
+    arguments = ["--pixel-noise", "0", "--ks", "64", "--studies", study, "--out", str(tmp_path / "run")]
+    words = refusal(capsys, alignment_curves, *arguments)
+    assert "--ks 64: some of these images have rank" in words and words.count("\n") == 1
+
+
 def test_images_too_large_for_the_machine_are_refused(monkeypatch, capsys):
     monkeypatch.setattr("os.sysconf", lambda name: 1024)
     assert "give a smaller --image-size or --groups" in refusal(capsys, alignment_curves, "--studies", "sets")

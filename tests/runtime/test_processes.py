@@ -14,7 +14,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from experiments.harness.data import load_together
-from experiments.harness.folder import Parts, RunFolder
+from experiments.harness.folder import RunFolder, shared_points
 from experiments.masking_sweep import __main__ as masking_sweep
 from mae_align.moments.moments import Moments
 from mae_align.moments.streaming import stream_moments
@@ -165,7 +165,7 @@ def work(folder: Path) -> None:
         "unprintable": refusal(unprintable),
         "wordless": str(refused(wordless)),
         "folder": refusal(lambda: RunFolder.open("other", "toy", Config(0, run), run)),
-        "parts": refusal(lambda: Parts(folder / "points", "b")),
+        "parts": refusal(lambda: shared_points(folder / "points", "b")),
         "store": refusal(lambda: shared_store(folder / "points", lambda: "b")),
         "stream": stream(0),
         "data": refusal(lambda: load_together("digits" if me == 0 else "npz:none.npz", image_size=None, seed=0)),
@@ -180,7 +180,7 @@ def work(folder: Path) -> None:
 def test_what_one_process_refuses_all_refuse(tmp_path):
     run = str(tmp_path / "run")
     RunFolder.open("toy", "toy", Config(0, run), run)
-    Parts(tmp_path / "points", "a")
+    shared_points(tmp_path / "points", "a")
     images = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 1), dtype=np.uint8)
     Moments.from_arrays(images, np.arange(20) % 2).save(tmp_path / "moments.npz")
     run_processes(__file__, tmp_path, devices=1)
@@ -189,7 +189,7 @@ def test_what_one_process_refuses_all_refuse(tmp_path):
     assert first["first"] == first["both"] == "process 0: ä"
     assert first["second"] == "process 1: " + "ä" * 51
     assert "belongs to another configuration" in first["folder"]
-    assert first["parts"] == first["store"] == refusal(lambda: Parts(tmp_path / "points", "b")) != ""
+    assert first["parts"] == first["store"] == refusal(lambda: shared_points(tmp_path / "points", "b")) != ""
     assert "no batches" in first["stream"] and "none.npz" in first["data"]
     assert "none.npz" in first["moments"] and not (tmp_path / "swept").exists()
     assert (first["unprintable"], first["wordless"]) == ("file \\udcff", "")

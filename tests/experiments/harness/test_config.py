@@ -85,7 +85,7 @@ def test_bounds_are_those_of_comparisons(value, least, below, infinite):
 def test_what_changes_no_result_is_not_computed_with():
     assert computed(Config(out="there", workers=3)) == computed(Config())
     assert computed(Config(inner=Inner(4))) != computed(Config())
-    assert {one.option for one in settings(Config()) if one.elsewhere} == {"--out", "--workers"}
+    assert {one.option for one in settings(Config()) if one.elsewhere} == {"--out", "--reuse", "--workers"}
 
 
 def test_options_written_and_read_again_are_the_settings():

@@ -22,8 +22,10 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from typing import Annotated
 
 from experiments.harness.cli import launch
+from experiments.harness.config import ELSEWHERE
 from experiments.harness.folder import RunFolder
 from mae_align.runtime.errors import InputError
 
@@ -34,9 +36,9 @@ class Config:
 
     numbers: tuple[int, ...] = (1, 2, 3)
     """The numbers, in this order."""
-    pause: float = 0.0
+    pause: Annotated[float, ELSEWHERE] = 0.0
     """Seconds before the second number."""
-    out: str | None = None
+    out: Annotated[str | None, ELSEWHERE] = None
     """The run folder."""
 
 
@@ -46,7 +48,7 @@ PRESETS = {"laptop": Config(), "paper": Config(numbers=(10, 20))}
 def main(config: Config) -> None:
     if min(config.numbers) < 0:
         raise InputError(f"numbers={config.numbers}: give numbers of at least 0")
-    folder = RunFolder.open("counting", "numbers", config, config.out, ignore=("out", "pause"))
+    folder = RunFolder.open("counting", "numbers", config, config.out)
     for number in config.numbers:
         point = folder.points / str(number)
         if point.exists():

@@ -4,11 +4,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from experiments.harness.folder import Parts
+from experiments.harness.folder import once, shared_points
 
 
 def test_a_part_is_computed_once(tmp_path):
-    found = [Parts(tmp_path, "toy").once("a", lambda value=value: {"x": np.float64(value)}) for value in (0.1, 0.2)]
+    found = [
+        once(shared_points(tmp_path, "toy"), "a", lambda value=value: {"x": np.float64(value)}) for value in (0.1, 0.2)
+    ]
     assert found == [{"x": 0.1}] * 2
 
 
@@ -21,8 +23,8 @@ def test_all_processes_have_the_part_of_the_first(tmp_path, monkeypatch):
         # For the third folder the first process has read its part from disk.
         sent.clear()
         monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda x: (sent.append(x), x)[1])
-        assert Parts(tmp_path / "first", "toy").once("a", lambda other=other: [other]) == ["second"]
+        assert once(shared_points(tmp_path / "first", "toy"), "a", lambda other=other: [other]) == ["second"]
         messages = iter(sent)
         monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda x, messages=messages: next(messages))
-        assert Parts(tmp_path / other, "toy").once("a", lambda: ["its own"]) == ["second"]
+        assert once(shared_points(tmp_path / other, "toy"), "a", lambda: ["its own"]) == ["second"]
         assert not list(messages)

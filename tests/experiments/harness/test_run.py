@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import xarray as xr
 
 from experiments import runs
+from experiments.harness import run as run_module
 from experiments.harness.cli import launch_experiment, with_written
 from experiments.harness.config import ADDS, Counts, RunConfig
 from experiments.harness.data import Split
@@ -19,6 +22,7 @@ from experiments.harness.run import Run, execute
 from mae_align.runtime.errors import InputError
 from mae_align.train.loop import Diverged
 
+REPOSITORY = Path(__file__).resolve().parents[3]
 COLUMNS = {"k": "number of features", "loss_*": "mean squared error [squared pixel units]", "seconds": "time [s]"}
 
 
@@ -87,13 +91,56 @@ def test_a_finished_run_prints_its_result_and_computes_nothing(tmp_path, capsys)
     assert capsys.readouterr().out == first and again.computed == []
 
 
-def test_a_finished_run_of_another_version_is_run_again(tmp_path):
-    folder = go(Main(), tmp_path)
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_of_other_code_is_refused_and_goes_on_where_that_is_asked_for(tmp_path, finished):
+    stopped = Main({2: KeyboardInterrupt()})
+    with pytest.raises(KeyboardInterrupt):
+        go(stopped, tmp_path)
+    folder = go(Main(), tmp_path) if finished else tmp_path / "run"
     record = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps(record | {"version": "0.0.0"}))
+    (folder / "run.json").write_text(json.dumps(record | {"version": "0.0.0", "code": "another"}))
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+    with pytest.raises(InputError, match=r"computed by other code \(0.0.0, .*--out .*--reuse"):
+        go(Main(), tmp_path)
+    assert before == sorted((path.name, path.stat().st_mtime_ns) for path in folder.rglob("*"))
     main = Main()
-    go(main, tmp_path)
-    assert json.loads((folder / "run.json").read_text())["version"] == record["version"]
+    go(main, tmp_path, reuse=True)
+    assert main.computed == ([] if finished else [2])
+    assert "Some of this was computed by other code" in (folder / "summary.txt").read_text()
+    assert json.loads((folder / "run.json").read_text())["code"] == record["code"]
+    go(Main({k: AssertionError("computed again") for k in (1, 2)}), tmp_path)  # now it is shown
+    assert json.loads((folder / "run.json").read_text())["reused"] is True
+
+
+def test_the_code_of_a_run_is_all_source_that_computes_it(tmp_path, monkeypatch):
+    root = tmp_path / "experiments"
+    shutil.copytree(REPOSITORY / "experiments", root)
+    shutil.copytree(REPOSITORY / "mae_align", tmp_path / "mae_align")
+    monkeypatch.setattr(run_module, "__file__", str(root / "harness" / "run.py"))
+    monkeypatch.setattr("mae_align.__file__", str(tmp_path / "mae_align" / "__init__.py"))
+    code = run_module.code_of.__wrapped__
+    before = code("masking_sweep")
+    for file in ("experiments/minimal.py", "experiments/masking_dynamics/report.py"):
+        (tmp_path / file).write_text("changed = True")
+    assert code("masking_sweep") == before  # other experiments
+    for file in (
+        "experiments/masking_sweep/report.py",
+        "experiments/harness/data.py",
+        "mae_align/metrics.py",
+        "mae_align/closed_form/sweep.py",
+    ):
+        (tmp_path / file).write_text("changed = True")
+        assert code("masking_sweep") != before, file
+        before = code("masking_sweep")
+
+
+def test_a_folder_of_something_else_is_refused_before_the_work(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    main = Main()
+    with pytest.raises(InputError, match="not the folder of a run"):
+        go(main, tmp_path)
+    assert main.computed == []
 
 
 def test_a_finished_run_goes_on_with_what_is_to_be_added_and_keeps_the_rest(tmp_path):
@@ -103,7 +150,8 @@ def test_a_finished_run_goes_on_with_what_is_to_be_added_and_keeps_the_rest(tmp_
     main = Main()
     go(main, tmp_path, more=("a", "b"))
     assert (folder / "run.json").stat().st_mtime_ns > ended and main.computed == []
-    assert json.loads((folder / "run.json").read_text())["added"] == {"--more": "('a', 'b')"}
+    assert json.loads((folder / "run.json").read_text())["added"] == {"more": ["a", "b"]}
+    assert with_written(["--config", str(folder / "config.json")], "toy")[-3:] == ["--more", "a", "b"]
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
@@ -139,15 +187,16 @@ def test_a_folder_of_other_settings_or_other_images_is_refused(tmp_path):
 
 
 def test_what_is_refused_leaves_no_folder(tmp_path):
-    for settings in ({"ks": ()}, {"data": "nowhere"}, {"max_train": 1}):
-        with pytest.raises(InputError):
-            go(Main(), tmp_path, **settings)
+    for settings in (["--ks"], ["--data", "nowhere"], ["--max-test", "1"]):
+        with pytest.raises(SystemExit) as ended:
+            launch_experiment(Main(), Config, {"laptop": Config(out=str(tmp_path / "run"))}, COLUMNS, argv=settings)
+        assert ended.value.code == 2
     assert not (tmp_path / "run").exists()
 
 
 def test_columns_without_a_line_and_long_verdicts_are_faults_of_the_program(tmp_path):
     run = Run("toy", Config(out=str(tmp_path / "run")), Split.load(Config()), COLUMNS)
-    with pytest.raises(KeyError, match="no line describes the column 'other'"):
+    with pytest.raises(InputError, match=r"COLUMNS of experiments.toy has no line for the column 'other': add one"):
         run.table("rows", [{"other": 1}])
     with pytest.raises(ValueError, match="at most 3 sentences"):
         run.verdict("a", "b", "c", "d")
