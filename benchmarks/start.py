@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 import jax
 import tyro
 
-from experiments.harness.cli import described, refuse_empty
+from experiments.harness.cli import described
+from experiments.harness.config import check
 from mae_align.runtime.devices import worker_count
 from mae_align.runtime.errors import InputError
 
@@ -42,7 +43,7 @@ def check_counts(config: DataclassInstance, *zero: str) -> None:
 
     >>> check_counts(dataclasses.make_dataclass("Config", ["images"])(images=3))
     """
-    refuse_empty(config)
+    check(config)
     for field in dataclasses.fields(config):
         value, least = getattr(config, field.name), 0 if field.name in zero else 1
         for number in value if isinstance(value, tuple) else (value,):

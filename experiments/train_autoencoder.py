@@ -35,6 +35,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 import mae_align as ma
+from experiments.harness.autoencoders import Autoencoder, Kind
 from experiments.harness.cli import launch_experiment
 from experiments.harness.config import Bounds, Count, Positive, Training
 from experiments.harness.data import Split
@@ -44,24 +45,9 @@ from experiments.harness.report import COLUMNS
 from experiments.harness.run import Run
 from experiments.harness.training_report import train_and_report
 from mae_align.corruption import Corruption
-from mae_align.models import (
-    ConvAutoencoder,
-    GuidedAutoencoder,
-    MLPAutoencoder,
-    Pixels,
-    ResNetAutoencoder,
-    in_head,
-)
+from mae_align.models import GuidedAutoencoder, Pixels, in_head
 from mae_align.models.base import BottleneckAutoencoder
 from mae_align.train.ensemble import guide, reconstruct
-
-
-class Network(enum.Enum):
-    """Kinds of networks."""
-
-    mlp = "mlp"
-    conv = "conv"
-    resnet = "resnet"
 
 
 class Noise(enum.Enum):
@@ -76,16 +62,10 @@ class Noise(enum.Enum):
 class Config(TrainedConfig):
     """Settings of autoencoders."""
 
-    network: Network = Network.mlp
-    """Dense layers, strided convolutions, or residual blocks."""
+    network: Autoencoder = dataclasses.field(default_factory=Autoencoder)
+    """The autoencoders."""
     latent: Count = 16
-    """Width of the code, the number of features."""
-    widths: Annotated[tuple[int, ...], Bounds(least=1)] = (256,)
-    """Widths of dense layers, or channels after each halving by convolutions; blocks of each residual stage."""
-    resnet_width: Count = 64
-    """Channels of the first residual stage; each further one has twice as many."""
-    stem_stride: Count = 1
-    """Stride of the first convolution of a residual network: 4 for images of 224 pixels."""
+    """Size of the code, the number of features."""
     corruption: Noise = Noise.patches
     """What is done to the input: nothing, independently hidden patches, or Gaussian noise."""
     patch_size: Count = 2
@@ -108,10 +88,8 @@ PRESETS = {
         training=Training(
             epochs=1000, learning_rate=2e-4, warmup_epochs=5.0, weight_decay=0.0, beta2=0.999, bfloat16=True
         ),
-        network=Network.resnet,
+        network=Autoencoder(Kind.resnet, widths=(3, 4, 6, 3), stem_stride=4),
         latent=512,
-        widths=(3, 4, 6, 3),
-        stem_stride=4,
         corruption=Noise.none,
         guidance=(0.0, 0.01),
     ),
@@ -128,15 +106,8 @@ def main(config: Config, run: Run[Split]) -> None:
     corruption = _corruption(config)
 
     def make_autoencoder(rngs: nnx.Rngs) -> BottleneckAutoencoder:
-        common: dict[str, Any] = {"latent": config.latent, "corruption": corruption, "rngs": rngs}
-        common["dtype"] = jnp.bfloat16 if config.training.bfloat16 else jnp.float32
-        if config.network is Network.mlp:
-            return MLPAutoencoder(pixels, hidden=config.widths, **common)
-        if config.network is Network.conv:
-            return ConvAutoencoder(pixels, widths=config.widths, **common)
-        return ResNetAutoencoder(
-            pixels, blocks=config.widths, width=config.resnet_width, stem_stride=config.stem_stride, **common
-        )
+        bfloat16 = config.training.bfloat16
+        return config.network.make(pixels, latent=config.latent, bfloat16=bfloat16, rngs=rngs, corruption=corruption)
 
     def make_guided(rngs: nnx.Rngs) -> GuidedAutoencoder:
         return GuidedAutoencoder(make_autoencoder(rngs), run.data.num_classes, rngs=rngs)
@@ -157,9 +128,9 @@ def main(config: Config, run: Run[Split]) -> None:
         what = "the input itself" if corruption is None else "the corrupted image (hidden patches hold the mean image)"
         return picture_figure(columns, f"The network is given {what}, and was trained to return the clean one.")
 
-    guided, widths = any(config.guidance), " ".join(map(str, config.widths))
+    guided, widths = any(config.guidance), " ".join(map(str, config.network.widths))
     problem = Problem(
-        subject=f"Autoencoder ({config.network.value} {widths}, code {config.latent}), {_words(config)}",
+        subject=f"Autoencoder ({config.network.kind.value} {widths}, code {config.latent}), {_words(config)}",
         members=members_of(config, config.guidance),
         make_autoencoder=make_autoencoder,
         make_model=make_guided if guided else make_autoencoder,

@@ -42,11 +42,10 @@ from experiments.guided_autoencoder.networks import (
     GuidedSplit,
     GuidedTraining,
     Labels,
-    Network,
-    Sizes,
     make_training,
     trained_rows,
 )
+from experiments.harness.autoencoders import Autoencoder, Kind
 from experiments.harness.cli import launch_experiment
 from experiments.harness.columns import PROBE
 from experiments.harness.config import Bounds, Counts, Positive, RunConfig, Seeds
@@ -67,7 +66,7 @@ class Config(RunConfig):
     """Share of the training images on which probes are fitted, and nothing else."""
     latents: Counts = (8, 16)
     """Sizes of the code."""
-    weights: Weights = (0.0, 3e-5, 1e-4, 3e-4, 1e-3, 1e-2)
+    guidance: Weights = (0.0, 3e-5, 1e-4, 3e-4, 1e-3, 1e-2)
     """Weights of the labels, in published units (pixels in [0, 1]); 0 is always needed. The paper has 0 and 0.01."""
     seeds: Seeds = (0, 1, 2, 3, 4)
     """Seeds of the networks; all weights have all of them."""
@@ -75,7 +74,7 @@ class Config(RunConfig):
     """Train the networks of so many seeds side by side; none for all. Smaller needs less memory."""
     control: bool = True
     """Train the same networks guided by shuffled labels as well."""
-    network: Sizes = dataclasses.field(default_factory=Sizes)
+    network: Autoencoder = dataclasses.field(default_factory=lambda: Autoencoder(widths=(64, 32)))
     """The autoencoders."""
     training: GuidedTraining = dataclasses.field(
         default_factory=lambda: GuidedTraining(
@@ -99,13 +98,18 @@ class Config(RunConfig):
     tolerance: Positive = 1.0
     """Reconstruction errors within so many percent count as equal."""
 
+    def check(self) -> None:
+        """Refuse weights that leave nothing to compare."""
+        if 0.0 not in self.guidance or len(self.guidance) < 2:
+            raise ma.InputError("--guidance: give 0, what everything is compared with, and at least one other")
+
 
 _LAPTOP = Config()
 _REAL = Config(
     max_train=16_000,
     latents=(32, 64),
-    weights=(0.0, 1e-4, 3e-4, 1e-3, 1e-2),
-    network=Sizes(widths=(256, 128)),
+    guidance=(0.0, 1e-4, 3e-4, 1e-3, 1e-2),
+    network=Autoencoder(widths=(256, 128)),
     training=dataclasses.replace(_LAPTOP.training, epochs=20, batch_size=128),
 )
 PRESETS = {
@@ -117,11 +121,11 @@ PRESETS = {
         data="folder:imagenette2",
         image_size=224,
         latents=(128, 256, 512, 640, 1024, 2048, 3072, 4096),
-        weights=(0.0, 0.01),
+        guidance=(0.0, 0.01),
         seeds_at_once=1,
         probe_fraction=0.2 / 0.9,
         validation_fraction=0.1,
-        network=Sizes(Network.resnet, widths=(3, 4, 6, 3), stem_stride=4),
+        network=Autoencoder(Kind.resnet, widths=(3, 4, 6, 3), stem_stride=4),
         training=dataclasses.replace(
             _LAPTOP.training,
             epochs=1000,
@@ -212,10 +216,10 @@ def plan(config: Config) -> Iterator[Ensemble]:
     size = config.seeds_at_once or len(config.seeds)
     groups = [config.seeds[i : i + size] for i in range(0, len(config.seeds), size)]
     for latent, seeds in itertools.product(config.latents, groups):
-        yield Ensemble(latent, Labels.true, _crossed(config.weights, seeds))
+        yield Ensemble(latent, Labels.true, _crossed(config.guidance, seeds))
         if config.control:
             # At weight 0 labels do not reach the autoencoder.
-            yield Ensemble(latent, Labels.shuffled, _crossed([w for w in config.weights if w > 0], seeds))
+            yield Ensemble(latent, Labels.shuffled, _crossed([w for w in config.guidance if w > 0], seeds))
 
 
 def _crossed(weights: Sequence[float], seeds: Sequence[int]) -> tuple[tuple[float, int], ...]:
@@ -223,8 +227,6 @@ def _crossed(weights: Sequence[float], seeds: Sequence[int]) -> tuple[tuple[floa
 
 
 def _check(config: Config, split: GuidedSplit) -> None:
-    if 0.0 not in config.weights or len(config.weights) < 2:
-        raise ma.InputError("--weights: give 0, what everything is compared with, and at least one other")
     pixels, images = math.prod(split.data.image_shape), len(split.fit_images)
     if config.frontier is not None and max(config.latents) >= min(pixels, images):
         raise ma.InputError(

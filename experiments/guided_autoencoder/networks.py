@@ -7,14 +7,14 @@ import enum
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.harness.config import Bounds, Count
+from experiments.harness.autoencoders import Autoencoder
 from experiments.harness.config import Training as TrainingSettings
 from experiments.harness.data import Split
 from experiments.harness.ensembles import Probe
@@ -23,7 +23,7 @@ from experiments.harness.run import Run
 from experiments.harness.train import one_device_of_a_cpu, optimizer
 from mae_align.data import stratified_split
 from mae_align.metrics import probe_row, rankme
-from mae_align.models import GuidedAutoencoder, MLPAutoencoder, Pixels, ResNetAutoencoder, in_head
+from mae_align.models import GuidedAutoencoder, Pixels, in_head
 from mae_align.probes import ProbeResult, Rows, logistic_probe
 from mae_align.train.augment import Augmentation, augmented
 from mae_align.train.ensemble import Training, TrainState, guide
@@ -32,13 +32,6 @@ from mae_align.train.optimizer import adamw
 Row = dict[str, Any]
 # Images of one forward pass.
 _BATCH = 500
-
-
-class Network(enum.Enum):
-    """Kinds of autoencoders."""
-
-    mlp = "mlp"
-    resnet = "resnet"
 
 
 class Labels(enum.Enum):
@@ -51,20 +44,6 @@ class Labels(enum.Enum):
 # Accuracies settle long before the gradient vanishes, and weaker regularisation than this changes none.
 _LOGISTIC = partial(logistic_probe, strengths=(1e-4, 1e-3, 1e-2), tolerance=1e-4, dtype="float32")
 _PROBES: Mapping[Probe, Callable[..., ProbeResult]] = {**PROBES, Probe.logistic: _LOGISTIC}
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The autoencoders, all of one kind."""
-
-    kind: Network = Network.mlp
-    """Dense layers, or residual blocks."""
-    widths: Annotated[tuple[int, ...], Bounds(least=1)] = (64, 32)
-    """Widths of the encoder's dense layers, or numbers of residual blocks per stage; the decoder mirrors them."""
-    resnet_width: Count = 64
-    """Channels of the first residual stage; each further one has twice as many."""
-    stem_stride: Count = 1
-    """Stride of the first convolution of a residual network: 4 for images of 224 pixels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,23 +124,17 @@ class GuidedSplit:
         return self.probe_images, self.data.validation_images, self.data.test_images
 
 
-def make_training(split: GuidedSplit, sizes: Sizes, settings: GuidedTraining, ensemble: Ensemble) -> Training:
+def make_training(split: GuidedSplit, network: Autoencoder, settings: GuidedTraining, ensemble: Ensemble) -> Training:
     """The programs of an ensemble.
 
     Raises:
         InputError: sizes that do not fit the images or each other.
     """
     settings.augmentation.check(split.data.image_shape)
-    pixels, dtype = split.pixels, jnp.bfloat16 if settings.bfloat16 else jnp.float32
+    pixels = split.pixels
 
     def make(rngs: nnx.Rngs) -> GuidedAutoencoder:
-        common: dict[str, Any] = {"latent": ensemble.latent, "dtype": dtype, "rngs": rngs}
-        if sizes.kind is Network.mlp:
-            autoencoder = MLPAutoencoder(pixels, hidden=sizes.widths, **common)
-        else:
-            autoencoder = ResNetAutoencoder(
-                pixels, blocks=sizes.widths, width=sizes.resnet_width, stem_stride=sizes.stem_stride, **common
-            )
+        autoencoder = network.make(pixels, latent=ensemble.latent, bfloat16=settings.bfloat16, rngs=rngs)
         return GuidedAutoencoder(autoencoder, split.data.num_classes, rngs=rngs)
 
     return Training(

@@ -19,7 +19,7 @@ class Split:
     """A data set cut up by one rule, the same for every experiment with the same data, sizes, share and seed.
 
     The validation images are a share of every class of the training images; the training images are drawn from the
-    others; test images are drawn from the test set, the same however many train. Rows stay in the order of the data set.
+    others; test images are drawn from the test set, the same however many train. Rows stay in the data set's order.
 
     Attributes:
         name: of the data set.

@@ -68,7 +68,7 @@ class TrainedConfig(RunConfig):
     """Seeds of the networks. One network for each seed, and each further setting that takes several values."""
     evaluate_every: Annotated[int | None, Bounds(least=1)] = None
     """Steps between online probes; none for ten times in a run."""
-    online_images: Annotated[int, Bounds(least=2)] = 2000
+    probe_images: Annotated[int, Bounds(least=2)] = 2000
     """Most training images, and most validation images, that an online probe looks at."""
     checkpoint_every: Annotated[int | None, Bounds(least=1), ELSEWHERE] = None
     """Steps between checkpoints; none for once an epoch, but at least 100 steps."""

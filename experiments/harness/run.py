@@ -22,7 +22,7 @@ import xarray as xr
 from tqdm import tqdm
 
 import mae_align as ma
-from experiments.harness.config import RunConfig, added, computed
+from experiments.harness.config import RunConfig, added, check, computed
 from experiments.harness.folder import RunFolder, once, shared_points, silent, to_json
 from mae_align.runtime.errors import InputError
 from mae_align.runtime.files import PointStore, fingerprint
@@ -388,18 +388,19 @@ def execute(
     load: Callable[[ConfigT], DataT],
     columns: Mapping[str, str],
 ) -> None:
-    """Run an experiment: load its data, look at its folder, and run it; a finished run prints its result at once.
+    """Run an experiment: check its settings, load its data, and run it; a finished run prints its result at once.
 
     Args:
         experiment: its name.
         main: does it.
-        config: its settings, within their bounds.
+        config: its settings.
         load: reads its data.
         columns: describes the columns of its tables.
 
     Raises:
         InputError: settings or data that do not fit, or a folder of something else, before any long work.
     """
+    check(config)
     config.check()
     run = Run(experiment, config, load(config), columns)
     if (summary := run.finished_before()) is not None:

@@ -72,7 +72,7 @@ def train_and_report(config: TrainedConfig, run: Run[Split], problem: Problem) -
         Labelled(split.train_images, split.train_labels),
         Labelled(split.validation_images, split.validation_labels),
         split.num_classes,
-        most=config.online_images,
+        most=config.probe_images,
         seed=seed,
     )
     state = run.train_to(

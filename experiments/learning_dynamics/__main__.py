@@ -83,11 +83,13 @@ class Config(RunConfig):
     """What is made of the images; those on the spectrum keep as many directions as the code has numbers."""
     seeds: Seeds = (0, 1, 2)
     """Seeds of the networks; trained together."""
+    latent: Annotated[int, Bounds(least=4)] = 64
+    """Size of the code, and number of directions that are followed."""
     network: Sizes = dataclasses.field(default_factory=Sizes)
     """The networks."""
     training: Descent = dataclasses.field(default_factory=Descent)
     """Their training."""
-    records: Annotated[int, Bounds(least=4)] = 24
+    evaluations: Annotated[int, Bounds(least=4)] = 24
     """Steps to look at after the start, spaced evenly on a logarithmic axis."""
     looked_at: Annotated[int, Bounds(least=40)] = 800
     """Most training images, and most test images, to look at; probes are fitted on the former, tested on the latter."""
@@ -104,17 +106,18 @@ class Config(RunConfig):
 _REAL = Config(max_train=10_000)
 PRESETS = {
     "laptop": Config(
-        network=Sizes(latent=24, mlp_widths=(64,)), training=Descent(steps=1500, descent_steps=2000, conv_steps=1000)
+        latent=24, network=Sizes(mlp_widths=(64,)), training=Descent(steps=1500, descent_steps=2000, conv_steps=1000)
     ),
     "fashion_mnist": _REAL,
     "cifar10": dataclasses.replace(_REAL, image_size=16),
     "paper": Config(
         seeds=(0, 1, 2, 3, 4),
-        network=Sizes(latent=512, mlp_widths=(2432, 1792, 1152), conv_widths=(32, 152, 272, 392, 512)),
+        latent=512,
+        network=Sizes(mlp_widths=(2432, 1792, 1152), conv_widths=(32, 152, 272, 392, 512)),
         training=Descent(
             batch_size=256, steps=9750, descent_steps=50_000, conv_steps=9750, schedule=Schedule.one_cycle
         ),
-        records=60,
+        evaluations=60,
         looked_at=5000,
         response_points=2000,
     ),
@@ -179,12 +182,10 @@ COLUMNS = {
 
 def main(config: Config, run: Run[Split]) -> None:
     """Train, look, fit and compare."""
-    data, sizes = run.data, config.network
+    data, latent = run.data, config.latent
     spectrum = Spectrum.of(ma.Moments.from_arrays(data.train_images))
-    if sizes.latent > spectrum.rank:
-        raise ma.InputError(
-            f"--network.latent {sizes.latent}: these images vary in {spectrum.rank} directions, give at most that"
-        )
+    if latent > spectrum.rank:
+        raise ma.InputError(f"--latent {latent}: these images vary in {spectrum.rank} directions, give at most that")
     if config.training.batch_size > len(data.train_labels):
         raise ma.InputError(
             f"--training.batch-size {config.training.batch_size}: there are {len(data.train_labels)} training images, "
@@ -193,14 +194,15 @@ def main(config: Config, run: Run[Split]) -> None:
     todo = {f"{i.value}-{x.value}": (i, x) for i, x in cells(config)}
     # Refuses sizes that do not fit before anything is trained.
     trainings = {
-        x: make_training(x, sizes, config.training, data.image_shape, len(config.seeds)) for _, x in todo.values()
+        x: make_training(x, config.network, latent, config.training, data.image_shape, len(config.seeds))
+        for _, x in todo.values()
     }
 
     @functools.lru_cache(maxsize=1)
     def scene(images: Images) -> Scene:
         return make_scene(
             data,
-            image_map(images, spectrum, sizes.latent, config.seed),
+            image_map(images, spectrum, latent, config.seed),
             seen=config.looked_at,
             response_points=config.response_points,
             widths=config.response_widths,
@@ -241,9 +243,9 @@ def follow(run: Run[Split], key: str, config: Config, learner: Learner, training
         data_energy [r] of what was looked at; low_share [w]. For a linear network under descent also flow_half_time
         [E, m] of the gradient flow from its own start, where this takes fewer than 1e14 multiply-adds (an hour).
     """
-    steps = milestones(num_steps(learner, config.training), config.records)
+    steps = milestones(num_steps(learner, config.training), config.evaluations)
     rate, members = rate_factor(learner, config.training, scene.spectrum), len(config.seeds)
-    followed = min(config.network.latent, scene.spectrum.rank)
+    followed = min(config.latent, scene.spectrum.rank)
 
     def start() -> TrainState:
         return training.init(config.seeds, learning_rates=[rate] * members)
@@ -257,7 +259,7 @@ def follow(run: Run[Split], key: str, config: Config, learner: Learner, training
     }
     if learner is Learner.linear_descent:
         of, rank = config.training, scene.spectrum.rank
-        if flow_cost(of.descent_rate, of.descent_steps, config.network.latent, rank, members) < _LARGEST_FLOW:
+        if flow_cost(of.descent_rate, of.descent_steps, config.latent, rank, members) < _LARGEST_FLOW:
             flow = run.arrays(
                 f"{key}-flow",
                 lambda: {"time": flow_half_times(training, start(), scene.spectrum, np.array(steps), rate)},

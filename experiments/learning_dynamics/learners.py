@@ -51,8 +51,6 @@ class Schedule(enum.Enum):
 class Sizes:
     """Sizes of the networks."""
 
-    latent: Annotated[int, Bounds(least=4)] = 64
-    """Size of the code, and number of directions that are followed."""
     mlp_widths: Annotated[tuple[int, ...], Bounds(least=1)] = (256,)
     """Hidden widths of the MLP's encoder; the decoder mirrors them."""
     conv_widths: Annotated[tuple[int, ...], Bounds(least=1)] = (8, 16)
@@ -103,7 +101,7 @@ def rate_factor(learner: Learner, descent: Descent, spectrum: Spectrum) -> float
 
 
 def make_training(
-    learner: Learner, sizes: Sizes, descent: Descent, shape: tuple[int, int, int], members: int
+    learner: Learner, sizes: Sizes, latent: int, descent: Descent, shape: tuple[int, int, int], members: int
 ) -> Training:
     """The programs of a learner; they serve every image set of this shape.
 
@@ -115,19 +113,19 @@ def make_training(
 
     def make(rngs: nnx.Rngs) -> Autoencoder:
         if learner.is_convolution:
-            return ConvAutoencoder(pixels, widths=sizes.conv_widths, latent=sizes.latent, rngs=rngs)
+            return ConvAutoencoder(pixels, widths=sizes.conv_widths, latent=latent, rngs=rngs)
         if learner.is_linear:
-            return _balanced(pixels, sizes, rngs)
-        return MLPAutoencoder(pixels, hidden=sizes.mlp_widths, latent=sizes.latent, rngs=rngs)
+            return _balanced(pixels, latent, sizes.start, rngs)
+        return MLPAutoencoder(pixels, hidden=sizes.mlp_widths, latent=latent, rngs=rngs)
 
     return Training(make, reconstruct, _rule(learner, descent), batch_size=descent.batch_size, num_members=members)
 
 
-def _balanced(pixels: Pixels, sizes: Sizes, rngs: nnx.Rngs) -> MLPAutoencoder:
+def _balanced(pixels: Pixels, latent: int, start: float, rngs: nnx.Rngs) -> MLPAutoencoder:
     """Linear autoencoder with W1 = W2^T of independent normal entries, |W1 c|^2 = start on average for unit c."""
-    model = MLPAutoencoder(pixels, hidden=(), activation=None, latent=sizes.latent, rngs=rngs)
+    model = MLPAutoencoder(pixels, hidden=(), activation=None, latent=latent, rngs=rngs)
     kernel = model.down[0].kernel
-    drawn = jax.random.normal(rngs.params(), kernel[...].shape) * math.sqrt(sizes.start / sizes.latent)
+    drawn = jax.random.normal(rngs.params(), kernel[...].shape) * math.sqrt(start / latent)
     kernel[...] = drawn
     model.up[0].kernel[...] = drawn.T
     return model

@@ -57,7 +57,7 @@ _GROUPS = 5
 class Config(RunConfig):
     """Settings of the experiment."""
 
-    max_probe: Annotated[int, Bounds(least=40)] = 4_000
+    probe_images: Annotated[int, Bounds(least=40)] = 4_000
     """Probes are fitted, chosen and tested on at most so many training, validation and test images each."""
     patch_sizes: Counts = (2, 4)
     """Sides of square patches, in pixels; each must divide the image."""
@@ -95,7 +95,7 @@ PRESETS = {
     "fashion_mnist": dataclasses.replace(_REAL, patch_sizes=(4, 7)),
     "cifar10": dataclasses.replace(_REAL, image_size=16),
     "paper": Config(
-        max_probe=50_000,
+        probe_images=50_000,
         patch_sizes=(2, 4, 8),
         mask_ratios=(0.15, 0.3, 0.45, 0.6, 0.75, 0.9),
         # Five networks at once, or 1024 images of 256 patches in one step, are more than an accelerator's memory.
@@ -151,7 +151,7 @@ class Probed:
             (data.validation_images, data.validation_labels),
             (data.test_images, data.test_labels),
         ):
-            rows = drawn(np.arange(len(labels)), config.max_probe, rng)
+            rows = drawn(np.arange(len(labels)), config.probe_images, rng)
             self._parts.append((images[rows], labels[rows]))
 
     def scores(self, features: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:

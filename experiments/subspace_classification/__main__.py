@@ -17,10 +17,11 @@ Time: 2 minutes
     python -m experiments.subspace_classification --preset paper --data folder:DIR         # ResNet9: accelerators
 
 As published, images are moved and mirrored after the projection, which takes them a little out of the subspace;
-``--training.shift 0 --training.flip 0`` does without. If nothing is said, they are moved by an eighth of the side, and
-digits and characters are not mirrored. Shares are those really kept: dimensions are whole numbers. A random subspace is
-one for each dimension, drawn by --seed: intervals of comparisons with it are over networks on this one, not over draws
-of the subspace. A subspace on which a network diverges is left out, and the summary says so.
+``--training.augmentation.shift 0 --training.augmentation.flip 0`` does without. If nothing is said, they are moved by
+an eighth of the side, and digits and characters are not mirrored. Shares are those really kept: dimensions are whole
+numbers. A random subspace is one for each dimension, drawn by --seed: intervals of comparisons with it are over
+networks on this one, not over draws of the subspace. A subspace on which a network diverges is left out, and the
+summary says so.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from experiments.subspace_classification.networks import (
     Sizes,
     Study,
     SubspaceTraining,
+    Views,
     make_training,
     mirrors,
     trained,
@@ -77,7 +79,7 @@ class Config(RunConfig):
     """per_image: each projected image rescaled, as published; whole_set: one number per subspace; raw: as projected."""
     scale_shares: Shares = (0.2,)
     """Bottom shares on which scales are compared, with their complements."""
-    sizes: Sizes = dataclasses.field(default_factory=Sizes)
+    network: Sizes = dataclasses.field(default_factory=Sizes)
     """Widths of the networks."""
     training: SubspaceTraining = dataclasses.field(
         default_factory=lambda: SubspaceTraining(epochs=8, warmup_epochs=1.2, weight_decay=1e-3, beta2=0.999)
@@ -86,14 +88,22 @@ class Config(RunConfig):
     seeds: Seeds = (0, 1, 2)
     """Seeds: the same initial networks and orders of images on every subspace."""
 
+    def check(self) -> None:
+        """Refuse shares that are compared and not trained on."""
+        missing = sorted({*self.matched, *self.scale_shares} - set(self.bottom))
+        if missing:
+            raise ma.InputError(f"--matched and --scale-shares name {missing}, which --bottom has not: add them there")
+
 
 _DEFAULT = Config()
-_REAL = Config(max_train=10_000, training=dataclasses.replace(_DEFAULT.training, shift=4, flip=0.5))
+_REAL = Config(max_train=10_000, training=dataclasses.replace(_DEFAULT.training, augmentation=Views(4, 0.5)))
 PRESETS = {
     "laptop": Config(
-        training=dataclasses.replace(_DEFAULT.training, epochs=20, warmup_epochs=3.0, shift=1, flip=0.0),
+        training=dataclasses.replace(_DEFAULT.training, epochs=20, warmup_epochs=3.0, augmentation=Views(1, 0.0)),
     ),
-    "fashion_mnist": dataclasses.replace(_REAL, training=dataclasses.replace(_REAL.training, shift=2)),
+    "fashion_mnist": dataclasses.replace(
+        _REAL, training=dataclasses.replace(_REAL.training, augmentation=Views(2, 0.5))
+    ),
     "cifar10": _REAL,
     "paper": Config(
         # The published abscissae; what is plotted is what they really hold.
@@ -101,7 +111,7 @@ PRESETS = {
         bottom=(0.0195, 0.042, 0.068, 0.098, 0.14, 0.2, 0.517),
         networks=(Network.resnet9, Network.mlp),
         scale_networks=(Network.resnet9,),
-        sizes=Sizes(mlp=None),
+        network=Sizes(mlp_widths=None),
         training=dataclasses.replace(
             _DEFAULT.training, epochs=50, batch_size=512, learning_rate=1e-3, warmup_epochs=15.0, bfloat16=True
         ),
@@ -135,12 +145,11 @@ COLUMNS = {
 
 def main(config: Config, run: Run[Split]) -> None:
     """Project, train, compare."""
-    _check(config)
     data = prepared(run.data, config.preparation)
     studies = _all_studies(config)
     # Made before anything is projected: it refuses sizes that do not fit.
     trainings = {
-        network: make_training(network, data, config.sizes, config.training, len(config.seeds))
+        network: make_training(network, data, config.network, config.training, len(config.seeds))
         for network in dict.fromkeys(study.network for study in studies)
     }
     axes = PrincipalAxes.of(moments(data.train_images), seed=config.seed)
@@ -174,21 +183,17 @@ def main(config: Config, run: Run[Split]) -> None:
     probes = run.sweep({f"linear-{subspace.key}": subspace for subspace in plan}, linear, unit="probe")
     cells = [(study, subspace) for subspace in plan for study in _studies(config, subspace, axes)]
     points = run.each({f"{study.key}-{s.key}": (study, s) for study, s in cells}, point, unit="ensemble")
-    views = config.training.augmentation(data.name, data.image_shape)
-    if config.training.flip is None and mirrors(data.name) is None:
-        run.notes.append(f"Images of {data.name} are not mirrored: --training.flip 0.5 mirrors half of them.")
+    views = config.training.augmentation.of(data.name, data.image_shape)
+    if config.training.augmentation.flip is None and mirrors(data.name) is None:
+        run.notes.append(
+            f"Images of {data.name} are not mirrored: --training.augmentation.flip 0.5 mirrors half of them."
+        )
     run.notes.append(
         f"{axes.rank} directions hold the variance, the first alone {axes.shares(Family.top)[0]:.1%}. Training images "
         f"are moved by up to {views.shift} pixels each way, and {views.flip:.0%} of them are mirrored."
     )
     found = dict(zip(plan, probes.to_dict("records"), strict=True))
     write_report(run, axes, list(points.values()), found, config.seeds, studies[: len(config.networks)])
-
-
-def _check(config: Config) -> None:
-    missing = sorted({*config.matched, *config.scale_shares} - set(config.bottom))
-    if missing:
-        raise ma.InputError(f"--matched and --scale-shares name {missing}, which --bottom has not: add them there")
 
 
 def moments(images: np.ndarray) -> ma.Moments:

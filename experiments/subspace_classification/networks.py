@@ -78,21 +78,18 @@ class Study:
 class Sizes:
     """Widths of the networks."""
 
-    conv: Widths = (24, 48, 96)
+    conv_widths: Widths = (24, 48, 96)
     """Channels of the narrow convolutional network."""
-    mlp: Widths | None = (512, 256)
+    mlp_widths: Widths | None = (512, 256)
     """Hidden widths of the dense network; none for the published ones, evenly spaced from pixels to classes."""
-    resnet9: Widths = (64, 128, 256, 512, 1028)
+    resnet_widths: Widths = (64, 128, 256, 512, 1028)
     """Channels of ResNet9's stem and stages, as published."""
 
 
 @dataclasses.dataclass(frozen=True)
-class SubspaceTraining(TrainingSettings):
-    """How the networks are trained, on moved and mirrored images."""
+class Views:
+    """How training images are moved and mirrored."""
 
-    # Of one image a batch has no statistics.
-    batch_size: Annotated[int, Bounds(least=2)] = 64
-    """Images in a step."""
     shift: Annotated[int | None, Bounds(least=0)] = None
     """Training images are moved by up to so many pixels each way, reflected at the border; 0 for none.
 
@@ -104,7 +101,7 @@ class SubspaceTraining(TrainingSettings):
     None to go by the data set's name: half of natural images, none of digits, characters and unknown ones.
     """
 
-    def augmentation(self, name: str, image_shape: ImageShape) -> Augmentation:
+    def of(self, name: str, image_shape: ImageShape) -> Augmentation:
         """What is done to the training images of a data set.
 
         Args:
@@ -112,13 +109,24 @@ class SubspaceTraining(TrainingSettings):
             image_shape: (h, w, c).
 
         Example:
-            >>> found = SubspaceTraining().augmentation("tiny-imagenet-200", (64, 64, 3))
+            >>> found = Views().of("tiny-imagenet-200", (64, 64, 3))
             >>> found.shift, found.flip
             (8, 0.5)
         """
         shift = min(image_shape[:2]) // 8 if self.shift is None else self.shift
         flip = 0.5 * bool(mirrors(name)) if self.flip is None else self.flip
         return Augmentation(shift=shift, flip=flip)
+
+
+@dataclasses.dataclass(frozen=True)
+class SubspaceTraining(TrainingSettings):
+    """How the networks are trained, on moved and mirrored images."""
+
+    # Of one image a batch has no statistics.
+    batch_size: Annotated[int, Bounds(least=2)] = 64
+    """Images in a step."""
+    augmentation: Views = dataclasses.field(default_factory=Views)
+    """What is done to each training image."""
 
 
 def mirrors(name: str) -> bool | None:
@@ -151,7 +159,7 @@ def make_training(
     Raises:
         InputError: sizes that do not fit the images or each other.
     """
-    augmentation = settings.augmentation(data.name, data.image_shape)
+    augmentation = settings.augmentation.of(data.name, data.image_shape)
     augmentation.check(data.image_shape)
     return Training(
         _maker(network, data.image_shape, data.num_classes, sizes, settings.bfloat16),
@@ -169,10 +177,12 @@ def _maker(
     dtype = jnp.bfloat16 if bfloat16 else jnp.float32
     # The images are scaled already.
     pixels = Pixels(np.zeros(image_shape, np.float32), np.ones((), np.float32))
-    hidden = sizes.mlp or linear_widths(int(np.prod(image_shape)), num_classes, 4)
+    hidden = sizes.mlp_widths or linear_widths(int(np.prod(image_shape)), num_classes, 4)
 
     def conv(batch_norm: bool, rngs: nnx.Rngs) -> SupervisedNetwork:
-        return ConvClassifier(pixels, num_classes, widths=sizes.conv, batch_norm=batch_norm, dtype=dtype, rngs=rngs)
+        return ConvClassifier(
+            pixels, num_classes, widths=sizes.conv_widths, batch_norm=batch_norm, dtype=dtype, rngs=rngs
+        )
 
     def mlp(batch_norm: bool, rngs: nnx.Rngs) -> SupervisedNetwork:
         return MLPClassifier(pixels, num_classes, hidden=hidden, batch_norm=batch_norm, dtype=dtype, rngs=rngs)
@@ -182,7 +192,7 @@ def _maker(
         Network.conv_without_norm: lambda rngs: conv(False, rngs),
         Network.mlp: lambda rngs: mlp(True, rngs),
         Network.mlp_without_norm: lambda rngs: mlp(False, rngs),
-        Network.resnet9: lambda rngs: ResNet9(pixels, num_classes, widths=sizes.resnet9, dtype=dtype, rngs=rngs),
+        Network.resnet9: lambda rngs: ResNet9(pixels, num_classes, widths=sizes.resnet_widths, dtype=dtype, rngs=rngs),
     }[network]
 
 

@@ -65,14 +65,14 @@ class Config(RunConfig):
     latent: Annotated[int, Bounds(least=2)] = 8
     """Size of the code, the number of components."""
     widths: Counts = (16, 64, 256)
-    """Widths of the encoder's hidden layer, at least the code's size: a narrower one bounds its rank."""
+    """Widths of the encoder's hidden layer, networks for each; at least the code's size, which bounds its rank."""
     lambdas: Annotated[tuple[float, ...], Bounds(above=0, unique=True, infinite=True)] = (math.inf, 1.0)
     """Relative weights of reconstruction with a linear decoder: lambda tr Sxx / tr Syy; infinity for it alone."""
     seeds: Seeds = (0, 1, 2)
     """Seeds of the networks; trained together."""
     training: Training = _TRAINING
     """Training of the networks; long enough that the loss with a linear decoder converges."""
-    records: Annotated[int, Bounds(least=2)] = 15
+    evaluations: Annotated[int, Bounds(least=2)] = 15
     """Steps after the start at which codes are measured, about: spaced evenly in the logarithm, the end among them."""
     early: Annotated[float, Bounds(above=0, below=1)] = 0.03
     """Share of the steps that counts as early."""
@@ -94,7 +94,7 @@ PRESETS = {
         latent=512,
         widths=(1024, 4096, 16384),
         training=dataclasses.replace(_TRAINING, epochs=5_128, batch_size=1024, learning_rate=5e-4, warmup_epochs=2.56),
-        records=23,
+        evaluations=23,
     ),
 }
 COLUMNS = {
@@ -139,7 +139,7 @@ def main(config: Config, run: Run[Split]) -> None:
             f"{config.latent}"
         )
     data = run.data
-    steps = milestones(config.training.steps(len(data.train_labels)), config.records)
+    steps = milestones(config.training.steps(len(data.train_labels)), config.evaluations)
     references = References.of(data.train_images, data.train_labels, data.num_classes, config.latent)
     cases = {case.key: case for case in plan(config)}
     # Refuses sizes that do not fit before anything is trained.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from experiments.__main__ import ROOT, experiments, main
-from experiments.harness.config import RunConfig, settings
+from experiments.harness.cli import launch, with_written
+from experiments.harness.config import RunConfig, computed, settings
 from experiments.harness.data import Split
+from experiments.harness.folder import to_json
 
 LISTED = experiments()
 NAMES = [one.name for one in LISTED]
@@ -67,16 +70,74 @@ def test_every_experiment_draws_the_same_images(name):
     assert dict(load(config).fingerprint) == Split.load(RunConfig(**drawn)).fingerprint
 
 
+# A pattern of options, and those that may have the words.
+WORDS = {
+    r"epochs": {"--training.epochs", "--end-epochs", "--training.warmup-epochs"},
+    r"batch-size": {"--training.batch-size", "--exact.batch-size", "--sampled.batch-size"},
+    r"learning-rate": {
+        *("--training.learning-rate", "--learning-rates", "--end-learning-rates"),
+        *("--exact.learning-rate", "--sampled.learning-rate"),
+    },
+    r"warm": {"--training.warmup-epochs"},
+    r"decay": {"--training.weight-decay"},
+    r"shift|flip|grey|crop": {f"--training.augmentation.{word}" for word in ("shift", "flip", "grey", "smallest-crop")},
+    r"latent|(?<!de)code(?!r)": {"--latent", "--latents"},
+    r"width": {
+        *("--network.width", "--network.decoder-width", "--network.widths", "--network.resnet-width"),
+        *("--network.mlp-widths", "--network.conv-widths", "--network.resnet-widths", "--widths", "--response-widths"),
+    },
+    r"depth|heads": {f"--network.{word}" for word in ("depth", "heads", "decoder-depth", "decoder-heads")},
+    r"stride|kind": {"--network.stem-stride", "--network.kind"},
+    r"loss|objective": {"--loss", "--losses"},
+    r"guid|weights": {"--guidance"},
+    r"evaluat|record|moments$": {
+        *("--evaluations", "--evaluate-every", "--train-moments", "--validation-moments", "--test-moments"),
+    },
+    r"probe": {"--probes", "--probe-images", "--probe-fraction"},
+    r"seed": {"--seed", "--seeds", "--seeds-at-once"},
+    r"max-(train|test|images|probe)": {"--max-train", "--max-test"},
+    r"sizes": {"--patch-sizes"},
+    r"noise": {"--pixel-noise", "--noise-levels"},
+}
+
+
 @pytest.mark.parametrize("name", sorted(set(NAMES) - COMMANDS))
 def test_words_mean_the_same_everywhere(name):
-    """One vocabulary: no experiment has its own word for what all of them have."""
-    options = {one.option for one in settings(module(name).PRESETS["laptop"])}
-    others = {"--epochs", "--batch-size", "--learning-rate", "--objective", "--network.epochs", "--network.batch-size"}
-    assert not options & others
-    assert not {o for o in options if "warmup" in o or "weight-decay" in o} - {
-        "--training.warmup-epochs",
-        "--training.weight-decay",
+    """One vocabulary: no experiment has its own word for what others have."""
+    options = [one.option for one in settings(module(name).PRESETS["laptop"])]
+    for pattern, allowed in WORDS.items():
+        assert {option for option in options if re.search(pattern, option)} <= allowed
+
+
+def test_every_option_in_the_documents_exists():
+    """Of every command in the documents, in the docstrings and of the runs that they cite."""
+    root = ROOT.parent
+    pages = [*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("docs/runs/*/run.json"), *ROOT.rglob("*.py")]
+    known = {
+        name: {one.option for one in settings(module(name).PRESETS["laptop"])} | {"--preset", "--config", "--help"}
+        for name in set(NAMES) - {"runs"}
     }
+    seen = 0
+    for page in pages:
+        for name, words in re.findall(r"experiments\.(\w+)((?: +[^\s`#]+)+)", page.read_text(encoding="utf-8")):
+            for option in re.findall(r" (--[a-z][\w.-]*)", words) if name in known else ():
+                head, _, tail = option.rpartition("no-")
+                assert option in known[name] or (head.endswith(("--", ".")) and head + tail in known[name]), (
+                    page,
+                    option,
+                )
+                seen += 1
+    assert seen > 100
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT.parent / "docs" / "runs").iterdir()), ids=lambda path: path.name)
+def test_the_settings_of_every_cited_run_can_be_taken_back(folder):
+    name = json.loads((folder / "config.json").read_text())["experiment"]
+    found, taken = module(name), []
+    argv = with_written(["--config", str(folder / "config.json"), "--out", "elsewhere"], name)
+    launch(lambda config: taken.append(config), found.Config, found.PRESETS, argv)
+    written = json.loads((folder / "config.json").read_text())["config"]
+    assert json.loads(to_json(computed(taken[0]))) == written
 
 
 def test_a_misspelt_name_gets_the_nearest_one(capsys):

@@ -16,8 +16,9 @@ from scipy import stats
 import mae_align as ma
 from experiments.guided_autoencoder import networks as guided_networks
 from experiments.guided_autoencoder.__main__ import COLUMNS, PRESETS, Config, main, plan
-from experiments.guided_autoencoder.networks import GuidedSplit, Labels, Sizes, make_training
+from experiments.guided_autoencoder.networks import GuidedSplit, Labels, make_training
 from experiments.guided_autoencoder.report import compare_weights, judge, linear_gain, sentences
+from experiments.harness.autoencoders import Autoencoder
 from experiments.harness.config import RunConfig
 from experiments.harness.data import Split
 from experiments.harness.ensembles import Probe
@@ -26,11 +27,11 @@ from experiments.harness.run import execute
 CLASSES = 3
 TINY = Config(
     latents=(2,),
-    weights=(0.0, 1e-3, 1.0),
+    guidance=(0.0, 1e-3, 1.0),
     seeds=(0, 1),
     probes=(Probe.ridge,),
     frontier=(0.0, 1.0),
-    network=Sizes(widths=(6,)),
+    network=Autoencoder(widths=(6,)),
     training=dataclasses.replace(
         PRESETS["laptop"].training, epochs=3, batch_size=16, warmup_epochs=0.0, learning_rate=1e-2
     ),
@@ -280,7 +281,7 @@ def test_linear_gain_is_read_off_the_frontier():
 
 
 def test_groups_of_seeds_are_ensembles_of_their_own():
-    found = list(plan(dataclasses.replace(TINY, latents=(2, 3), seeds_at_once=1, weights=(0.0, 0.5))))
+    found = list(plan(dataclasses.replace(TINY, latents=(2, 3), seeds_at_once=1, guidance=(0.0, 0.5))))
     assert [ensemble.key for ensemble in found[:4]] == [
         "latent2-true-seeds0",
         "latent2-shuffled-seeds0",
@@ -293,7 +294,7 @@ def test_groups_of_seeds_are_ensembles_of_their_own():
 
 def test_published_preset_is_the_published_set_up(tmp_path):
     paper = PRESETS["paper"]
-    assert paper.latents == (128, 256, 512, 640, 1024, 2048, 3072, 4096) and paper.weights == (0.0, 0.01)
+    assert paper.latents == (128, 256, 512, 640, 1024, 2048, 3072, 4096) and paper.guidance == (0.0, 0.01)
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (160, 32, 32, 3), dtype=np.uint8), np.arange(160) % 2
     file = tmp_path / "toy.npz"
@@ -308,14 +309,14 @@ def test_published_preset_is_the_published_set_up(tmp_path):
 
 def test_every_preset_has_the_published_weight():
     for preset in PRESETS.values():
-        assert {0.0, 0.01} <= set(preset.weights)
+        assert {0.0, 0.01} <= set(preset.guidance)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"weights": (0.1, 0.2)}, "--weights: give 0"),
-        ({"weights": (0.0,)}, "--weights: give 0"),
+        ({"guidance": (0.1, 0.2)}, "--guidance: give 0"),
+        ({"guidance": (0.0,)}, "--guidance: give 0"),
         ({"latents": (12,)}, "--latents 12"),
         ({"training": dataclasses.replace(TINY.training, batch_size=500)}, "batch-size 500"),
     ],

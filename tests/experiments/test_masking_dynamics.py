@@ -21,7 +21,7 @@ from tests.experiments.cases import rows_of
 TINY = Config(
     max_train=200,
     max_test=100,
-    max_probe=80,
+    probe_images=80,
     patch_sizes=(4,),
     # One patch of four stays visible with both.
     mask_ratios=(0.7, 0.75),

@@ -17,13 +17,13 @@ pytestmark = pytest.mark.slow
 # 48 images in a step: as many devices as there are here and in two processes divide them.
 CASES = {
     "theorem2_check": (
-        "--max-train 200 --latent 4 --widths 8 --lambdas inf --seeds 0 --records 3 "
+        "--max-train 200 --latent 4 --widths 8 --lambdas inf --seeds 0 --evaluations 3 "
         "--training.epochs 25 --training.batch-size 48 --training.warmup-epochs 2.5",
         "networks",
     ),
     "learning_dynamics": (
-        "--max-train 200 --learners mlp_adamw --intervened mlp_adamw --interventions reversed --seeds 0 1 --records 6 "
-        "--looked-at 60 --bands 3 --response-points 30 --response-widths 0.5 --resamples 20 --network.latent 6 "
+        "--max-train 200 --learners mlp_adamw --intervened mlp_adamw --interventions reversed --seeds 0 1 "
+        "--evaluations 6 --looked-at 60 --bands 3 --response-points 30 --response-widths 0.5 --resamples 20 --latent 6 "
         "--training.batch-size 48 --training.steps 60",
         "half_times",
     ),
@@ -35,8 +35,8 @@ CASES = {
     ),
     "subspace_classification": (
         "--max-train 200 --max-test 80 --networks mlp conv --scale-networks mlp --top 0.8 --bottom 0.2 --seeds 0 "
-        "--training.epochs 2 --training.batch-size 48 --training.warmup-epochs 0.3 --training.shift 1 "
-        "--sizes.mlp 8 --sizes.conv 4 4",
+        "--training.epochs 2 --training.batch-size 48 --training.warmup-epochs 0.3 --training.augmentation.shift 1 "
+        "--network.mlp-widths 8 --network.conv-widths 4 4",
         "points",
     ),
 }

@@ -30,7 +30,7 @@ SETTINGS = Training(
     beta2=0.999,
     clip_norm=math.inf,
 )
-CONFIG = Config(latent=3, widths=(8,), lambdas=(math.inf, LAM), seeds=(0,), training=SETTINGS, records=3, early=0.5)
+CONFIG = Config(latent=3, widths=(8,), lambdas=(math.inf, LAM), seeds=(0,), training=SETTINGS, evaluations=3, early=0.5)
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,13 @@ import pytest
 import mae_align as ma
 from experiments import train_autoencoder
 from experiments.harness import ensembles
+from experiments.harness.autoencoders import Autoencoder, Kind
 from experiments.harness.config import Training
 from experiments.harness.data import Split
 from experiments.harness.ensembles import End, Member, Probe
 from experiments.harness.report import Measured, result_rows
 from experiments.harness.run import Run, execute
-from experiments.train_autoencoder import COLUMNS, Config, Network, Noise, main
+from experiments.train_autoencoder import COLUMNS, Config, Noise, main
 from mae_align.models import in_head
 from tests.experiments.cases import refusal, rows_of
 
@@ -30,9 +31,9 @@ TINY = Config(
     guidance=(0.0, 1.0),
     training=Training(epochs=6, warmup_epochs=1.0, batch_size=50),
     latent=6,
-    widths=(16,),
+    network=Autoencoder(widths=(16,)),
     probes=(Probe.ridge,),
-    online_images=50,
+    probe_images=50,
     devices=1,
 )
 
@@ -102,8 +103,8 @@ def test_report_row_is_of_the_networks_reconstructions(run):
 @pytest.mark.parametrize(
     "change",
     [
-        {"network": Network.conv, "widths": (4, 4), "corruption": Noise.gaussian_noise},
-        {"network": Network.resnet, "widths": (1, 1), "resnet_width": 4, "corruption": Noise.patches},
+        {"network": Autoencoder(Kind.conv, (4, 4)), "corruption": Noise.gaussian_noise},
+        {"network": Autoencoder(Kind.resnet, (1, 1), resnet_width=4), "corruption": Noise.patches},
     ],
 )
 def test_other_networks_and_corruptions(tmp_path, change):
@@ -113,7 +114,7 @@ def test_other_networks_and_corruptions(tmp_path, change):
     assert len(rows) == 1 and float(rows[0]["reconstruction_error"]) > 0
     assert (tmp_path / "run" / "reconstructions.pdf").exists()
     # Batch statistics of training are of corrupted images.
-    note = "batch statistics of clean training images" if change["network"] is Network.resnet else ""
+    note = "batch statistics of clean training images" if change["network"].kind is Kind.resnet else ""
     assert rows[0].get("features_note", "") == note
     notes = {row["features"]: row.get("features_note", "") for row in table(tmp_path / "run", "results")}
     assert notes["trained network"] == note and notes["raw pixels"] == notes["untrained network"] == ""
@@ -181,7 +182,7 @@ CASES = {
         "--devices 2",
         "num_members=1 is not divisible by the 2 devices",
     ),
-    "widths": ("--network resnet --widths 0", "--widths 0: give numbers at least 1"),
+    "widths": ("--network.kind resnet --network.widths 0", "--network.widths 0: give numbers at least 1"),
 }
 
 

@@ -42,7 +42,7 @@ TINY = Config(
     network=Vit(width=16, depth=0, heads=2, decoder_width=16, decoder_heads=2),
     checkpoint_every=10,
     evaluate_every=10,
-    online_images=100,
+    probe_images=100,
     ends=(End.fine_tuning, End.from_scratch, End.supervised),
     end_epochs=2,
     devices=1,

@@ -24,7 +24,7 @@ from experiments.learning_dynamics.spectrum import Images, Spectrum, image_map
 from mae_align.train.ensemble import Training
 from mae_align.train.loop import Diverged, Preempted
 
-SIZES = Sizes(latent=6, mlp_widths=(9,))
+SIZES = Sizes(mlp_widths=(9,))
 # Small steps on all images at once: close to the gradient flow.
 DESCENT = Descent(batch_size=200, steps=20, descent_steps=750, descent_rate=0.02)
 TINY = Config(
@@ -33,9 +33,10 @@ TINY = Config(
     intervened=(Learner.linear_descent,),
     interventions=(Images.reversed,),
     seeds=(0, 1),
+    latent=6,
     network=SIZES,
     training=DESCENT,
-    records=7,
+    evaluations=7,
     looked_at=60,
     bands=3,
     response_points=30,
@@ -60,7 +61,7 @@ def scene() -> Scene:
 
 @pytest.fixture(scope="module")
 def training() -> Training:
-    return make_training(Learner.linear_descent, SIZES, DESCENT, (8, 8, 1), 2)
+    return make_training(Learner.linear_descent, SIZES, 6, DESCENT, (8, 8, 1), 2)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +204,7 @@ def test_the_flow_is_left_out_where_it_would_take_hours():
     costs = {}
     for name, pixels in {"laptop": 64, "fashion_mnist": 784, "cifar10": 768, "paper": 3072}.items():
         of, members = PRESETS[name], len(PRESETS[name].seeds)
-        costs[name] = flow_cost(of.training.descent_rate, of.training.descent_steps, of.network.latent, pixels, members)
+        costs[name] = flow_cost(of.training.descent_rate, of.training.descent_steps, of.latent, pixels, members)
     assert {name for name, cost in costs.items() if cost >= experiment._LARGEST_FLOW} == {"paper"}
 
 
@@ -236,7 +237,7 @@ def test_cells_are_all_learners_on_the_original_and_some_on_changed_images():
 @pytest.mark.parametrize("schedule", list(Schedule))
 def test_every_learner_can_be_made(learner, schedule):
     descent = dataclasses.replace(DESCENT, schedule=schedule, conv_steps=30)
-    made = make_training(learner, SIZES, descent, (8, 8, 1), 1)
+    made = make_training(learner, SIZES, 6, descent, (8, 8, 1), 1)
     steps = {"linear_descent": 750, "mlp_momentum": 750, "conv_adamw": 30, "conv_momentum": 30}
     assert num_steps(learner, descent) == steps.get(learner.value, 20)
     moving = 1 if learner in (Learner.mlp_momentum, Learner.conv_momentum) else 0
@@ -252,9 +253,9 @@ def test_every_learner_can_be_made(learner, schedule):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"network": Sizes(latent=65)}, "--network.latent 65: these images vary in "),
+        ({"latent": 65}, "--latent 65: these images vary in "),
         ({"training": Descent(batch_size=999)}, "--training.batch-size 999: there are 200 training images"),
-        ({"network": Sizes(latent=3)}, "--network.latent 3: give a number at least 4"),
+        ({"latent": 3}, "--latent 3: give a number at least 4"),
         ({"learners": (Learner.mlp_adamw,) * 2}, "--learners mlp_adamw mlp_adamw repeats a value"),
     ],
 )

@@ -32,6 +32,7 @@ from experiments.subspace_classification.networks import (
     Sizes,
     Study,
     SubspaceTraining,
+    Views,
     make_training,
     trained,
 )
@@ -52,8 +53,8 @@ TINY = Config(
     max_test=80,
     networks=(Network.mlp,),
     scale_networks=(Network.mlp,),
-    sizes=Sizes(conv=(4, 4), mlp=(8,)),
-    training=SubspaceTraining(epochs=1, batch_size=100, shift=1, flip=0.0),
+    network=Sizes(conv_widths=(4, 4), mlp_widths=(8,)),
+    training=SubspaceTraining(epochs=1, batch_size=100, augmentation=Views(1, 0.0)),
     top=(0.8,),
     bottom=(0.2,),
     seeds=(0, 5),
@@ -161,21 +162,26 @@ def test_augmentation_goes_by_the_data_set():
         "arabic_digits": 0.0,
         "photos": 0.0,
     }.items():
-        assert SubspaceTraining().augmentation(name, shape) == Augmentation(shift=4, flip=flip)
-    assert SubspaceTraining().augmentation("photos", (64, 80, 3)).shift == 8
-    given = SubspaceTraining(shift=2, flip=0.25).augmentation("digits", shape)
+        assert Views().of(name, shape) == Augmentation(shift=4, flip=flip)
+    assert Views().of("photos", (64, 80, 3)).shift == 8
+    given = Views(2, 0.25).of("digits", shape)
     assert given == Augmentation(shift=2, flip=0.25)
     # What was run with these presets was moved and mirrored so.
-    given = {name: (preset.training.shift, preset.training.flip) for name, preset in PRESETS.items()}
+    given = {
+        name: (preset.training.augmentation.shift, preset.training.augmentation.flip)
+        for name, preset in PRESETS.items()
+    }
     assert given == {"laptop": (1, 0.0), "fashion_mnist": (2, 0.5), "cifar10": (4, 0.5), "paper": (None, None)}
 
 
 def test_augmentation_can_be_said_on_the_command_line():
     seen = []
     for preset in ("laptop", "cifar10", "paper"):
-        argv = ["--preset", preset, "--training.shift", "0", "--training.flip", "0"]
+        argv = ["--preset", preset, "--training.augmentation.shift", "0", "--training.augmentation.flip", "0"]
         launch(lambda config: seen.append(config), Config, PRESETS, argv)
-    assert [(config.training.shift, config.training.flip) for config in seen] == [(0, 0.0)] * 3
+    assert [(config.training.augmentation.shift, config.training.augmentation.flip) for config in seen] == [
+        (0, 0.0)
+    ] * 3
 
 
 def test_training_accuracy_is_of_all_classes_and_test_accuracy_of_test_images(monkeypatch, tmp_path):
@@ -188,7 +194,7 @@ def test_training_accuracy_is_of_all_classes_and_test_accuracy_of_test_images(mo
     monkeypatch.setattr(subspace_networks, "_FITTED", 100)
     seen = lambda _, images: np.where(images[:, 0, 0, 0] < 5, images[:, 0, 0, 0], -1).astype(int)  # noqa: E731
     monkeypatch.setattr(subspace_networks, "predicted_classes", seen)
-    training = make_training(Network.mlp, data, TINY.sizes, TINY.training, 1)
+    training = make_training(Network.mlp, data, TINY.network, TINY.training, 1)
     made = Run("toy", config, data, {})
     # The look alone: after no step.
     found = trained(made, "key", training, (3,), 0, lambda: (data.train_images, data.test_images))
@@ -297,7 +303,7 @@ def test_controls_of_a_split_without_a_top_direction():
     "change,message",
     [
         ({"matched": (0.4,)}, "--bottom has not"),
-        ({"training": dataclasses.replace(TINY.training, shift=8)}, "shift=8"),
+        ({"training": dataclasses.replace(TINY.training, augmentation=Views(shift=8))}, "shift=8"),
         ({"networks": (Network.resnet9,)}, "16 x 16"),
         ({"training": dataclasses.replace(TINY.training, batch_size=201)}, "200 training images"),
     ],
@@ -315,7 +321,7 @@ def test_the_paper_preset_is_the_published_protocol():
     images, labels = np.zeros((512, 64, 64, 3), np.uint8), np.zeros(512, int)
     one = images[:1], labels[:1]
     data = Split("tiny-imagenet-200", ("",) * 200, images, labels, *one, *one, np.arange(513) == 0)
-    assert paper.training.augmentation(data.name, data.image_shape) == Augmentation(shift=8, flip=0.5)
-    training = make_training(paper.networks[0], data, paper.sizes, paper.training, 3)
+    assert paper.training.augmentation.of(data.name, data.image_shape) == Augmentation(shift=8, flip=0.5)
+    training = make_training(paper.networks[0], data, paper.network, paper.training, 3)
     kernel = max(jax.tree.leaves(training.abstract_state.params), key=lambda p: p.size)
     assert kernel.shape[1:] == (3, 3, 1028, 1028)
