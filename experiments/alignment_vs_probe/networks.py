@@ -8,19 +8,18 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from experiments.harness.config import Training as TrainingConfig
 from experiments.harness.config import Vit
-from experiments.harness.data import Split, drawn
+from experiments.harness.data import Split
+from experiments.harness.probes import OnlineProbe
 from experiments.harness.run import Run
-from experiments.harness.train import one_device_of_a_cpu, optimizer
+from experiments.harness.train import optimizer, training_programs
 from mae_align.corruption import FixedCountPatchMasking
 from mae_align.data.patches import ImageShape, patch_grid
-from mae_align.metrics import rankme
 from mae_align.models import Classifier, Loss, MaskedAutoencoder, Pixels
-from mae_align.probes import Rows, ridge_probe
+from mae_align.probes import Rows as Labelled
 from mae_align.runtime.errors import InputError
 from mae_align.train.ensemble import Objective, Training, TrainState, classify, reconstruct
 from mae_align.train.optimizer import adamw
@@ -102,33 +101,20 @@ class Networks:
             functools.partial(training.init, self.seeds),
             functools.partial(training.put, data.train_images, data.train_labels),
             range(per_epoch, total + 1, per_epoch),
-            self._watch(training),
+            OnlineProbe.of(
+                training,
+                Labelled(data.train_images, data.train_labels),
+                Labelled(data.validation_images, data.validation_labels),
+                data.num_classes,
+                most=_WATCHED,
+                seed=0,
+            ),
         )
-
-    def _watch(self, training: Training) -> Callable[[TrainState, int], dict[str, np.ndarray]]:
-        """An online probe of the labels, on some training and validation images: for watching, not for reporting."""
-        data, rng = self.data, np.random.default_rng(0)
-        fit, watch = (
-            drawn(np.arange(len(labels)), _WATCHED, rng) for labels in (data.train_labels, data.validation_labels)
-        )
-
-        def look(state: TrainState, step: int) -> dict[str, np.ndarray]:
-            del step
-            parts = [data.train_images[fit], data.validation_images[watch]]
-            accuracy, rank = [], []
-            for x, held in zip(*(training.features(state, part, FEATURE_BATCH) for part in parts), strict=True):
-                rows = Rows(held, data.validation_labels[watch])
-                found = ridge_probe(x, data.train_labels[fit], *rows, num_classes=data.num_classes, val=rows)
-                accuracy.append(found.accuracy_val)
-                rank.append(rankme(held))
-            return {"probe_accuracy": np.array(accuracy), "rankme": np.array(rank)}
-
-        return look
 
     def _ensemble(self, make: Callable[[nnx.Rngs], nnx.Module], objective: Objective) -> Training:
         steps = adamw(optimizer(self.training, len(self.data.train_labels)))
-        size, mesh = self.training.batch_size, one_device_of_a_cpu()
-        return Training(make, objective, steps, batch_size=size, num_members=len(self.seeds), mesh=mesh)
+        size, members = self.training.batch_size, len(self.seeds)
+        return training_programs(make, objective, steps, batch_size=size, num_members=members)
 
     def _autoencoder(self, cell: Cell, rngs: nnx.Rngs) -> MaskedAutoencoder:
         mask = cell.masking(self._pixels.image_shape)

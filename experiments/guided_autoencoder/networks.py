@@ -20,7 +20,7 @@ from experiments.harness.data import Split
 from experiments.harness.ensembles import Probe
 from experiments.harness.probes import PROBES
 from experiments.harness.run import Run
-from experiments.harness.train import one_device_of_a_cpu, optimizer
+from experiments.harness.train import optimizer, training_programs
 from mae_align.data import stratified_split
 from mae_align.metrics import probe_row, rankme
 from mae_align.models import GuidedAutoencoder, Pixels, in_head
@@ -137,13 +137,12 @@ def make_training(split: GuidedSplit, network: Autoencoder, settings: GuidedTrai
         autoencoder = network.make(pixels, latent=ensemble.latent, bfloat16=settings.bfloat16, rngs=rngs)
         return GuidedAutoencoder(autoencoder, split.data.num_classes, rngs=rngs)
 
-    return Training(
+    return training_programs(
         make,
         augmented(guide, settings.augmentation),
         adamw(optimizer(settings, len(split.fit_images)), in_head),
         batch_size=settings.batch_size,
         num_members=len(ensemble.members),
-        mesh=one_device_of_a_cpu(),
     )
 
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from experiments.harness.config import ADDS, ELSEWHERE, Bounds, Count, RunConfig, Seeds
 from experiments.harness.config import Training as Settings
 from experiments.harness.data import Split
-from experiments.harness.train import optimizer
+from experiments.harness.train import optimizer, training_programs
 from mae_align.corruption import Corruption
 from mae_align.data import ArraySource
 from mae_align.models import Autoencoder
@@ -29,8 +29,6 @@ from mae_align.train.optimizer import adamw
 
 # Images that a network is given at a time, outside of its training.
 _BATCH = 512
-# Steps of one dispatch: SIGTERM waits for no more.
-_STEPS_PER_CALL = 10
 # Online probes of a training, where nothing else is asked for.
 _ONLINE = 10
 _TRAINING = Settings(epochs=100, learning_rate=1e-3, warmup_epochs=5.0)
@@ -199,14 +197,13 @@ def make_training(
         InputError: a mesh, batch or model that do not fit together.
     """
     highest = dataclasses.replace(settings, learning_rate=max(rates))
-    return Training(
+    return training_programs(
         make_model,
         objective,
         adamw(optimizer(highest, len(split.train_labels)), apart),
         batch_size=settings.batch_size,
         num_members=len(rates),
         mesh=train_mesh(config.ensemble_axis, jax.devices()[: config.devices]),
-        steps_per_call=_STEPS_PER_CALL,
     )
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
+from flax import nnx
 from jax.sharding import Mesh
 
 from experiments.harness.config import Training as Settings
@@ -16,7 +18,7 @@ from mae_align.runtime.files import PointStore
 from mae_align.runtime.processes import train_mesh
 from mae_align.train.batches import Feed
 from mae_align.train.checkpoint import Checkpoints
-from mae_align.train.ensemble import DeviceData, Training, TrainState
+from mae_align.train.ensemble import DeviceData, Objective, Training, TrainState
 from mae_align.train.log import MetricLog
 from mae_align.train.loop import fit
 from mae_align.train.optimizer import OptimizerConfig
@@ -27,6 +29,8 @@ _LOG_LINES = 500
 _CHECKPOINTS = 10
 # Steps of small networks are so short that saving would take longer than training again.
 _LEAST_STEPS = 100
+# Of one dispatch: between two of them a stop is answered.
+_STEPS_PER_CALL = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +189,40 @@ def optimizer(settings: Settings, num_images: int) -> OptimizerConfig:
     )
 
 
-def one_device_of_a_cpu() -> Mesh:
+def training_programs(
+    make_model: Callable[[nnx.Rngs], nnx.Module],
+    objective: Objective,
+    rule: optax.GradientTransformation,
+    *,
+    batch_size: int,
+    num_members: int,
+    mesh: Mesh | None = None,
+) -> Training:
+    """The programs of networks that train side by side, in dispatches so short that SIGTERM is answered in seconds.
+
+    Args:
+        make_model: makes a network of random numbers.
+        objective: what is minimised.
+        rule: of descent.
+        batch_size: images of a step.
+        num_members: networks.
+        mesh: of devices; None for one CPU device, which is all of its cores, or all devices elsewhere.
+
+    Raises:
+        InputError: sizes that do not fit each other or the devices.
+    """
+    return Training(
+        make_model,
+        objective,
+        rule,
+        batch_size=batch_size,
+        num_members=num_members,
+        mesh=_one_device_of_a_cpu() if mesh is None else mesh,
+        steps_per_call=_STEPS_PER_CALL,
+    )
+
+
+def _one_device_of_a_cpu() -> Mesh:
     """Where small ensembles train: one CPU device, which is all of its cores; all devices elsewhere."""
     alone = jax.default_backend() == "cpu" and jax.process_count() == 1
     return train_mesh(devices=jax.devices()[:1] if alone else None)

@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from experiments.harness.config import Bounds, Count, NotNegative, Positive
+from experiments.harness.train import training_programs
 from experiments.learning_dynamics.spectrum import Spectrum
 from mae_align.models import Autoencoder, ConvAutoencoder, MLPAutoencoder, Pixels
 from mae_align.train.ensemble import Training, reconstruct
@@ -118,7 +119,8 @@ def make_training(
             return _balanced(pixels, latent, sizes.start, rngs)
         return MLPAutoencoder(pixels, hidden=sizes.mlp_widths, latent=latent, rngs=rngs)
 
-    return Training(make, reconstruct, _rule(learner, descent), batch_size=descent.batch_size, num_members=members)
+    rule = _rule(learner, descent)
+    return training_programs(make, reconstruct, rule, batch_size=descent.batch_size, num_members=members)
 
 
 def _balanced(pixels: Pixels, latent: int, start: float, rngs: nnx.Rngs) -> MLPAutoencoder:

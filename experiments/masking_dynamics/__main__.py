@@ -37,7 +37,7 @@ from experiments.harness.config import Bounds, Counts, Ratios, RunConfig, Seeds,
 from experiments.harness.config import Training as TrainingConfig
 from experiments.harness.data import Split, drawn
 from experiments.harness.run import Run
-from experiments.harness.train import milestones, one_device_of_a_cpu, optimizer
+from experiments.harness.train import milestones, optimizer, training_programs
 from experiments.masking_dynamics.report import MEASURES, Curve, agreement_over_time, dynamics_figure, sentences, shown
 from mae_align.closed_form.predictions import closed_form_row
 from mae_align.corruption import FixedCountPatchMasking
@@ -240,8 +240,7 @@ def make_training(data: Split, mask: FixedCountPatchMasking, config: Config, mem
         return MaskedAutoencoder(pixels, corruption=mask, objective=config.loss, dtype=dtype, rngs=rngs, **sizes)
 
     steps = adamw(optimizer(config.training, len(data.train_labels)))
-    size, mesh = config.training.batch_size, one_device_of_a_cpu()
-    return Training(make, reconstruct, steps, batch_size=size, num_members=members, mesh=mesh)
+    return training_programs(make, reconstruct, steps, batch_size=config.training.batch_size, num_members=members)
 
 
 if __name__ == "__main__":

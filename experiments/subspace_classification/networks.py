@@ -15,7 +15,7 @@ from experiments.harness.config import Bounds
 from experiments.harness.config import Training as TrainingSettings
 from experiments.harness.data import Split
 from experiments.harness.run import Run
-from experiments.harness.train import one_device_of_a_cpu, optimizer
+from experiments.harness.train import optimizer, training_programs
 from experiments.subspace_classification.images import Scale
 from mae_align.data.patches import ImageShape
 from mae_align.models import ConvClassifier, MLPClassifier, Pixels, ResNet9, SupervisedNetwork, predicted_classes
@@ -161,13 +161,12 @@ def make_training(
     """
     augmentation = settings.augmentation.of(data.name, data.image_shape)
     augmentation.check(data.image_shape)
-    return Training(
+    return training_programs(
         _maker(network, data.image_shape, data.num_classes, sizes, settings.bfloat16),
         augmented(classify, augmentation),
         adamw(optimizer(settings, len(data.train_labels))),
         batch_size=settings.batch_size,
         num_members=num_members,
-        mesh=one_device_of_a_cpu(),
     )
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 
 import mae_align as ma
 from experiments.harness.config import Training as Settings
-from experiments.harness.train import optimizer
+from experiments.harness.train import optimizer, training_programs
 from experiments.theorem2_check.spans import explained_shares, sample_basis, span_angles
 from mae_align.closed_form.autoencoder import supervised_solution
 from mae_align.closed_form.factorize import factorize
@@ -183,7 +183,7 @@ def make_training(references: References, settings: Settings, case: Case) -> Tra
         return GuidedAutoencoder(autoencoder, references.num_classes, rngs=rngs)
 
     rule = adamw(optimizer(settings, len(references.images)))
-    return Training(make, regress, rule, batch_size=settings.batch_size, num_members=len(case.members))
+    return training_programs(make, regress, rule, batch_size=settings.batch_size, num_members=len(case.members))
 
 
 def start(training: Training, references: References, case: Case) -> TrainState:
