@@ -273,12 +273,6 @@ def main(config: Config, run: Run[Sets]) -> None:
     curves: dict[Study, dict[Any, Any]] = {
         study: {value: found[job.key] for value, job in members.items()} for study, members in jobs.items()
     }
-    rank = min(len(curve.r2) for study in curves.values() for curve in study.values())
-    if min(config.ks) > rank:
-        raise ma.InputError(
-            f"--ks {_words(config.ks)}: some of these images have rank {rank}, give a k up to it; "
-            "what is computed is kept"
-        )
     r2_name = "r2: share of label variance" if config.center else "r2 about zero: share of E|y|^2"
     sentences: list[str] = []
     if Study.classes in curves:

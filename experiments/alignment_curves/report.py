@@ -289,6 +289,11 @@ def report_background(
 
 
 def _save(run: Run[Any], name: str, result: xr.Dataset, rows: list[Row], columns: Mapping[str, str]) -> None:
+    if not rows:
+        raise ma.InputError(
+            f"--ks: every k is over the rank of some images ({name}), the largest of which is "
+            f"{result.sizes['k']}: give a smaller one; what is computed is kept"
+        )
     result.attrs.update(mae_align_version=ma.__version__)
     run.dataset(name, result)
     run.table(f"{name}_table", rows, show=shown(rows, columns))

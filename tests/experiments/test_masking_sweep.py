@@ -150,7 +150,7 @@ def test_fewer_images_are_those_of_the_split(tmp_path, capsys):
     run(*SMALL, "--max-train", 300, "--max-test", 100, "--out", tmp_path)
     assert "300 training, 287 validation and 100 test images" in capsys.readouterr().out
     curves = xr.load_dataset(tmp_path / "curves.nc", engine="scipy")
-    assert curves.attrs["num_train"] == 587
+    assert curves.attrs["num_train"] == 300
 
 
 @pytest.mark.parametrize("family", ["fixed_count", "random_ratio"])
