@@ -14,6 +14,7 @@ Time: 1 second
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,7 +52,7 @@ def list_runs(folder: Annotated[Path, tyro.conf.Positional] = Path("runs")) -> N
                 "state": "finished" if record.get("finished") else "not finished: the same command goes on",
             }
         )
-    print(pd.DataFrame(rows).to_string(index=False, justify="left"))
+    print(_left_aligned(pd.DataFrame(rows)))
 
 
 def compare(a: tyro.conf.Positional[Path], b: tyro.conf.Positional[Path]) -> None:
@@ -68,7 +69,7 @@ def compare(a: tyro.conf.Positional[Path], b: tyro.conf.Positional[Path]) -> Non
         if first.get(name) != second.get(name)
     ]
     print(f"A: {a}\nB: {b}\n")
-    print(pd.DataFrame(rows).to_string(index=False, justify="left") if rows else "The settings are the same.")
+    print(_left_aligned(pd.DataFrame(rows)) if rows else "The settings are the same.")
     same = [name for name, part in _read(a / "data.json").items() if _read(b / "data.json").get(name) == part]
     print(f"\nThe same images and labels: {', '.join(same) or 'none'}.")
     names = [_read(folder / "run.json").get("table") for folder in (a, b)]
@@ -95,6 +96,13 @@ def side_by_side(a: pd.DataFrame, b: pd.DataFrame) -> str:
     return both[keys + [f"{name} ({side})" for name in values for side in "AB"]].to_string(index=False, na_rep="-")
 
 
+def _left_aligned(frame: pd.DataFrame) -> str:
+    """A table of text, its columns as wide as their longest cell."""
+    cells = [list(frame.columns), *frame.astype(str).to_numpy().tolist()]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
 def _settings(folder: Path) -> dict[str, str]:
     """Settings of a run by option."""
     written, more = _read(folder / "config.json"), _read(folder / "run.json").get("added", {})
@@ -107,7 +115,11 @@ def _settings(folder: Path) -> dict[str, str]:
             last = word
         else:
             found[last].append(word)
-    return {name: " ".join(values) for name, values in found.items()}
+    # A truth value has no word of its own: --NAME or --no-NAME.
+    return {
+        re.sub(r"(^--|\.)no-", r"\1", name): " ".join(values) or ("no" if re.search(r"(^--|\.)no-", name) else "yes")
+        for name, values in found.items()
+    }
 
 
 def _options(command: str) -> str:

@@ -63,7 +63,8 @@ def closed_form_row(
     Returns:
         ``closed_rank`` (number of features), ``closed_clipped`` (the ks over it, separated by spaces), and for r2 and
         alignment, with ``eval_moments`` also eval_r2 and its standard error eval_r2_se, ``closed_NAME_kK`` and
-        ``closed_NAME_logmean``. Cost: one eigh and one SVD of size d, and those of :func:`mae_align.encoder_curves`.
+        ``closed_NAME_logmean``. Cost: two eigh of size d (an eigh and an SVD for corruptions other
+        than patch masks and isotropic noise), and those of :func:`mae_align.encoder_curves`.
 
     Raises:
         InputError: moments without targets, held-out ones that do not fit, a bad k, encoder or corruption.
@@ -164,7 +165,8 @@ def denoising_encoder(
         pixel_noise, images: as in :func:`mae_align.closed_form.autoencoder.denoising_autoencoder`.
 
     Returns:
-        [d, m] V, float64; the first k columns are the solution for k. Cost: one eigh and one SVD of size d.
+        [d, m] V, float64; the first k columns are the solution for k. Cost: two eigh of size d; an eigh and an
+        SVD for corruptions other than patch masks and isotropic noise.
 
     Raises:
         InputError: a corruption that does not fit the images.

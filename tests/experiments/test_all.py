@@ -17,6 +17,7 @@ from experiments.harness.cli import launch, with_written
 from experiments.harness.config import RunConfig, computed, settings
 from experiments.harness.data import Split
 from experiments.harness.folder import to_json
+from tests.experiments.cases import run_experiment
 
 LISTED = experiments()
 NAMES = [one.name for one in LISTED]
@@ -154,17 +155,31 @@ def test_the_list_names_every_experiment(capsys):
     assert all(name in text for name in NAMES)
 
 
-def test_readme_of_the_experiments_has_the_same_list():
+@pytest.mark.parametrize("name", NAMES)
+def test_readme_of_the_experiments_has_the_same_line(name):
+    one = LISTED[NAMES.index(name)]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for one in LISTED:
-        assert f"| `{one.name}` | {one.paper} | {one.time} | {one.question} |" in text
+    assert f"| `{one.name}` | {one.paper} | {one.time} | {one.question} |" in text
 
 
-def test_minimal_is_an_experiment_to_copy(tmp_path, capsys):
+def has_tests(name: str) -> bool:
+    here = Path(__file__).parent
+    return (here / f"test_{name}.py").exists() or (here / name).exists()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not has_tests(name) and name not in COMMANDS])
+def test_an_experiment_without_tests_of_its_own_runs_on_few_images(name, tmp_path, capsys):
+    found, run = module(name), tmp_path / "run"
+    run_experiment(found, "--max-train", 200, "--max-test", 100, "--out", run)
+    files = {path.name for path in run.iterdir()}
+    assert {"summary.txt", "columns.md", "config.json", "data.json", "run.json"} <= files
+    assert any(file.endswith(".csv") for file in files) and any(file.endswith(".png") for file in files)
+    assert (run / "summary.txt").read_text() == capsys.readouterr().out
+
+
+def test_minimal_is_short_and_says_what_it_found(tmp_path, capsys):
     found = module("minimal")
     assert len(Path(str(found.__file__)).read_text().splitlines()) < 85
-    from experiments.harness.run import execute
-
-    execute("minimal", found.main, found.Config(ks=(2, 8), out=str(tmp_path / "run")), Split.load, found.COLUMNS)
-    assert {"curve.png", "rows.csv", "summary.txt", "columns.md"} <= {p.name for p in (tmp_path / "run").iterdir()}
+    run_experiment(found, "--ks", 2, 8, "--out", tmp_path / "run")
+    assert {"curve.png", "rows.csv"} <= {path.name for path in (tmp_path / "run").iterdir()}
     assert "8 features" in capsys.readouterr().out

@@ -7,7 +7,6 @@ import pytest
 import xarray as xr
 
 from experiments.masking_sweep import __main__ as masking_sweep
-from experiments.masking_sweep.report import simultaneous_limit
 from mae_align.runtime.devices import compile_counter
 from tests.experiments.cases import refusal, run_experiment
 
@@ -80,26 +79,6 @@ def test_sentences_table_and_differences_follow_from_one_rule(tmp_path, capsys):
         same = masks[(masks["k"] == row["k"]) & (masks["patch_size"] == row["worst_patch"])]
         (cell,) = same[same["mask_ratio"] == row["worst_ratio"]]
         assert (row["worst_change"], row["worst_verdict"]) == (cell["eval_change"], cell["eval_verdict"])
-
-
-@pytest.mark.parametrize("shared", [0.0, 0.8])
-def test_no_difference_is_found_in_one_of_twenty_grids(shared):
-    """Normal contributions of 20 groups to 40 differences that are 0, independent or alike."""
-    rng, found, limits = np.random.default_rng(1), 0, []
-    for _ in range(100):
-        parts = np.sqrt(shared) * rng.normal(size=(20, 1)) + np.sqrt(1 - shared) * rng.normal(size=(20, 40))
-        influence = parts - parts.mean(0)
-        se = np.sqrt(20 / 19 * (influence**2).sum(0))
-        limits.append(simultaneous_limit(influence))
-        found += bool((np.abs(parts.sum(0)) > limits[-1] * se).any())
-    # Binomial with 0.05: 11 or more of 100 has a probability of 1%.
-    assert found <= 10
-    # Bonferroni's limit of a t distribution with 19 degrees of freedom is 3.8.
-    assert np.median(limits) < (3.9 if shared == 0 else 3.5)
-
-
-def test_one_group_detects_nothing():
-    assert simultaneous_limit(np.zeros((1, 3))) == np.inf
 
 
 def test_few_large_images_take_the_dual(tmp_path, capsys):

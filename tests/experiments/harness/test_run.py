@@ -34,6 +34,8 @@ class Config(RunConfig):
     """Images."""
     ks: Counts = (1, 2)
     """Numbers."""
+    measured: bool = True
+    """Whether."""
     more: Annotated[tuple[str, ...], ADDS] = ("a",)
     """What is reported as well."""
 
@@ -250,13 +252,14 @@ def test_runs_are_listed_and_compared(tmp_path, capsys):
     go(Main(), tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
         go(Main({2: KeyboardInterrupt()}), tmp_path / "c")
-    go(Main(), tmp_path / "b", ks=(2, 3), max_train=50)
+    go(Main(), tmp_path / "b", ks=(2, 3), max_train=50, measured=False)
     capsys.readouterr()
     runs.main(["list", str(tmp_path)])
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == 4 and sum("not finished" in line for line in listed) == 1
     runs.main(["compare", str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")])
     text = capsys.readouterr().out
+    assert "--measured yes no" in " ".join(text.split()) and "--more" not in text
     assert "--ks 1 2 2 3" in " ".join(text.split()) and "--max-train 40 50" in " ".join(text.split())
     assert "The same images and labels: validation, test." in text
     lines = [line.split() for line in text.splitlines()[-3:]]

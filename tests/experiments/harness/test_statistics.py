@@ -17,6 +17,7 @@ from experiments.harness.statistics import (
     paired_difference,
     pearson,
     shuffled_within,
+    simultaneous_limit,
 )
 from mae_align import InputError
 
@@ -134,3 +135,23 @@ def test_results_that_do_not_pair_are_refused():
         accuracy_difference(np.ones((2, 3)), np.ones((3, 3)))
     with pytest.raises(InputError, match="level"):
         accuracy_difference(np.ones((2, 3)), np.ones((2, 3)), level=1.0)
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.8])
+def test_no_difference_is_found_in_one_of_twenty_grids(shared):
+    """Normal contributions of 20 groups to 40 differences that are 0, independent or alike."""
+    rng, found, limits = np.random.default_rng(1), 0, []
+    for _ in range(100):
+        parts = np.sqrt(shared) * rng.normal(size=(20, 1)) + np.sqrt(1 - shared) * rng.normal(size=(20, 40))
+        influence = parts - parts.mean(0)
+        se = np.sqrt(20 / 19 * (influence**2).sum(0))
+        limits.append(simultaneous_limit(influence))
+        found += bool((np.abs(parts.sum(0)) > limits[-1] * se).any())
+    # Binomial with 0.05: 11 or more of 100 has a probability of 1%.
+    assert found <= 10
+    # Bonferroni's limit of a t distribution with 19 degrees of freedom is 3.8.
+    assert np.median(limits) < (3.9 if shared == 0 else 3.5)
+
+
+def test_one_group_detects_nothing():
+    assert simultaneous_limit(np.zeros((1, 3))) == np.inf
