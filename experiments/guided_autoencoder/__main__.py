@@ -100,6 +100,7 @@ class Config(RunConfig):
 
     def check(self) -> None:
         """Refuse weights that leave nothing to compare."""
+        super().check()
         if 0.0 not in self.guidance or len(self.guidance) < 2:
             raise ma.InputError("--guidance: give 0, what everything is compared with, and at least one other")
 

@@ -114,6 +114,9 @@ class RunConfig:
         Raises:
             InputError: naming the options.
         """
+        for value in vars(self).values():
+            if isinstance(value, Training):
+                value.check()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,11 +140,19 @@ class Training:
     bfloat16: bool = False
     """Compute in bfloat16, parameters and losses in float32: for accelerators."""
 
+    def check(self) -> None:
+        """Refuse a warm-up as long as the training."""
+        if self.warmup_epochs >= self.epochs:
+            raise InputError(
+                f"--training.warmup-epochs {self.warmup_epochs:g}: give fewer than the {self.epochs} of "
+                "--training.epochs"
+            )
+
     def steps(self, num_images: int) -> int:
         """Steps of the training; what does not fill a batch is left out of each pass.
 
         Raises:
-            InputError: a batch over the images, or a warm-up as long as the training.
+            InputError: a batch over the images.
 
         Example:
             >>> Training(epochs=2, batch_size=10).steps(39)
@@ -150,11 +161,6 @@ class Training:
         if self.batch_size > num_images:
             raise InputError(
                 f"--training.batch-size {self.batch_size}: there are {num_images} training images, give a smaller batch"
-            )
-        if self.warmup_epochs >= self.epochs:
-            raise InputError(
-                f"--training.warmup-epochs {self.warmup_epochs:g}: give fewer than the {self.epochs} of "
-                "--training.epochs"
             )
         return self.epochs * (num_images // self.batch_size)
 

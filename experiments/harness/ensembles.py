@@ -113,6 +113,7 @@ class TrainedConfig(RunConfig):
         Raises:
             InputError: more devices than there are, or probes without the one that choices are made by.
         """
+        super().check()
         if self.devices is not None and self.devices > len(jax.devices()):
             raise InputError(f"--devices {self.devices}: there are {len(jax.devices())}, give at most as many")
         if Probe.ridge not in self.probes:

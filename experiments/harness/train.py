@@ -173,7 +173,7 @@ def optimizer(settings: Settings, num_images: int) -> OptimizerConfig:
     """AdamW with the settings of an experiment, for so many training images.
 
     Raises:
-        InputError: a batch over the images, or a warm-up as long as the training.
+        InputError: a batch over the images.
 
     Example:
         >>> optimizer(Settings(epochs=2, batch_size=10, warmup_epochs=1), 40).warmup_steps

@@ -78,6 +78,14 @@ class Config(RunConfig):
     seeds_at_once: Annotated[int | None, Bounds(least=1)] = None
     """Train the networks of so many seeds side by side; none for all. Smaller needs less memory."""
 
+    def check(self) -> None:
+        """Refuse seeds that do not fill their groups."""
+        super().check()
+        if self.seeds_at_once is not None and len(self.seeds) % self.seeds_at_once:
+            raise ma.InputError(
+                f"--seeds-at-once {self.seeds_at_once}: give a number that divides that of --seeds, {len(self.seeds)}"
+            )
+
 
 _LAPTOP = Config(
     network=Vit(width=32, decoder_width=32),
@@ -221,8 +229,6 @@ def seed_groups(config: Config) -> list[tuple[int, ...]]:
         [(3,), (4,)]
     """
     size = config.seeds_at_once or len(config.seeds)
-    if len(config.seeds) % size:
-        raise ma.InputError(f"--seeds-at-once {size}: give a number that divides that of --seeds, {len(config.seeds)}")
     return [config.seeds[i : i + size] for i in range(0, len(config.seeds), size)]
 
 

@@ -99,6 +99,14 @@ class Config(RunConfig):
     workers: Workers = None
     """Threads; none for one per core."""
 
+    def check(self) -> None:
+        """Refuse a grid without a mask, and curves that end before the table."""
+        super().check()
+        if not any(ratio > 0 for ratio in self.mask_ratios):
+            raise ma.InputError("--mask-ratios 0: give at least one ratio over 0, no mask is always computed")
+        if self.max_k is not None and self.max_k < max(self.ks):
+            raise ma.InputError(f"--max-k {self.max_k}: give at least the largest --ks ({max(self.ks)})")
+
 
 PRESETS = {
     "laptop": Config(),
@@ -198,14 +206,12 @@ def _check(config: Config, inputs: Inputs) -> None:
     )
     if isinstance(inputs, Images) and config.held_out:
         check_groups(config.groups, len(inputs.split.test_labels))
-    if not any(ratio > 0 for ratio in config.mask_ratios):
-        raise ma.InputError("--mask-ratios 0: give at least one ratio over 0, no mask is always computed")
     most = math.prod(inputs.image_shape)
     if max(config.ks) > most:
         given = " ".join(map(str, config.ks))
         raise ma.InputError(f"--ks {given}: the images have {most} pixel values, give k in 1..{most}")
-    if config.max_k is not None and not max(config.ks) <= config.max_k <= most:
-        raise ma.InputError(f"--max-k {config.max_k}: give a number from the largest --ks ({max(config.ks)}) to {most}")
+    if config.max_k is not None and config.max_k > most:
+        raise ma.InputError(f"--max-k {config.max_k}: the images have {most} pixel values, give at most that")
 
 
 def _ratios(config: Config) -> list[float]:

@@ -90,6 +90,7 @@ class Config(RunConfig):
 
     def check(self) -> None:
         """Refuse shares that are compared and not trained on."""
+        super().check()
         missing = sorted({*self.matched, *self.scale_shares} - set(self.bottom))
         if missing:
             raise ma.InputError(f"--matched and --scale-shares name {missing}, which --bottom has not: add them there")

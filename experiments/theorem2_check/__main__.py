@@ -77,6 +77,17 @@ class Config(RunConfig):
     early: Annotated[float, Bounds(above=0, below=1)] = 0.03
     """Share of the steps that counts as early."""
 
+    def check(self) -> None:
+        """Refuse a comparison without reconstruction alone, and layers narrower than the code."""
+        super().check()
+        if math.inf not in self.lambdas:
+            raise ma.InputError("--lambdas: give inf, reconstruction alone, and finite weights beside it")
+        if min(self.widths) < self.latent:
+            raise ma.InputError(
+                f"--widths {min(self.widths)}: a layer narrower than the code bounds its rank, give at least --latent "
+                f"{self.latent}"
+            )
+
 
 # 6,000 steps of 256 of 10,000 images, 100 of them warm-up.
 _REAL = Config(
@@ -131,13 +142,6 @@ COLUMNS = {
 
 def main(config: Config, run: Run[Split]) -> None:
     """Train, measure, compare."""
-    if math.inf not in config.lambdas:
-        raise ma.InputError("--lambdas: give inf, reconstruction alone, and finite weights beside it")
-    if min(config.widths) < config.latent:
-        raise ma.InputError(
-            f"--widths {min(config.widths)}: a layer narrower than the code bounds its rank, give at least --latent "
-            f"{config.latent}"
-        )
     data = run.data
     steps = milestones(config.training.steps(len(data.train_labels)), config.evaluations)
     references = References.of(data.train_images, data.train_labels, data.num_classes, config.latent)
