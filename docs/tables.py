@@ -9,7 +9,8 @@ A table stands between two comments. The first says where it comes from, as JSON
     <!-- table {"run": "NAME", "csv": "masks", "query": "k == 2", "columns": {"score": "r2 .0%"}} -->
     <!-- /table -->
 
-``columns`` maps the head of a column to a column of the CSV and, after a space, its format. ``query`` may be left out;
+``columns`` maps the head of a column to a column of the CSV and, after a space, its format; or to a text with columns in
+braces, ``"{a:.2f} ({a_low:.2f}, {a_high:.2f})"``. Where a number is missing the cell is empty. ``query`` may be left out;
 it selects rows as pandas does. The command and the date of the run stand below the table.
 """
 
@@ -17,8 +18,10 @@ from __future__ import annotations
 
 import json
 import re
+import string
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -63,14 +66,18 @@ def table(spec: dict[str, object]) -> str:
     assert isinstance(columns, dict)
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in frame.to_dict("records"):
-        cells = []
-        for source in columns.values():
-            column, _, form = source.partition(" ")
-            value = row[column]
-            cells.append("" if pd.isna(value) else format(value, form) if form else str(value))
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(_cell(row, source) for source in columns.values()) + " |")
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     return "\n".join(lines) + f"\n\n`{record['command']}`, {record['finished'][:10]}.\n"
+
+
+def _cell(row: dict[str, Any], source: str) -> str:
+    """One cell: a column, a column and its format, or a text with columns in braces."""
+    if "{" not in source:
+        column, _, form = source.partition(" ")
+        source = f"{{{column}:{form}}}" if form else f"{{{column}}}"
+    names = [name for _, name, _, _ in string.Formatter().parse(source) if name]
+    return "" if any(pd.isna(row[name]) for name in names) else source.format(**row)
 
 
 def written(text: str) -> str:

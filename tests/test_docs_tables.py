@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "tables.py"
-TABLE = '<!-- table {"run": "toy", "csv": "rows", "query": "k < 3", "columns": {"k": "k", "r2": "r2 .1%"}} -->\n'
+TABLE = '<!-- table {"run": "toy", "csv": "rows", "query": "k < 3", "columns": {"k": "k", "r2": "r2 .1%", "x": "{r2:.2f} at {k}"}} -->\n'
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_table_is_written_from_its_run(tables, capsys):
     assert module["main"](["keep", str(run), "toy"]) == 0
     assert module["main"](["check"]) == 1 and "page.md" in capsys.readouterr().out
     assert module["main"](["write"]) == 0 and module["main"](["check"]) == 0
-    rows = "| k | r2 |\n|---|---|\n| 1 | 25.0% |\n| 2 |  |\n"
+    rows = "| k | r2 | x |\n|---|---|---|\n| 1 | 25.0% | 0.25 at 1 |\n| 2 |  |  |\n"
     expected = rows + "\n`python -m experiments.toy --data npz:FILE --ks 1`, 2026-01-02.\n"
     assert (docs / "page.md").read_text() == f"Before.\n\n{TABLE}{expected}<!-- /table -->\nAfter.\n"
 
