@@ -41,7 +41,7 @@ def check_counts(config: DataclassInstance, *zero: str) -> None:
     Raises:
         InputError: names the option.
 
-    >>> check_counts(dataclasses.make_dataclass("Config", ["images"])(images=3))
+    >>> check_counts(dataclasses.make_dataclass("Config", [("images", int)])(images=3))
     """
     check(config)
     for field in dataclasses.fields(config):

@@ -9,9 +9,9 @@ A table stands between two comments. The first says where it comes from, as JSON
     <!-- table {"run": "NAME", "csv": "masks", "query": "k == 2", "columns": {"score": "r2 .0%"}} -->
     <!-- /table -->
 
-``columns`` maps the head of a column to a column of the CSV and, after a space, its format; or to a text with columns in
-braces, ``"{a:.2f} ({a_low:.2f}, {a_high:.2f})"``. Where a number is missing the cell is empty. ``query`` may be left out;
-it selects rows as pandas does. The command and the date of the run stand below the table.
+``columns`` maps the head of a column to a column of the CSV and, after a space, its format; or to a text with columns
+in braces, ``"{a:.2f} ({a_low:.2f}, {a_high:.2f})"``. Where a number is missing the cell is empty. ``query`` may be left
+out; it selects rows as pandas does. The command and the date of the run stand below the table.
 """
 
 from __future__ import annotations

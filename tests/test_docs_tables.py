@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "tables.py"
-TABLE = '<!-- table {"run": "toy", "csv": "rows", "query": "k < 3", "columns": {"k": "k", "r2": "r2 .1%", "x": "{r2:.2f} at {k}"}} -->\n'
+COLUMNS = '{"k": "k", "r2": "r2 .1%", "x": "{r2:.2f} at {k}"}'
+TABLE = f'<!-- table {{"run": "toy", "csv": "rows", "query": "k < 3", "columns": {COLUMNS}}} -->\n'
 
 
 @pytest.fixture

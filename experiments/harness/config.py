@@ -93,7 +93,10 @@ class RunConfig:
     image_size: Annotated[int | None, Bounds(least=1)] = None
     """Resize images to squares of this side, in pixels; none keeps them."""
     validation_fraction: Annotated[float, Bounds(above=0, below=1)] = 0.2
-    """Share of the training images kept out for validation: everything that is chosen is chosen on it."""
+    """Share of the training images kept out for validation: everything that is chosen is chosen on it.
+
+    A data set with validation images of its own keeps to these.
+    """
     max_train: Annotated[int | None, Bounds(least=2)] = None
     """Fit on at most so many of the remaining training images, drawn at random; none for all.
 

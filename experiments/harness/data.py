@@ -18,8 +18,9 @@ from mae_align.runtime.processes import refused_together
 class Split:
     """A data set cut up by one rule, the same for every experiment with the same data, sizes, share and seed.
 
-    The validation images are a share of every class of the training images; the training images are drawn from the
-    others; test images are drawn from the test set, the same however many train. Rows stay in the data set's order.
+    The validation images are those that the data set has for it, else a share of every class of the training images.
+    The training images are drawn from the others; test images are drawn from the test set, the same however many train.
+    Rows stay in the data set's order.
 
     Attributes:
         name: of the data set.
@@ -32,6 +33,7 @@ class Split:
         test_labels: [t].
         is_validation: [n + v] which of the training and validation images are for validation, in the data set's order.
         limited: whether training images were left out, as --max-train asks.
+        notes: what the data set was read as, where that is not as plain as it could be.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Split:
     test_labels: np.ndarray
     is_validation: np.ndarray
     limited: bool = False
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, config: RunConfig) -> Split:
@@ -64,7 +67,12 @@ class Split:
             (100, 287, 50)
         """
         data = load_together(config.data, image_size=config.image_size, seed=config.seed)
-        fitted, chosen = stratified_split(data.train_labels, config.validation_fraction, config.seed)
+        if data.validation_images is None or data.validation_labels is None:
+            fitted, chosen = stratified_split(data.train_labels, config.validation_fraction, config.seed)
+            choice = data.train_images[chosen], data.train_labels[chosen]
+        else:
+            fitted, chosen = np.arange(len(data.train_labels)), np.arange(0)
+            choice = data.validation_images, data.validation_labels
         every = len(fitted)
         fitted = drawn(fitted, config.max_train, np.random.default_rng(config.seed))
         # A generator of its own: networks of different --max-train are tested on the same images.
@@ -72,17 +80,19 @@ class Split:
         images = data.train_images[fitted]
         if (images == images[:1]).all():
             raise ma.InputError("the training images are constant: there is nothing to reconstruct")
+        # Validation images of their own come after the training images.
+        own = len(choice[1]) - len(chosen)
         return cls(
             data.name,
             tuple(data.class_names),
             images,
             data.train_labels[fitted],
-            data.train_images[chosen],
-            data.train_labels[chosen],
+            *choice,
             data.test_images[tested],
             data.test_labels[tested],
-            np.isin(np.sort(np.concatenate([fitted, chosen])), chosen),
+            np.concatenate([np.isin(np.sort(np.concatenate([fitted, chosen])), chosen), np.ones(own, bool)]),
             len(fitted) < every,
+            data.notes,
         )
 
     @property
@@ -101,7 +111,8 @@ class Split:
         """The data and how many images of them, in words."""
         n, v, t = len(self.train_labels), len(self.validation_labels), len(self.test_labels)
         size = "x".join(map(str, self.image_shape))
-        return f"{self.name}: {n} training, {v} validation and {t} test images of {size}"
+        lines = [f"{self.name}: {n} training, {v} validation and {t} test images of {size}"]
+        return "\n".join(lines + [f"Read so: {'; '.join(self.notes)}."] * bool(self.notes))
 
     @property
     def chance(self) -> float:

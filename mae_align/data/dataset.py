@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +29,9 @@ class ImageDataset:
         test_labels: [m] int64.
         class_names: one name per class.
         name: short name for titles and folders.
+        validation_images: [v, h, w, c] to choose on, where the data set has a part for it; else None.
+        validation_labels: [v] int64, or None.
+        notes: what the data set was read as, where that is not as plain as it could be, in words.
 
     Raises:
         InputError: shapes, dtypes, labels or names that do not fit together, NaN or infinite
@@ -47,6 +52,9 @@ class ImageDataset:
     test_labels: np.ndarray
     class_names: tuple[str, ...]
     name: str
+    validation_images: np.ndarray | None = None
+    validation_labels: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field, value in _checked(self).items():
@@ -54,11 +62,34 @@ class ImageDataset:
 
     def __repr__(self) -> str:
         h, w, c = self.image_shape
+        counts = ", ".join(f"{part} {len(labels)}" for part, (_, labels) in self.parts.items())
+        notes = "".join(f"; {note}" for note in self.notes)
         return (
-            f"ImageDataset({self.name!r}, train {len(self.train_labels)}, "
-            f"test {len(self.test_labels)}, image {h}x{w}x{c} {self.train_images.dtype}, "
-            f"{self.num_classes} classes)"
+            f"ImageDataset({self.name!r}, {counts}, image {h}x{w}x{c} {self.train_images.dtype}, "
+            f"{self.num_classes} classes{notes})"
         )
+
+    @property
+    def parts(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Images and labels of the parts that are there, by name."""
+        parts = {"train": (self.train_images, self.train_labels), "test": (self.test_images, self.test_labels)}
+        if self.validation_images is not None and self.validation_labels is not None:
+            parts["validation"] = self.validation_images, self.validation_labels
+        return parts
+
+    def map_parts(
+        self, change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]], **others: Any
+    ) -> ImageDataset:
+        """The data set with the images and labels of every part changed in one way.
+
+        Args:
+            change: gives new images and labels of a part.
+            others: further fields to replace.
+        """
+        fields = {}
+        for part, arrays in self.parts.items():
+            fields[f"{part}_images"], fields[f"{part}_labels"] = change(*arrays)
+        return dataclasses.replace(self, **fields, **others)
 
     @property
     def num_classes(self) -> int:
@@ -141,24 +172,26 @@ def _checked(data: ImageDataset) -> dict[str, object]:
     names = tuple(str(value) for value in data.class_names)
     if len(names) < 2:
         raise InputError(f"{name!r} has {len(names)} class name(s): a task needs at least two")
-    train, train_labels = _checked_split(data.train_images, data.train_labels, len(names), f"train_{{}} of {name!r}")
-    test, test_labels = _checked_split(data.test_images, data.test_labels, len(names), f"test_{{}} of {name!r}")
-    if train.shape[1:] != test.shape[1:]:
-        raise InputError(
-            f"images of {name!r} are {list(train.shape[1:])} in train but {list(test.shape[1:])} "
-            "in test: bring both to one height, width and number of channels"
-        )
-    if train.dtype != test.dtype:
-        raise InputError(f"images of {name!r} are {train.dtype} in train but {test.dtype} in test: use one dtype")
-    if np.all(train_labels == train_labels[0]):
-        raise InputError(f"all training images of {name!r} are of one class: give at least two")
-    return {
-        "train_images": train,
-        "train_labels": train_labels,
-        "test_images": test,
-        "test_labels": test_labels,
-        "class_names": names,
-    }
+    if (data.validation_images is None) != (data.validation_labels is None):
+        raise InputError(f"{name!r} has validation images or labels alone: give both or none")
+    fields: dict[str, object] = {"class_names": names, "notes": tuple(data.notes)}
+    train = None
+    for part, arrays in data.parts.items():
+        images, labels = _checked_split(*arrays, len(names), f"{part}_{{}} of {name!r}")
+        train = images if train is None else train
+        if train.shape[1:] != images.shape[1:]:
+            raise InputError(
+                f"images of {name!r} are {list(train.shape[1:])} in train but {list(images.shape[1:])} "
+                f"in {part}: bring both to one height, width and number of channels"
+            )
+        if train.dtype != images.dtype:
+            raise InputError(
+                f"images of {name!r} are {train.dtype} in train but {images.dtype} in {part}: use one dtype"
+            )
+        if part == "train" and np.all(labels == labels[0]):
+            raise InputError(f"all training images of {name!r} are of one class: give at least two")
+        fields |= {f"{part}_images": images, f"{part}_labels": labels}
+    return fields
 
 
 def _checked_split(

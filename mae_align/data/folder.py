@@ -4,48 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from mae_align.data import source
 from mae_align.data.dataset import ImageShape
-from mae_align.data.pictures import is_deep, with_channels
+from mae_align.data.layout import Files, read_layout
+from mae_align.data.pictures import Header, read_header, read_picture
 from mae_align.data.resize import resize_picture
 from mae_align.data.source import ImageSource, Splits
 from mae_align.data.split import stratified_split
 from mae_align.runtime.errors import InputError
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-SUFFIXES = tuple(".bmp .gif .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split())
-
-_GREY_MODES = frozenset({"1", "L"})
-_HELD_OUT_NAMES = ("test", "val", "validation")
-
-
-class _Files(NamedTuple):
-    """Image files of one split and their labels."""
-
-    paths: list[Path]
-    labels: np.ndarray
-
 
 def open_folder(root: Path, image_size: int | None, seed: int, test_fraction: float) -> Splits:
     """The images of a folder with one sub-folder per class, decoded when they are read.
 
-    Either ``root/CLASS/...`` (split at random within each class), or ``root/train/CLASS/...`` with
-    ``root/test/CLASS/...`` (``val`` or ``validation`` where there is no ``test``). Classes are the
-    names of the sub-folders in sorted order; images may lie deeper. Hidden names and files that are
-    no images are left out.
+    Either ``root/CLASS/...`` (split at random within each class), or ``root/train/CLASS/...`` with other parts beside
+    it, see :func:`mae_align.data.layout.read_layout`. Images are tested on the part for tests, or on that for
+    validation where there is no other. Hidden names, those of systems and files that are no images are passed over.
 
-    Images keep one channel if all of them are grey, else they become RGB; transparency is dropped.
-    Without ``image_size`` all must have one size; with it the centre square of each is resized, see
-    :func:`mae_align.data.resize.resize_picture`.
+    Pictures are turned as their EXIF orientation says. They keep one channel if all of them are grey (transparency is
+    dropped), else they become RGB. Grey pictures of 16 bits become float32 in their own units; other pictures of more
+    than 8 bits per channel are refused. Without ``image_size`` all must have one size; with it the centre square of
+    each is resized, see :func:`mae_align.data.resize.resize_picture`.
 
     Args:
         root: the folder.
@@ -54,11 +39,12 @@ def open_folder(root: Path, image_size: int | None, seed: int, test_fraction: fl
         test_fraction: share of the test images, where there is no test folder.
 
     Returns:
-        Sources of images [h, w, c] uint8, c = 1 or 3. Every file's header has been read.
+        Sources of images [h, w, c] uint8, or float32 where there are 16 bits, c = 1 or 3. Every file's header has been
+        read. The notes say what the folder was read as.
 
     Raises:
-        InputError: missing or empty folders, fewer than two classes, classes that differ between
-            train and test, mixed sizes, more than 8 bits per channel, an unreadable image.
+        InputError: missing or empty folders, or such that can be read in two ways, fewer than two classes, classes
+            without training images, mixed sizes or depths, colours of more than 8 bits, an unreadable image.
 
     Example:
         >>> import tempfile
@@ -75,19 +61,20 @@ def open_folder(root: Path, image_size: int | None, seed: int, test_fraction: fl
     if not root.is_dir():
         raise InputError(f"no folder {root}: give a folder with one sub-folder per class, folder:DIR")
     name = root.resolve().name
-    train_root, test_root = _split_roots(root)
-    classes = _class_folders(train_root)
-    train = _list_files(train_root, classes)
-    if test_root is None:
+    layout = read_layout(root)
+    parts, notes = dict(layout.parts), layout.notes
+    if len(parts) == 1:
         # Split by the names, so that a message about a class can name it.
-        parts = stratified_split(np.array(classes)[train.labels], test_fraction, seed)
-        train, test = (_Files([train.paths[i] for i in part], train.labels[part]) for part in parts)
-    else:
-        _check_same_classes(classes, train_root, test_root)
-        test = _list_files(test_root, classes)
-    shape = _common_shape([*train.paths, *test.paths], image_size, name)
-    pixels = np.dtype(np.uint8)
-    return Splits(*(FolderSource(files, shape, image_size, tuple(classes), name, pixels) for files in (train, test)))
+        train = parts["train"]
+        found = stratified_split(np.array(layout.classes)[train.labels], test_fraction, seed)
+        for part, rows in zip(("train", "test"), found, strict=True):
+            parts[part] = Files([train.paths[i] for i in rows], train.labels[rows])
+    elif "test" not in parts:
+        parts["test"] = parts.pop("validation")
+        notes += ("there are no other test images: it is tested on the validation set",)
+    picture = _common(list(itertools.chain.from_iterable(files.paths for files in parts.values())), image_size, name)
+    sources = {part: FolderSource(files, *picture, image_size, layout.classes, name) for part, files in parts.items()}
+    return Splits(**sources, notes=notes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,18 +84,18 @@ class FolderSource(ImageSource):
     Attributes:
         files: their paths and labels.
         image_shape: height, width and channels that the pictures are brought to.
+        pixel_dtype: uint8, or float32 for pictures of 16 bits.
         image_size: side to resize to, or None where all have this shape already.
         class_names: one name per class.
         name: short name.
-        pixel_dtype: uint8.
     """
 
-    files: _Files
+    files: Files
     image_shape: ImageShape
+    pixel_dtype: np.dtype
     image_size: int | None
     class_names: tuple[str, ...]
     name: str
-    pixel_dtype: np.dtype
 
     def __len__(self) -> int:
         return len(self.files.paths)
@@ -133,126 +120,35 @@ class FolderSource(ImageSource):
         return digest.hexdigest()
 
 
-def _sub_folders(folder: Path) -> list[str]:
-    """Sorted names of the sub-folders, without hidden ones and what macOS adds to archives."""
-    return sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.is_dir() and not path.name.startswith(".") and path.name != "__MACOSX"
-    )
-
-
-def _split_roots(root: Path) -> tuple[Path, Path | None]:
-    """Where the class folders of train and test are; None if test must be split off.
-
-    A class may itself be called "train" (CIFAR-100 has one), so that name alone does not decide.
-    """
-    names = _sub_folders(root)
-    held_out = next((name for name in _HELD_OUT_NAMES if name in names), None)
-    if "train" in names and held_out is not None:
-        return root / "train", root / held_out
-    if names == ["train"]:
-        return root / "train", None
-    if held_out is not None and len(names) == 1:
-        raise InputError(f"{root} holds {held_out}/ but no train/: add it, or name {root / held_out}")
-    return root, None
-
-
-def _class_folders(folder: Path) -> list[str]:
-    """Names of the classes."""
-    classes = _sub_folders(folder)
-    if len(classes) < 2:
-        raise InputError(f"{folder} holds {len(classes)} sub-folder(s): give one sub-folder per class, at least two")
-    return classes
-
-
-def _check_same_classes(classes: Sequence[str], train_root: Path, test_root: Path) -> None:
-    """Refuse classes that only one of train and test has."""
-    test_classes = _sub_folders(test_root)
-    only = {
-        train_root: sorted(set(classes) - set(test_classes)),
-        test_root: sorted(set(test_classes) - set(classes)),
-    }
-    for folder, names in only.items():
-        if names:
-            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            raise InputError(f"classes differ: only {folder} has {shown}; train and test need the same sub-folders")
-
-
-def _list_files(folder: Path, classes: Sequence[str]) -> _Files:
-    """All image files of the classes, in sorted order."""
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = sorted(
-            Path(parent) / file
-            for parent, _, files in os.walk(folder / name)
-            for file in files
-            if file.lower().endswith(SUFFIXES) and not file.startswith(".")
-        )
-        if not found:
-            raise InputError(
-                f"{folder / name} holds no image file ({' '.join(SUFFIXES)}): add images or remove the folder"
-            )
-        paths += found
-        labels += [label] * len(found)
-    return _Files(paths, np.array(labels, np.int64))
-
-
-def _common_shape(paths: Sequence[Path], image_size: int | None, name: str) -> ImageShape:
-    """Height, width and channels of all images, from their headers, so that mixed sizes show before long reading."""
+def _common(paths: Sequence[Path], image_size: int | None, name: str) -> tuple[ImageShape, np.dtype]:
+    """Shape and dtype of all images, from their headers, so that mixed sizes show before long reading."""
     from tqdm.auto import tqdm
 
-    grey, first_size = True, None
+    first: Header | None = None
+    colour = None
     for path in tqdm(paths, desc=f"{name}: headers", unit="file", disable=len(paths) <= source.PROGRESS_FROM):
-        mode, size = _header(path)
-        grey = grey and mode in _GREY_MODES
-        first_size = size if first_size is None else first_size
-        if size != first_size and image_size is None:
+        header = read_header(path)
+        first = first or header
+        if header.size != first.size and image_size is None:
             raise InputError(
-                f"{path} is {size[0]} x {size[1]} pixels but {paths[0]} is {first_size[0]} x "
-                f"{first_size[1]}: pass image_size to resize all images to one size"
+                f"{path} is {header.size[0]} x {header.size[1]} pixels but {paths[0]} is {first.size[0]} x "
+                f"{first.size[1]}: pass image_size to resize all images to one size"
             )
-    assert first_size is not None  # _list_files finds at least one file per class
-    width, height = first_size if image_size is None else (image_size, image_size)
-    return height, width, 1 if grey else 3
-
-
-def _open(path: Path) -> Image.Image:
-    """Open an image, reading its header only."""
-    from PIL import Image
-
-    try:
-        return Image.open(path)
-    except Exception as error:  # a damaged file raises whatever its decoder stumbles on
-        raise _unreadable(path, error) from None
-
-
-def _header(path: Path) -> tuple[str, tuple[int, int]]:
-    """Mode and (width, height) of an image file."""
-    with _open(path) as picture:
-        if is_deep(picture):
-            raise InputError(
-                f"{path} has more than 8 bits per channel (mode {picture.mode}): convert it to 8 "
-                "bits, or load the arrays as npz:FILE"
-            )
-        return picture.mode, picture.size
+        if header.deep != first.deep:
+            one, other = (paths[0], path) if header.deep else (path, paths[0])
+            raise InputError(f"{other} has 16 bits per pixel and {one} 8: bring all to one depth")
+        colour = colour or (None if header.grey else path)
+    assert first is not None  # there is at least one file per class
+    if first.deep and colour is not None:
+        raise InputError(f"{colour} has colours beside pictures of 16 bits: load the arrays as npz:FILE")
+    width, height = first.size if image_size is None else (image_size, image_size)
+    return (height, width, 1 if colour is None else 3), np.dtype(np.float32 if first.deep else np.uint8)
 
 
 def _read_image(path: Path, channels: int, image_size: int | None) -> np.ndarray:
-    """One image, uint8 [h, w, 1] or [h, w, 3]."""
-    with _open(path) as picture:
-        try:
-            pixels = with_channels(picture, channels)
-        except Exception as error:
-            raise _unreadable(path, error) from None
+    """One image [h, w, 1] or [h, w, 3], uint8 or, of 16 bits, float32."""
+    picture = read_picture(path, channels)
     if image_size is not None:
-        pixels = resize_picture(pixels, image_size)
-    array = np.asarray(pixels)
+        picture = resize_picture(picture, image_size)
+    array = np.asarray(picture)
     return array[..., None] if channels == 1 else array
-
-
-def _unreadable(path: Path, error: Exception) -> InputError:
-    """The error for an image that cannot be decoded."""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return InputError(f"cannot read the image {path} ({reason}): replace or remove the file")

@@ -107,9 +107,9 @@ def write_prepared(
 
 def _check(splits: Splits, shards: int | None, shard_mb: float) -> None:
     """Refuse what cannot be written, before anything is."""
-    if shards is not None and not 1 <= shards <= min(map(len, splits)):
+    if shards is not None and not 1 <= shards <= min(map(len, splits.parts.values())):
         raise InputError(
-            f"--shards {shards}: give 1 to {min(map(len, splits))}, for no file may be empty "
+            f"--shards {shards}: give 1 to {min(map(len, splits.parts.values()))}, for no file may be empty "
             f"({len(splits.train)} training and {len(splits.test)} test images)"
         )
     if not (math.isfinite(shard_mb) and shard_mb > 0):
@@ -127,7 +127,7 @@ def _plan(splits: Splits, shards: int | None, shard_mb: float) -> dict[str, Any]
     """Everything that decides what is written, as JSON types."""
     train = splits.train
     lengths = {}
-    for split, source in splits._asdict().items():
+    for split, source in splits.parts.items():
         n = len(source)
         count = shards or min(n, math.ceil(n * _record_bytes(source) / (shard_mb * 1e6)))
         lengths[split] = [(i + 1) * n // count - i * n // count for i in range(count)]
@@ -138,7 +138,7 @@ def _plan(splits: Splits, shards: int | None, shard_mb: float) -> dict[str, Any]
         "pixel_dtype": train.pixel_dtype.name,
         "class_names": list(train.class_names),
         "shard_lengths": lengths,
-        "fingerprint": hashlib.sha256(" ".join(s.fingerprint() for s in splits).encode()).hexdigest(),
+        "fingerprint": hashlib.sha256(" ".join(s.fingerprint() for s in splits.parts.values()).encode()).hexdigest(),
     }
 
 
@@ -191,9 +191,9 @@ def _write_all(tfds: Any, splits: Splits, plan: dict[str, Any], work: Path, prog
             file.write((json.dumps(plan, indent=2) + "\n").encode())
     features = _features(tfds, plan)
     written = 0
-    bar = tqdm(total=sum(map(len, splits)), desc=plan["source"], unit="image", disable=not progress)
+    bar = tqdm(total=sum(map(len, splits.parts.values())), desc=plan["source"], unit="image", disable=not progress)
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for split, source in splits._asdict().items():
+        for split, source in splits.parts.items():
             start = 0
             for file, length in zip(_files(work, plan, split), plan["shard_lengths"][split], strict=True):
                 if not file.exists():

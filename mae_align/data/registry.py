@@ -13,6 +13,7 @@ from mae_align.data.dataset import ImageDataset
 from mae_align.data.digits import load_digits
 from mae_align.data.folder import open_folder
 from mae_align.data.idx import load_idx
+from mae_align.data.layout import PARTS
 from mae_align.data.npz import load_npz
 from mae_align.data.resize import check_image_size, resize_dataset
 from mae_align.data.source import ImageSource, Splits, dataset_splits, in_memory
@@ -164,9 +165,12 @@ def open_source(
         >>> image.shape
         (4, 4, 1)
     """
-    if split not in Splits._fields:
-        raise InputError(f"split {split!r}: give {' or '.join(Splits._fields)}")
-    return getattr(open_splits(name, image_size=image_size, seed=seed, test_fraction=test_fraction), split)
+    if split not in PARTS:
+        raise InputError(f"split {split!r}: give {', '.join(PARTS[:-1])} or {PARTS[-1]}")
+    parts = open_splits(name, image_size=image_size, seed=seed, test_fraction=test_fraction).parts
+    if split not in parts:
+        raise InputError(f"{name} has no validation set of its own: give train or test")
+    return parts[split]
 
 
 def _open(name: str, options: LoadOptions) -> ImageDataset | Splits:

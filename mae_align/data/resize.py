@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,7 +71,7 @@ def resize_images(images: np.ndarray, image_size: int) -> np.ndarray:
 
 
 def resize_dataset(dataset: ImageDataset, image_size: int) -> ImageDataset:
-    """The data set with both splits resized by :func:`resize_images`, if they have another size.
+    """The data set with all parts resized by :func:`resize_images`, if they have another size.
 
     Args:
         dataset: images [n, h, w, c].
@@ -92,11 +91,7 @@ def resize_dataset(dataset: ImageDataset, image_size: int) -> ImageDataset:
     check_image_size(image_size)
     if dataset.image_shape[:2] == (image_size, image_size):
         return dataset
-    return dataclasses.replace(
-        dataset,
-        train_images=resize_images(dataset.train_images, image_size),
-        test_images=resize_images(dataset.test_images, image_size),
-    )
+    return dataset.map_parts(lambda images, labels: (resize_images(images, image_size), labels))
 
 
 def check_image_size(image_size: int) -> None:

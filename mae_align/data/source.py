@@ -88,10 +88,31 @@ class ImageSource(abc.ABC):
 
 
 class Splits(NamedTuple):
-    """The two parts of a data set."""
+    """The parts of a data set.
+
+    Attributes:
+        train: to fit on.
+        test: to report on.
+        validation: to choose on, where the data set has a part for it.
+        notes: what it was read as, where that is not as plain as it could be, in words.
+    """
 
     train: ImageSource
     test: ImageSource
+    validation: ImageSource | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> dict[str, ImageSource]:
+        """The parts that are there, by name.
+
+        Example:
+            >>> from mae_align.data import open_splits
+            >>> list(open_splits("digits").parts)
+            ['train', 'test']
+        """
+        every = {"train": self.train, "test": self.test, "validation": self.validation}
+        return {name: source for name, source in every.items() if source is not None}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -212,10 +233,8 @@ def dataset_splits(dataset: ImageDataset) -> Splits:
         2
     """
     names, name = dataset.class_names, dataset.name
-    return Splits(
-        ArraySource(dataset.train_images, dataset.train_labels, names, name),
-        ArraySource(dataset.test_images, dataset.test_labels, names, name),
-    )
+    parts = {part: ArraySource(images, labels, names, name) for part, (images, labels) in dataset.parts.items()}
+    return Splits(**parts, notes=dataset.notes)
 
 
 def split_off_test(source: ImageSource, test_fraction: float, seed: int, name: str) -> Splits:
@@ -263,12 +282,12 @@ def in_memory(splits: Splits) -> ImageDataset:
     """
     from tqdm.auto import tqdm
 
-    arrays: list[np.ndarray] = []
-    name, total = splits.train.name, sum(map(len, splits))
+    arrays: dict[str, np.ndarray] = {}
+    name, total = splits.train.name, sum(map(len, splits.parts.values()))
     bar = tqdm(total=total, desc=f"{name}: images", unit="image", disable=total <= PROGRESS_FROM)
     # Decoding releases the interpreter lock, so threads use all cores.
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for source in splits:
+        for part, source in splits.parts.items():
             images = np.empty((len(source), *source.image_shape), source.pixel_dtype)
             labels = np.empty(len(source), np.int64)
             for start in range(0, len(source), BATCH):
@@ -276,6 +295,5 @@ def in_memory(splits: Splits) -> ImageDataset:
                 for i, (image, label) in zip(batch, pool.map(source.read, batch), strict=True):
                     images[i], labels[i] = image, label
                     bar.update()
-            arrays += [images, labels]
-    train, train_labels, test, test_labels = arrays
-    return ImageDataset(train, train_labels, test, test_labels, splits.train.class_names, name)
+            arrays |= {f"{part}_images": images, f"{part}_labels": labels}
+    return ImageDataset(**arrays, class_names=splits.train.class_names, name=name, notes=splits.notes)

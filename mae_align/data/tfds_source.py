@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mae_align.data.dataset import ImageShape
-from mae_align.data.pictures import is_deep, with_channels
+from mae_align.data.pictures import is_deep, open_picture, with_channels
 from mae_align.data.resize import resize_images
 from mae_align.data.source import ImageSource, Splits, split_off_test
 from mae_align.runtime.errors import InputError
@@ -171,11 +171,9 @@ class TfdsSource(ImageSource):
 
     def _decoded(self, encoded: bytes, i: int) -> np.ndarray:
         """Pixels of a PNG or JPEG. TFDS would leave grey images and palettes in a set of colour images as they are."""
-        from PIL import Image
-
         channels = self.image_shape[2]
         try:
-            with Image.open(io.BytesIO(encoded)) as picture:
+            with open_picture(io.BytesIO(encoded)) as picture:
                 deep = is_deep(picture)
                 image = np.asarray(with_channels(picture, channels))
         except Exception as error:
@@ -247,11 +245,16 @@ def _splits(
         raise InputError(f"{name!r} has no split 'train' (it has {', '.join(known)}): prepare one with that name")
     train = _source(tfds, builder, "train", name, unprepared, image_size)
     # Without a list of the splits there is "test", or reading it says that nothing is prepared.
+    held_out: dict[str, TfdsSource] = {}
     for split in [split for split in _HELD_OUT if split in (known or ["test"])]:
-        test = _source(tfds, builder, split, name, unprepared, image_size)
-        if len(test) and test.read(0)[1] >= 0:
-            said = name if split == "test" else f"{name} (test: {split})"
-            return Splits(dataclasses.replace(train, name=said), dataclasses.replace(test, name=said))
+        source = _source(tfds, builder, split, name, unprepared, image_size)
+        if len(source) and source.read(0)[1] >= 0:
+            held_out[split] = source
+    if held_out:
+        (split, test), *others = held_out.items()
+        said = name if split == "test" else f"{name} (test: {split})"
+        parts = [dataclasses.replace(part, name=said) for part in (train, test, *(other for _, other in others[:1]))]
+        return Splits(*parts)
     return split_off_test(train, test_fraction, seed, f"{name} (test: {test_fraction:.0%} of train)")
 
 

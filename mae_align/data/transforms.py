@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -86,15 +85,12 @@ def select_classes(dataset: ImageDataset, classes: Sequence[int]) -> ImageDatase
         )
     relabel = np.full(dataset.num_classes, -1, np.int64)
     relabel[classes] = np.arange(len(classes))
-    train, test = relabel[dataset.train_labels], relabel[dataset.test_labels]
-    return dataclasses.replace(
-        dataset,
-        train_images=dataset.train_images[train >= 0],
-        train_labels=train[train >= 0],
-        test_images=dataset.test_images[test >= 0],
-        test_labels=test[test >= 0],
-        class_names=tuple(dataset.class_names[value] for value in classes),
-    )
+
+    def chosen(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        labels = relabel[labels]
+        return images[labels >= 0], labels[labels >= 0]
+
+    return dataset.map_parts(chosen, class_names=tuple(dataset.class_names[value] for value in classes))
 
 
 def blend_over_backgrounds(foreground: np.ndarray, backgrounds: np.ndarray, contrast: float, seed: int) -> np.ndarray:
