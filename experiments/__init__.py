@@ -1,6 +1,11 @@
 """What runs: ``python -m experiments`` lists it."""
 
+import os as _os
 import sys as _sys
+
+# Figures are files. The backend that a notebook sets for itself would end a command at the import of matplotlib.
+if "ipykernel" not in _sys.modules:
+    _os.environ.pop("MPLBACKEND", None)
 
 
 def _asked_for() -> str | None:

@@ -35,9 +35,10 @@ import numpy as np
 
 import mae_align as ma
 from experiments.harness.cli import launch
-from mae_align.data import open_source, stratified_split
+from mae_align.data import open_source
 from mae_align.data.pipeline import ImageBatch, batches, process_range
 from mae_align.data.source import SubsetSource
+from mae_align.data.split import validation_rows
 from mae_align.runtime.processes import data_mesh, gathered, refused_together, start_distributed
 
 
@@ -114,7 +115,7 @@ def make_share(config: Config, process: int, processes: int) -> Share:
     source = open_source(config.data, "train" if training else "test", image_size=config.image_size, seed=config.seed)
     if config.split in (Split.fit, Split.validation):
         # By the numbers of the classes, as the masking sweep splits images in memory.
-        parts = stratified_split(source.labels(), config.validation_fraction, config.seed)
+        parts = validation_rows(source.labels(), config.validation_fraction, config.seed)
         source = SubsetSource(source, parts[0 if config.split is Split.fit else 1], source.name)
     if len(source) < processes:
         raise ma.InputError(f"{len(source)} images for {processes} processes: start fewer")

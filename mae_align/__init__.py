@@ -23,7 +23,7 @@ from mae_align.corruption import (
     SampledCorruption,
     VarianceShareMasking,
 )
-from mae_align.data import ImageDataset, load_dataset
+from mae_align.data import ImageDataset, encode_labels, load_dataset
 from mae_align.moments.moments import Moments
 from mae_align.moments.samples import Samples, summarize
 from mae_align.moments.streaming import stream_moments
@@ -63,6 +63,7 @@ __all__ = [
     "compare_many",
     "corruption_sweep",
     "denoising_autoencoder",
+    "encode_labels",
     "encoder_curves",
     "gaussian_sweep",
     "lambda_sweep",

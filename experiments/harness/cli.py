@@ -25,6 +25,7 @@ import tyro
 from experiments.harness.config import RunConfig, check, written_options
 from experiments.harness.data import Split
 from experiments.harness.run import Data, Run, execute
+from mae_align.runtime.devices import check_platforms
 from mae_align.runtime.errors import InputError
 from mae_align.runtime.processes import start_distributed
 
@@ -61,6 +62,7 @@ def launch(
         check(config)
         # Options win over the environment, where an experiment has them.
         start_distributed(*(getattr(config, name, None) for name in ("coordinator", "num_processes", "process_id")))
+        check_platforms()
         main(config)
 
 

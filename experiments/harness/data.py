@@ -8,7 +8,7 @@ import numpy as np
 
 import mae_align as ma
 from experiments.harness.config import RunConfig
-from mae_align.data import stratified_split
+from mae_align.data.split import validation_rows
 from mae_align.moments.moments import group_of
 from mae_align.runtime.files import fingerprint
 from mae_align.runtime.processes import refused_together
@@ -68,7 +68,7 @@ class Split:
         """
         data = load_together(config.data, image_size=config.image_size, seed=config.seed)
         if data.validation_images is None or data.validation_labels is None:
-            fitted, chosen = stratified_split(data.train_labels, config.validation_fraction, config.seed)
+            fitted, chosen = validation_rows(data.train_labels, config.validation_fraction, config.seed)
             choice = data.train_images[chosen], data.train_labels[chosen]
         else:
             fitted, chosen = np.arange(len(data.train_labels)), np.arange(0)
@@ -80,6 +80,13 @@ class Split:
         images = data.train_images[fitted]
         if (images == images[:1]).all():
             raise ma.InputError("the training images are constant: there is nothing to reconstruct")
+        names, notes = np.array(data.class_names), data.notes
+        for part, labels in (("validation", choice[1]), ("test", data.test_labels)):
+            if (lone := np.setdiff1d(data.train_labels, labels)).size and not any(
+                "has no image of" in n for n in notes
+            ):
+                more = f" and {len(lone) - 5} more classes" if len(lone) > 5 else ""
+                notes += (f"there is no {part} image of {', '.join(names[lone[:5]])}{more}",)
         # Validation images of their own come after the training images.
         own = len(choice[1]) - len(chosen)
         return cls(
@@ -92,7 +99,7 @@ class Split:
             data.test_labels[tested],
             np.concatenate([np.isin(np.sort(np.concatenate([fitted, chosen])), chosen), np.ones(own, bool)]),
             len(fitted) < every,
-            data.notes,
+            notes,
         )
 
     @property

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from matplotlib.figure import Figure
 _TEMPORARY_SUFFIX = ".tmp"
+# Names of files need not be UTF-8.
+_ERRORS = "backslashreplace"
 _INT32 = np.iinfo(np.int32)
 # Largest whole number up to which float64 holds every whole number.
 _EXACT_IN_FLOAT64 = 2**53
@@ -111,7 +113,7 @@ def to_json(value: object) -> str:
 def _netcdf3_attribute(value: Any) -> str | np.int32 | np.float64:
     """An attribute as netCDF-3 holds it: text or one number. Anything else becomes JSON text."""
     if isinstance(value, str):
-        return value
+        return value.encode("utf-8", _ERRORS).decode()
     if isinstance(value, bool | int | np.bool_ | np.integer):
         if _INT32.min <= value <= _INT32.max:
             return np.int32(value)
@@ -313,7 +315,7 @@ class RunFolder:
             # A data set without dimensions has no index; one row is its table.
             labelled = dataset if dataset.sizes else dataset.expand_dims("row")
             with atomic_path(self.path / f"{name}.csv") as unfinished:
-                labelled.to_dataframe().reset_index().to_csv(unfinished, index=False)
+                labelled.to_dataframe().reset_index().to_csv(unfinished, index=False, errors=_ERRORS)
         return path
 
     def save_netcdf(self, name: str, dataset: xr.Dataset) -> Path:
@@ -335,7 +337,10 @@ class RunFolder:
         """
         path = self.path / f"{name}.csv"
         columns = dict.fromkeys(column for row in rows for column in row)
-        with atomic_path(path) as unfinished, unfinished.open("w", newline="") as file:
+        with (
+            atomic_path(path) as unfinished,
+            unfinished.open("w", newline="", encoding="utf-8", errors=_ERRORS) as file,
+        ):
             writer = csv.DictWriter(file, list(columns), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
@@ -349,7 +354,7 @@ class RunFolder:
         """
         path = self.path / name
         with atomic_path(path) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
+            unfinished.write_text(text, encoding="utf-8", errors=_ERRORS)
         return path
 
     def save_json(self, name: str, value: object) -> Path:
@@ -388,9 +393,9 @@ class RunFolder:
         """
         path = self.path / "summary.txt"
         with atomic_path(path) as unfinished:
-            unfinished.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+            unfinished.write_text(text.rstrip("\n") + "\n", encoding="utf-8", errors=_ERRORS)
         if jax.process_index() == 0:
-            print(text.rstrip("\n"), flush=True)
+            print(path.read_text(encoding="utf-8").rstrip("\n"), flush=True)
         return path
 
 

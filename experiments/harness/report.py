@@ -67,6 +67,11 @@ COLUMNS = {
     "end_epochs": "passes over the training images with labels",
     **PROBE,
     **{
+        name.removeprefix("probe_"): line
+        for name, line in PROBE.items()
+        if name.startswith(("probe_accuracy", "probe_r2"))
+    },
+    **{
         f"{probe.value}_{name.removeprefix('probe_')}": f"{probe.value} probe: {line}"
         for probe in Probe
         for name, line in PROBE.items()

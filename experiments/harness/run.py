@@ -354,10 +354,11 @@ class Run(Generic[DataT]):
             )
         record = _read_json(path / _RECORD) or {}
         same_code = record.get("code", self._record["code"]) == self._record["code"]
-        if not same_code and not self.config.reuse:
+        kept = any(path.glob("points/**/*.npz")) or (path / "networks").exists()
+        if not same_code and kept and not self.config.reuse:
             raise InputError(
-                f"{path} was computed by other code ({record.get('version', 'an older version')}, or the source has "
-                "changed since): give another --out to compute it anew, or --reuse to keep what is finished there"
+                f"{path} was computed by other code (mae_align {record.get('version', 'of before')}, or the source has "
+                "changed since): give another --out to compute it anew, or --reuse to keep the numbers that are there"
             )
         summary = path / "summary.txt"
         ended = record.get("finished") is not None and record.get("added") == self._record["added"]

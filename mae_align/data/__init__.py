@@ -3,7 +3,7 @@
 There is no mathematics here beyond what the functions say; patches are those of docs/theory.md, section 3.3.
 """
 
-from mae_align.data.dataset import ImageDataset
+from mae_align.data.dataset import ImageDataset, encode_labels
 from mae_align.data.registry import load_dataset, open_source, open_splits
 from mae_align.data.source import ArraySource, ImageSource
 from mae_align.data.split import stratified_split, validation_split
@@ -20,6 +20,7 @@ __all__ = [
     "ImageSource",
     "average_pool",
     "blend_over_backgrounds",
+    "encode_labels",
     "jitter",
     "load_dataset",
     "open_source",

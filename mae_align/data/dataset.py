@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mae_align.runtime.checks import check_images
+from mae_align.runtime.checks import as_array, check_images
 from mae_align.runtime.errors import InputError
 
 ImageShape = tuple[int, int, int]
@@ -103,48 +103,57 @@ class ImageDataset:
         return h, w, c
 
 
-def number_classes(train_labels: np.ndarray, test_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Labels renumbered to 0, 1, ... without gaps; the names keep the original values.
-
-    For files whose labels carry no names and may start at 1 or leave values out.
-
-    Args:
-        train_labels: [n] integers.
-        test_labels: [m] integers.
-
-    Returns:
-        [n] and [m] int64 labels and the class names.
-
-    Raises:
-        InputError: negative labels, or a test label that no training image has.
+def readable(name: str) -> str:
+    """A name of a file, with a sign for what is not UTF-8, so that it can be printed, drawn and written.
 
     Example:
-        >>> number_classes(np.array([3, 7, 3]), np.array([7]))
-        (array([0, 1, 0]), array([1]), ('3', '7'))
+        >>> readable("caf" + chr(0xDCE9)) == "caf" + chr(0xFFFD)
+        True
     """
-    classes = np.unique(train_labels)
-    if classes.size and classes[0] < 0:
-        raise InputError(f"train labels hold {classes[0]}: labels must be >= 0; drop images without a label")
-    unseen = np.setdiff1d(test_labels, classes)
-    if unseen.size:
-        raise InputError(
-            f"test labels hold {unseen[:5].tolist()}, which no training image has: "
-            "train and test must share their classes"
-        )
-    train = np.searchsorted(classes, train_labels).astype(np.int64)
-    test = np.searchsorted(classes, test_labels).astype(np.int64)
-    return train, test, tuple(str(value) for value in classes.tolist())
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def check_labels(labels: np.ndarray, where: str) -> np.ndarray:
-    """Class labels as int64 [n]; a column [n, 1] is flattened.
+def encode_labels(train: object, *others: object) -> tuple[list[np.ndarray], tuple[str, ...]]:
+    """Class numbers 0, 1, ... without gaps of labels that are text, identifiers, or start at 1; their names are kept.
 
     Args:
-        labels: [n] or [n, 1] integers.
+        train: [n] or [n, 1] text or whole numbers; the classes are what is found here, in sorted order.
+        others: [m] labels of other parts.
+
+    Returns:
+        [n] int64 of every part, train first, and the name of each class.
+
+    Raises:
+        InputError: labels that are neither text nor whole numbers, negative ones, or a class that training has not.
+
+    Example:
+        >>> encode_labels(np.array(["dog", "cat", "dog"]), np.array(["cat"]))
+        ([array([1, 0, 1]), array([0])], ('cat', 'dog'))
+    """
+    parts = [
+        check_labels(part, "train labels" if i == 0 else f"labels {i + 1}") for i, part in enumerate((train, *others))
+    ]
+    classes = np.unique(parts[0])
+    if classes.dtype.kind == "i" and classes.size and classes[0] < 0:
+        raise InputError(f"train labels hold {classes[0]}: labels must be >= 0; drop images without a label")
+    for part in parts[1:]:
+        unseen = np.setdiff1d(part, classes)
+        if unseen.size:
+            raise InputError(
+                f"labels hold {unseen[:5].tolist()}, which no training image has: all parts must share their classes"
+            )
+    return [np.searchsorted(classes, part).astype(np.int64) for part in parts], tuple(map(str, classes.tolist()))
+
+
+def check_labels(labels: object, where: str) -> np.ndarray:
+    """Class labels [n], as int64 or text; a column [n, 1] is flattened.
+
+    Args:
+        labels: [n] or [n, 1] integers or text.
         where: what the labels are, for messages.
 
     Returns:
-        [n] int64.
+        [n] int64, or text.
 
     Raises:
         InputError: other shape or dtype.
@@ -153,7 +162,7 @@ def check_labels(labels: np.ndarray, where: str) -> np.ndarray:
         >>> check_labels(np.array([[1], [0]], np.uint8), "y_train")
         array([1, 0])
     """
-    labels = np.asarray(labels)
+    labels = as_array(labels, where)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1:
@@ -161,20 +170,22 @@ def check_labels(labels: np.ndarray, where: str) -> np.ndarray:
             f"{where} has shape {list(labels.shape)}: give one class number per image, [n] "
             "(argmax turns one-hot rows into class numbers)"
         )
-    if labels.dtype.kind not in "iu":
-        raise InputError(f"{where} has dtype {labels.dtype}: give integer class numbers 0, 1, ...")
-    return labels.astype(np.int64)
+    if labels.dtype.kind == "S":
+        labels = np.char.decode(labels, "utf-8", "replace")
+    if labels.dtype.kind not in "iuU":
+        raise InputError(f"{where} has dtype {labels.dtype}: give integer class numbers 0, 1, ... or names")
+    return labels if labels.dtype.kind == "U" else labels.astype(np.int64)
 
 
 def _checked(data: ImageDataset) -> dict[str, object]:
     """The fields of a data set, checked and converted to their documented types."""
-    name = data.name
-    names = tuple(str(value) for value in data.class_names)
+    name = readable(data.name)
+    names = tuple(readable(str(value)) for value in data.class_names)
     if len(names) < 2:
         raise InputError(f"{name!r} has {len(names)} class name(s): a task needs at least two")
     if (data.validation_images is None) != (data.validation_labels is None):
         raise InputError(f"{name!r} has validation images or labels alone: give both or none")
-    fields: dict[str, object] = {"class_names": names, "notes": tuple(data.notes)}
+    fields: dict[str, object] = {"name": name, "class_names": names, "notes": tuple(map(readable, data.notes))}
     train = None
     for part, arrays in data.parts.items():
         images, labels = _checked_split(*arrays, len(names), f"{part}_{{}} of {name!r}")
@@ -200,6 +211,8 @@ def _checked_split(
     """Images and labels of one split; ``where`` names them with a {} for which of the two."""
     images = _checked_images(images, where.format("images"))
     labels = check_labels(labels, where.format("labels"))
+    if labels.dtype.kind == "U":
+        raise InputError(f"{where.format('labels')} are text: numbers, names = ma.encode_labels(train, test, ...)")
     if len(images) != len(labels):
         raise InputError(
             f"{where.format('images')} number {len(images)} but {where.format('labels')} "
@@ -216,7 +229,7 @@ def _checked_split(
 
 def _checked_images(images: np.ndarray, where: str) -> np.ndarray:
     """Images [n, h, w, c] as uint8 or floats, finite."""
-    images = np.asarray(images)
+    images = as_array(images, where)
     if images.dtype.kind in "iu" and images.dtype != np.uint8 and images.size:
         low, high = int(images.min()), int(images.max())
         if low < 0 or high > 255:
@@ -225,11 +238,6 @@ def _checked_images(images: np.ndarray, where: str) -> np.ndarray:
             )
         warnings.warn(f"{where}: {images.dtype} pixels stored as uint8", stacklevel=6)
         images = images.astype(np.uint8)
-    if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[2] == images.shape[3] > 4:
-        raise InputError(
-            f"{where} have shape {list(images.shape)}, which looks like [n, c, h, w]: "
-            "move the channels last, np.moveaxis(images, 1, -1)"
-        )
     try:
         return check_images(images)
     except InputError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mae_align.data import source
-from mae_align.data.dataset import ImageShape
+from mae_align.data.dataset import ImageShape, readable
 from mae_align.data.layout import Files, read_layout
 from mae_align.data.pictures import Header, read_header, read_picture
 from mae_align.data.resize import resize_picture
@@ -60,7 +60,7 @@ def open_folder(root: Path, image_size: int | None, seed: int, test_fraction: fl
     """
     if not root.is_dir():
         raise InputError(f"no folder {root}: give a folder with one sub-folder per class, folder:DIR")
-    name = root.resolve().name
+    name = readable(root.resolve().name)
     layout = read_layout(root)
     parts, notes = dict(layout.parts), layout.notes
     if len(parts) == 1:
@@ -73,7 +73,10 @@ def open_folder(root: Path, image_size: int | None, seed: int, test_fraction: fl
         parts["test"] = parts.pop("validation")
         notes += ("there are no other test images: it is tested on the validation set",)
     picture = _common(list(itertools.chain.from_iterable(files.paths for files in parts.values())), image_size, name)
-    sources = {part: FolderSource(files, *picture, image_size, layout.classes, name) for part, files in parts.items()}
+    sources = {
+        part: FolderSource(files, *picture, image_size, tuple(map(readable, layout.classes)), name)
+        for part, files in parts.items()
+    }
     return Splits(**sources, notes=notes)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mae_align.data.dataset import ImageDataset, number_classes
+from mae_align.data.dataset import ImageDataset, encode_labels
 from mae_align.runtime.errors import InputError
 
 _UNSIGNED_BYTE = 8
@@ -96,7 +96,7 @@ def load_idx(folder: Path) -> ImageDataset:
     train_images, train_labels = _read_split(folder, ("train",))
     test_images, test_labels = _read_split(folder, ("t10k", "test"))
     try:
-        train_labels, test_labels, names = number_classes(train_labels, test_labels)
+        (train_labels, test_labels), names = encode_labels(train_labels, test_labels)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
     name = folder.resolve().name

@@ -6,18 +6,23 @@ from pathlib import Path
 
 import numpy as np
 
-from mae_align.data.dataset import ImageDataset, check_labels, number_classes
+from mae_align.data.dataset import ImageDataset, check_labels, encode_labels
 from mae_align.runtime.errors import InputError
 
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
+_MORE = ("x_val", "y_val", "class_names")
+# What a part is called in the file, and here; what images and labels are called by MedMNIST, and in our keys.
+_PARTS = {"train": "train", "val": "validation", "test": "test"}
+_SHORT = {"images": "x", "labels": "y"}
 
 
 def load_npz(path: Path) -> ImageDataset:
     """The data set of one ``.npz`` file.
 
-    Arrays: ``x_train``, ``x_test`` [n, h, w] or [n, h, w, c]; ``y_train``, ``y_test`` integers [n]
-    or [n, 1]; optional ``class_names`` [q], else the label values are the names. Object arrays are
-    refused, for reading them would run code from the file.
+    Arrays: ``x_train``, ``x_test`` [n, h, w] or [n, h, w, c]; ``y_train``, ``y_test`` whole numbers or text, [n] or
+    [n, 1]; ``x_val`` and ``y_val`` where there are validation images; optional ``class_names`` [q], else the label
+    values are the names. Or the same under the names that MedMNIST gives them: ``train_images``, ``train_labels``,
+    ``val_images`` and so on. Object arrays are refused, for reading them would run code from the file.
 
     Args:
         path: the file, as written by ``numpy.savez`` or ``numpy.savez_compressed``.
@@ -39,16 +44,19 @@ def load_npz(path: Path) -> ImageDataset:
         ImageDataset('toy', train 4, test 4, image 8x8x1 uint8, 2 classes)
     """
     arrays = _read(path)
-    train_images, train_labels = _split(arrays, "train", path)
-    test_images, test_labels = _split(arrays, "test", path)
-    if "class_names" in arrays:
+    parts = {part: _split(arrays, part, path) for part in _PARTS if f"x_{part}" in arrays}
+    labels = [labels for _, labels in parts.values()]
+    if "class_names" in arrays and labels[0].dtype.kind != "U":
         names = _class_names(arrays["class_names"], path)
     else:
         try:
-            train_labels, test_labels, names = number_classes(train_labels, test_labels)
+            labels, names = encode_labels(*labels)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-    return ImageDataset(train_images, train_labels, test_images, test_labels, names, path.stem)
+    fields = {}
+    for (part, (images, _)), numbers in zip(parts.items(), labels, strict=True):
+        fields |= {f"{_PARTS[part]}_images": images, f"{_PARTS[part]}_labels": numbers}
+    return ImageDataset(**fields, class_names=names, name=path.stem)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -70,14 +78,18 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             raise InputError(f"{path} is damaged or not an .npz file: write it again with numpy.savez") from None
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise InputError(f"{path} holds a single array: save {', '.join(_KEYS)} with numpy.savez")
-        missing = [key for key in _KEYS if key not in archive.files]
+        stored = {key: key for key in (*_KEYS, *_MORE)}
+        if not set(_KEYS) & set(archive.files):
+            stored |= {f"{_SHORT[word]}_{part}": f"{part}_{word}" for word in _SHORT for part in _PARTS}
+        missing = [stored[key] for key in _KEYS if stored[key] not in archive.files]
+        if "x_val" in stored and (stored["x_val"] in archive.files) != (stored["y_val"] in archive.files):
+            missing.append(stored["y_val"] if stored["x_val"] in archive.files else stored["x_val"])
         if missing:
             present = ", ".join(archive.files) or "nothing"
             raise InputError(
                 f"{path} lacks {', '.join(missing)} (it holds {present}): save {', '.join(_KEYS)} with numpy.savez"
             )
-        keys = [*_KEYS, "class_names"] if "class_names" in archive.files else [*_KEYS]
-        return {key: _read_array(archive, key, path) for key in keys}
+        return {key: _read_array(archive, name, path) for key, name in stored.items() if name in archive.files}
 
 
 def _read_array(archive: np.lib.npyio.NpzFile, key: str, path: Path) -> np.ndarray:

@@ -61,6 +61,35 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
     return np.flatnonzero(~in_second), np.flatnonzero(in_second)
 
 
+def validation_rows(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`stratified_split`, but a class with a single sample stays in the first part, to be trained on.
+
+    Args:
+        labels: [n] class labels, numbers or names.
+        fraction: share of the second part, inside (0, 1).
+        seed: integer >= 0; equal seeds give equal splits.
+
+    Returns:
+        Positions of the first and of the second part, int64, each ascending; together 0..n - 1.
+
+    Raises:
+        InputError: no class with two samples, a fraction outside (0, 1), a negative seed.
+
+    Example:
+        >>> first, second = validation_rows(np.array([0, 0, 0, 0, 1]), 0.25, seed=0)
+        >>> 4 in first, len(second)
+        (True, 1)
+    """
+    labels = np.asarray(labels)
+    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    several = np.flatnonzero(counts[inverse] > 1)
+    if not len(several):
+        raise InputError("every class has a single sample: there is none to keep out of training; add samples")
+    _, second = stratified_split(labels[several], fraction, seed)
+    second = several[second]
+    return np.setdiff1d(np.arange(len(labels)), second), second
+
+
 def validation_split(dataset: ImageDataset, fraction: float, seed: int) -> ImageDataset:
     """A data set whose test part is carved out of the training part, for selections.
 
@@ -83,7 +112,7 @@ def validation_split(dataset: ImageDataset, fraction: float, seed: int) -> Image
         >>> validation_split(ImageDataset(x, y, x, y, ("a", "b"), "toy"), 0.25, seed=0)
         ImageDataset('toy', train 6, test 2, image 2x2x1 uint8, 2 classes)
     """
-    first, second = stratified_split(dataset.train_labels, fraction, seed)
+    first, second = validation_rows(dataset.train_labels, fraction, seed)
     return dataclasses.replace(
         dataset,
         train_images=dataset.train_images[first],

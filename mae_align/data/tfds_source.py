@@ -253,8 +253,8 @@ def _splits(
     if held_out:
         (split, test), *others = held_out.items()
         said = name if split == "test" else f"{name} (test: {split})"
-        parts = [dataclasses.replace(part, name=said) for part in (train, test, *(other for _, other in others[:1]))]
-        return Splits(*parts)
+        validation = next((dataclasses.replace(other, name=said) for _, other in others), None)
+        return Splits(dataclasses.replace(train, name=said), dataclasses.replace(test, name=said), validation)
     return split_off_test(train, test_fraction, seed, f"{name} (test: {test_fraction:.0%} of train)")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from jax.sharding import Mesh
 
 from mae_align.data.patches import ImageShape
 from mae_align.moments import sums
-from mae_align.runtime.checks import are_class_labels, check_images, check_labels, check_targets
+from mae_align.runtime.checks import are_class_labels, as_targets, check_images, check_labels, check_targets
 from mae_align.runtime.devices import has_float64, solve_device
 from mae_align.runtime.errors import InputError
 from mae_align.runtime.memory import accumulator_bytes, check_memory
@@ -32,6 +33,8 @@ _FEW_ROWS = 64
 _IN_FLIGHT = 2
 # Rows that the host multiplies at a time.
 _HOST_ROWS = 4096
+# Between these, products of float32 stay far inside its range; outside, rows are scaled by a power of two first.
+_SMALL, _LARGE = 2.0**-30, 2.0**40
 
 
 class TargetKind(enum.Enum):
@@ -133,7 +136,7 @@ def check_batch(images: np.ndarray, targets: np.ndarray | None, num_classes: int
     labels, numbers, q = np.zeros(n, np.int32), np.zeros((n, 0)), 0
     kind = TargetKind.none
     if targets is not None:
-        targets = np.asarray(targets)
+        targets = as_targets(targets)
         if targets.ndim and len(targets) == n and are_class_labels(targets):
             found, q = check_labels(targets, num_classes)
             kind, labels = TargetKind.classes, found.astype(np.int32)
@@ -146,26 +149,41 @@ def check_batch(images: np.ndarray, targets: np.ndarray | None, num_classes: int
     return Batch(Layout(shape, images.dtype.name, kind, q), images.reshape(n, -1), labels, numbers)
 
 
-def pivots(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Points about which sums are kept: near the mean for floats, fixed where sums are exact.
+def pivots(batch: Batch) -> tuple[np.ndarray, np.ndarray, float]:
+    """Points about which sums are kept, and the unit in which: near the mean for floats, fixed where sums are exact.
 
     Args:
         batch: the first samples.
 
     Returns:
         [d] 128 for 8-bit images, else the mean of the first rows, rounded to their dtype so that subtracting it is
-        exact near it; [q] 0 for classes, else the mean of the first targets.
+        exact near it; [q] 0 for classes, else the mean of the first targets; 1, or for floats so large or small that
+        their products would leave the range of their dtype the power of two that is nearest to them.
 
     Example:
-        >>> [p.tolist() for p in pivots(check_batch(np.ones((2, 1, 1, 1)), np.array([1.0, 2.0]), None))]
-        [[1.0], [1.5]]
+        >>> x, y, unit = pivots(check_batch(np.ones((2, 1, 1, 1)), np.array([1.0, 2.0]), None))
+        >>> x.tolist(), y.tolist(), unit
+        ([1.0], [1.5], 1.0)
+        >>> pivots(check_batch(np.array([3e-22, 0.0]).reshape(2, 1, 1, 1).astype(np.float32), None, None))[
+        ...     2
+        ... ] == 2.0**-73
+        True
     """
     rows, numbers = batch.rows[: sums.MAX_ROWS], batch.numbers[: sums.MAX_ROWS]
     if batch.layout.integer:
         x = np.full(batch.layout.d, float(sums.BYTE_PIVOT))
     else:
         x = rows.mean(0, dtype=np.float64).astype(rows.dtype).astype(np.float64)
-    return x, numbers.mean(0) if batch.layout.kind is TargetKind.numbers else np.zeros(batch.layout.q)
+    y = numbers.mean(0) if batch.layout.kind is TargetKind.numbers else np.zeros(batch.layout.q)
+    return x, y, _unit(rows - x) if batch.layout.dtype == "float32" else 1.0
+
+
+def _unit(z: np.ndarray) -> float:
+    """1, or the power of two nearest to the largest entry, where products of entries of float32 are in danger."""
+    largest = float(np.abs(z).max(initial=0.0))
+    if largest == 0.0 or _SMALL < largest < _LARGE:
+        return 1.0
+    return 2.0 ** round(math.log2(largest))
 
 
 def group_of(index: np.ndarray, groups: int) -> np.ndarray:
@@ -215,6 +233,7 @@ class Accumulator:
         layout: of all batches.
         pivot_x: see :func:`pivots`; the same in every process.
         pivot_y: likewise.
+        unit: likewise; rows are divided by it, which is exact, before they are multiplied.
         groups: samples are spread over this many groups.
         mesh: one or several devices, of this process or of all; None for one device.
 
@@ -233,18 +252,24 @@ class Accumulator:
     """
 
     def __init__(
-        self, layout: Layout, pivot_x: np.ndarray, pivot_y: np.ndarray, groups: int, mesh: Mesh | None = None
+        self,
+        layout: Layout,
+        pivot_x: np.ndarray,
+        pivot_y: np.ndarray,
+        unit: float,
+        groups: int,
+        mesh: Mesh | None = None,
     ) -> None:
         if groups < 1:
             raise InputError(f"groups={groups}: ask for at least 1 group")
-        _check_memory(layout.d, groups)
+        _check_memory(layout.d, layout.q, groups)
         dtype = np.dtype(layout.dtype)
         self._x64 = dtype == np.float64
         if mesh is None:
             mesh = data_mesh([solve_device("float64" if self._x64 else "float32")])
         elif self._x64 and not all(has_float64(device) for device in mesh.devices.flat):
             raise InputError("these devices have no float64: give float32 images, or leave mesh out to use the host")
-        self.layout, self.pivot_x, self.pivot_y, self.groups = layout, pivot_x, pivot_y, groups
+        self.layout, self.pivot_x, self.pivot_y, self.unit, self.groups = layout, pivot_x, pivot_y, unit, groups
         local = local_mesh(mesh)
         devices = local.devices.size
         # One axis over all devices, in the order of the processes.
@@ -254,7 +279,7 @@ class Accumulator:
         self._sizes = (devices * _FEW_ROWS, devices * sums.MAX_ROWS)
         with jax.enable_x64(self._x64):
             self._sums = [sums.empty(local, layout.d, layout.columns, dtype) for _ in range(groups)]
-            constant = (pivot_x.astype(dtype),) if not layout.integer else ()
+            constant = ((pivot_x / unit).astype(dtype),) if not layout.integer else ()
             self._constants = [jax.device_put(a, jax.NamedSharding(local, jax.P())) for a in constant]
         self._pending = [_Pending(self._sizes[-1], layout) for _ in range(groups)]
         self._steps = np.zeros(groups, np.int64)
@@ -295,11 +320,14 @@ class Accumulator:
     def _run_step(self, g: int) -> None:
         """Send the pending rows of group g to the devices."""
         rows = self._pending[g]
+        self._add_on_host(g, rows)
         self._pending[g] = _Pending(self._sizes[-1], self.layout)
         size = next(size for size in self._sizes if rows.count <= size)
         while len(self._tickets) >= _IN_FLIGHT:  # or the host would run ahead and fill the memory
             jax.block_until_ready(self._tickets.popleft())
         with jax.enable_x64(self._x64):
+            if self.unit != 1.0:
+                rows.rows[: rows.count] /= self.unit
             sent = jax.device_put((rows.rows[:size], rows.labels[:size]), self._sharding)
             self._sums[g], ticket = self._step(self._sums[g], *sent, *self._constants)
             self._steps[g] += 1
@@ -307,7 +335,6 @@ class Accumulator:
             if isinstance(state, sums.ByteSums) and self._steps[g] % sums.CARRY_EVERY == 0:
                 self._sums[g] = sums.carried(state)
         self._tickets.append(ticket)
-        self._add_on_host(g, rows)
 
     def _add_on_host(self, g: int, rows: _Pending) -> None:
         """Counts, and the products with targets that are numbers."""
@@ -345,6 +372,8 @@ class Accumulator:
             sum_x = xe.sum(2)
         else:
             count, row = (np.concatenate([found[i] for found in every], axis=1) for i in (-2, -1))
+            # Back from the unit that rows were divided by; powers of two are exact.
+            xx, xe, row = xx * self.unit**2, xe * self.unit, row * np.repeat([self.unit, 1.0], [d, layout.columns])
             sum_x = row[:, :, :d].sum(1)
             weighted = row / np.maximum(count, 1)[:, :, None]
             for g in range(self.groups):
@@ -397,10 +426,11 @@ def _joined(pair: sums.Pair) -> np.ndarray:
     return np.asarray(pair[0], np.float64) + np.asarray(pair[1], np.float64)
 
 
-def _check_memory(d: int, groups: int) -> None:
+def _check_memory(d: int, q: int, groups: int) -> None:
     """Refuse sums that cannot fit."""
-    remedy = "shrink the images, use fewer groups, or, with fewer images than pixel values, ma.Samples"
-    check_memory(accumulator_bytes(d, groups), f"second moments of {d} pixel values in {groups} group(s)", remedy)
+    what = f"second moments of {d} pixel values and {q} targets in {groups} group(s)"
+    remedy = "shrink the images, use fewer groups or classes, or, with fewer images than pixel values, ma.Samples"
+    check_memory(accumulator_bytes(d, q, groups), what, remedy)
 
 
 def sums_on_host(batch: Batch, member: np.ndarray, groups: int) -> RawSums:
@@ -422,9 +452,9 @@ def sums_on_host(batch: Batch, member: np.ndarray, groups: int) -> RawSums:
         >>> sums_on_host(batch, np.zeros(2, int), 1).sum_xx.tolist()
         [[[2.0]]]
     """
-    pivot_x, pivot_y = pivots(batch)
+    pivot_x, pivot_y, _ = pivots(batch)
     d, q = batch.layout.d, len(pivot_y)
-    _check_memory(d, groups)
+    _check_memory(d, q, groups)
     out = RawSums(
         pivot_x,
         pivot_y,
@@ -442,7 +472,8 @@ def sums_on_host(batch: Batch, member: np.ndarray, groups: int) -> RawSums:
             take = slice(start, start + _HOST_ROWS) if index is None else index[start : start + _HOST_ROWS]
             z = batch.rows[take] - pivot_x
             if batch.layout.kind is TargetKind.classes:
-                y = np.eye(q)[batch.labels[take]]
+                y = np.zeros((len(z), q))
+                y[np.arange(len(z)), batch.labels[take]] = 1.0
             else:
                 y = batch.numbers[take] - pivot_y
             # A column of ones sums the rows in the same product.

@@ -30,7 +30,7 @@ from mae_align.moments.accumulate import (
     pivots,
     sums_on_host,
 )
-from mae_align.runtime.checks import are_class_labels
+from mae_align.runtime.checks import are_class_labels, as_targets
 from mae_align.runtime.devices import is_cpu, solve_device
 from mae_align.runtime.errors import InputError
 from mae_align.runtime.files import read_arrays, write_arrays
@@ -163,6 +163,7 @@ class Moments:
             >>> m.update(x, y).count
             8
         """
+        targets = None if targets is None else as_targets(targets)
         return self.merge(
             Moments.from_arrays(
                 images,
@@ -457,6 +458,10 @@ def assemble(raw: RawSums, layout: Layout, *, center: bool, preprocessing: str) 
         >>> assemble(accumulator.finish(), batch.layout, center=True, preprocessing="none").mean_x.tolist()
         [1.0]
     """
+    if not all(np.isfinite(total).all() for total in raw):
+        raise InputError(
+            f"sums of these {layout.dtype} images or targets overflow: divide them by a power of two, or give float64"
+        )
     moments = Moments(layout.image_shape, layout.dtype, center, preprocessing, *raw)
     n = max(moments.count, 1)
     pivot_x, pivot_y = raw.pivot_x, raw.pivot_y

@@ -269,8 +269,8 @@ def summarize(
                 dual_bytes(n, d), f"the dual of {n} samples ({n} x {n})", "use fewer samples or smaller images"
             )
         return samples
-    check_targets(targets, n, num_classes)
-    needed = max(accumulator_bytes(d, max(groups, 1)), 8 * max(groups, 1) * d**2 + primal_bytes(d))
+    q = check_targets(targets, n, num_classes).shape[1]
+    needed = max(accumulator_bytes(d, q, max(groups, 1)), 8 * max(groups, 1) * d**2 + primal_bytes(d))
     remedy = f"shrink the images, or give fewer samples than pixel values (here {n} samples)"
     check_memory(needed, f"second moments of {d} pixel values in {groups} group(s)", remedy)
     return Moments.from_arrays(images, targets, **options)

@@ -127,8 +127,7 @@ def stream_moments(
         if file is not None:
             remove_unfinished(file)
             saved = _read_checkpoint(file, settings) if file.exists() else None
-    pivot_x, pivot_y = _agreed_pivots(first, saved, place)
-    accumulator = Accumulator(first.layout, pivot_x, pivot_y, groups, mesh)
+    accumulator = Accumulator(first.layout, *_agreed_pivots(first, saved, place), groups, mesh)
     images = number = 0
     batch: Batch | None = first
     if saved is not None:
@@ -195,14 +194,16 @@ def _next(iterator: Iterator[RawBatch], num_classes: int | None) -> tuple[Batch 
     return batch, index
 
 
-def _agreed_pivots(first: Batch, saved: ArrayFile | None, place: _Place) -> tuple[np.ndarray, np.ndarray]:
-    """The same pivots in every process: those of a checkpoint if any has one, else those of process 0."""
-    mine = pivots(first) if saved is None else (saved.arrays["pivot_x"], saved.arrays["pivot_y"])
+def _agreed_pivots(first: Batch, saved: ArrayFile | None, place: _Place) -> tuple[np.ndarray, np.ndarray, float]:
+    """The same pivots and unit in every process: those of a checkpoint if any has one, else those of process 0."""
+    mine = pivots(first)
+    if saved is not None:
+        mine = saved.arrays["pivot_x"], saved.arrays["pivot_y"], float(saved.arrays["unit"])
     if place.mesh is None:
         return mine
-    offers = gathered([np.array(saved is not None), *mine], place.mesh)
-    _, pivot_x, pivot_y = next((offer for offer in offers if offer[0]), offers[0])
-    return pivot_x, pivot_y
+    offers = gathered([np.array(saved is not None), *map(np.asarray, mine)], place.mesh)
+    _, pivot_x, pivot_y, unit = next((offer for offer in offers if offer[0]), offers[0])
+    return pivot_x, pivot_y, float(np.ravel(unit)[0])
 
 
 def _go_to(iterator: Iterator[RawBatch], fields: dict[str, Any]) -> None:
@@ -234,7 +235,11 @@ def _write_checkpoint(
 ) -> None:
     """Everything that is needed to go on behind batch ``number``."""
     fields = {"settings": settings, "images": images, "batches": number, "source": _source_state(iterator)}
-    kept = {"pivot_x": accumulator.pivot_x, "pivot_y": accumulator.pivot_y}
+    kept = {
+        "pivot_x": accumulator.pivot_x,
+        "pivot_y": accumulator.pivot_y,
+        "unit": np.array(accumulator.unit),
+    }
     write_arrays(file, _FILE_KIND, _FILE_VERSION, fields, accumulator.state() | kept)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mae_align.data.split import stratified_split
-from mae_align.runtime.checks import are_class_labels, check_images, check_labels, check_targets
+from mae_align.runtime.checks import are_class_labels, as_array, as_targets, check_images, check_labels, check_targets
 from mae_align.runtime.errors import InputError
 
 # Multipliers [k] of the centred features, from their means [k], variances [k] and the precision they are stored in.
@@ -78,7 +78,7 @@ def check_features(features: np.ndarray, width: int | None = None) -> np.ndarray
         >>> check_features(np.zeros((2, 3), np.float16)).dtype.name
         'float32'
     """
-    features = np.asarray(features)
+    features = as_array(features, "features")
     if features.ndim != 2 or 0 in features.shape:
         raise InputError(f"features have shape {list(features.shape)}: give [n, k], neither of them 0")
     if width is not None and features.shape[1] != width:
@@ -158,7 +158,7 @@ def layout(targets: Mapping[str, np.ndarray], num_classes: Mapping[str, int]) ->
         raise InputError(f"num_classes names {unknown}, which are no tasks: tasks are {sorted(targets)}")
     tasks: list[Task] = []
     for name, given in targets.items():
-        values = np.asarray(given)
+        values = as_targets(given)
         if values.ndim == 0 or len(values) < 2:
             raise InputError(f"task {name!r}: give the targets of at least two training samples")
         if (values == values[:1]).all():
@@ -197,7 +197,7 @@ def target_matrix(targets: Mapping[str, np.ndarray], tasks: tuple[Task, ...], n:
         raise InputError(f"tasks are {sorted(targets)} here and {sorted(names)} in training: give the same ones")
     blocks = []
     for task in tasks:
-        values = np.asarray(targets[task.name])
+        values = as_targets(targets[task.name])
         if are_class_labels(values) != task.labelled:
             raise InputError(f"task {task.name!r}: class labels in one part and numbers in another")
         block = check_targets(values, n, task.stop - task.start if task.labelled else None)

@@ -9,7 +9,7 @@ import numpy as np
 
 from mae_align.probes.inputs import Normalization, Rows, check_features, layout, precision, validation_split
 from mae_align.probes.result import ProbeResult, Protocol
-from mae_align.runtime.checks import are_class_labels, check_labels
+from mae_align.runtime.checks import are_class_labels, as_targets, check_labels
 from mae_align.runtime.errors import InputError
 
 # Rows that are held in float64 at a time.
@@ -99,7 +99,7 @@ def class_parts(
 
 def class_count(targets: np.ndarray, num_classes: int | None) -> int:
     """Number of classes q of training labels [n]; refuses targets that are no class labels, and labels of one class."""
-    given = np.asarray(targets)
+    given = as_targets(targets)
     if not are_class_labels(given):
         raise InputError(f"targets of dtype {given.dtype} and {given.ndim} axes are no class labels: use ridge_probe")
     return layout({"task": given}, {} if num_classes is None else {"task": num_classes})[0].stop
@@ -107,7 +107,7 @@ def class_count(targets: np.ndarray, num_classes: int | None) -> int:
 
 def class_labels(targets: np.ndarray, n: int, q: int) -> np.ndarray:
     """Labels [n] as int32; refuses another number of them, no integers, and labels outside 0..q - 1."""
-    targets = np.asarray(targets)
+    targets = as_targets(targets)
     if not are_class_labels(targets) or len(targets) != n:
         raise InputError(f"targets of shape {list(targets.shape)} and dtype {targets.dtype}: give {n} class labels")
     return check_labels(targets, q)[0].astype(np.int32)

@@ -38,7 +38,7 @@ from mae_align.probes.inputs import (
     validation_split,
 )
 from mae_align.probes.result import ProbeResult, Protocol
-from mae_align.runtime.checks import are_class_labels, check_task
+from mae_align.runtime.checks import are_class_labels, as_targets, check_task
 from mae_align.runtime.devices import solve_context
 from mae_align.runtime.errors import InputError
 
@@ -263,7 +263,7 @@ def ridge_from_moments(
         >>> ridge_from_moments(*parts).r2_test > 0.999
         True
     """
-    labelled = any(isinstance(part, Rows) and are_class_labels(part.targets) for part in (val, test))
+    labelled = any(isinstance(part, Rows) and are_class_labels(as_targets(part.targets)) for part in (val, test))
     tasks = (Task(_ONLY, 0, train.num_targets, labelled),)
     path = ridge_path(train, strengths=strengths, normalization=normalization)
     on_val, on_test = (_checked_part(part, train, tasks) for part in (val, test))

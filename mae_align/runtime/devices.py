@@ -27,6 +27,27 @@ _BACKENDS_WITHOUT_FLOAT64 = ("tpu",)
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
+def check_platforms() -> None:
+    """Refuse a JAX_PLATFORMS that this machine has no device for.
+
+    Raises:
+        InputError: naming the variable and what to write.
+
+    Example:
+        >>> check_platforms()
+    """
+    try:
+        jax.devices()
+    except Exception as error:  # of every version and platform another one
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        if not asked:
+            raise
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        raise InputError(
+            f"JAX_PLATFORMS={asked}: JAX has no such device on this machine{reason}: unset it, or write cpu"
+        ) from None
+
+
 def has_float64(device: jax.Device) -> bool:  # pyright: ignore[reportInvalidTypeForm]
     """Whether a device computes in float64.
 

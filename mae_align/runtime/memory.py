@@ -50,21 +50,22 @@ def _reclaimable() -> int:
         return 0
 
 
-def accumulator_bytes(d: int, groups: int) -> int:
+def accumulator_bytes(d: int, q: int, groups: int) -> int:
     """Memory to sum second moments: sums of 5 bytes for each entry and group, and their float64 copies at the end.
 
     Args:
         d: number of pixel values.
+        q: target columns.
         groups: of the samples.
 
     Returns:
-        About 5 g d^2 + 16 g d^2 bytes.
+        About 21 g d^2 + 21 g d q + 16 g q^2 bytes.
 
     Example:
-        >>> accumulator_bytes(1000, 1) / 1e6
+        >>> accumulator_bytes(1000, 0, 1) / 1e6
         21.0
     """
-    return 21 * groups * d**2
+    return groups * (21 * d**2 + 21 * d * q + 16 * q**2)
 
 
 def primal_bytes(d: int) -> int:

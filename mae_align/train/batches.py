@@ -13,7 +13,7 @@ import numpy as np
 from mae_align.data.patches import ImageShape
 from mae_align.data.pipeline import global_batches
 from mae_align.data.source import ImageSource
-from mae_align.runtime.checks import check_images, check_labels
+from mae_align.runtime.checks import as_targets, check_images, check_labels
 from mae_align.runtime.devices import is_cpu
 from mae_align.runtime.errors import InputError
 from mae_align.runtime.memory import available_bytes
@@ -97,9 +97,9 @@ def check_examples(
         if num_classes is not None:
             raise InputError("the model has a head for labels: give labels beside the images")
         return images, None
-    labels = np.asarray(labels)
-    if len(labels) != len(images):
-        raise InputError(f"{len(images)} images but {len(labels)} labels: give one label per image")
+    labels = as_targets(labels)
+    if not labels.ndim or len(labels) != len(images):
+        raise InputError(f"{len(images)} images but {labels.size} labels: give one label per image")
     if labels.ndim == 1 and labels.dtype.kind in "iub":
         if num_classes is not None:
             check_labels(labels, num_classes)

@@ -12,13 +12,16 @@ and from one folder that all of them see, and any number of processes and device
 
 from __future__ import annotations
 
+import atexit
 import enum
+import glob
 import itertools
 import json
 import logging
 import math
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,6 +88,17 @@ class Restored(NamedTuple):
     position: dict[str, Any]
 
 
+def _without_patterns(folder: Path) -> Path:
+    """A path to a folder that no glob takes for a pattern: Orbax would not find what it wrote to ``run[1]/``."""
+    if glob.escape(str(folder)) == str(folder):
+        return folder
+    beside = Path(tempfile.mkdtemp(prefix="mae_align-"))
+    atexit.register(shutil.rmtree, beside, ignore_errors=True)
+    link = beside / "checkpoints"
+    link.symlink_to(folder, target_is_directory=True)
+    return link
+
+
 class Checkpoints:
     """The checkpoints of one run; made by :meth:`open`, closed by leaving its context.
 
@@ -104,7 +118,7 @@ class Checkpoints:
             best_fn=None if keep_best is None else keep_best.score,
             cleanup_tmp_directories=True,
         )
-        self._manager = _Manager(folder, options=options)
+        self._manager = _Manager(_without_patterns(folder), options=options)
 
     @classmethod
     def open(

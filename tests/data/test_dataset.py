@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mae_align.data import ImageDataset
-from mae_align.data.dataset import check_labels, number_classes
+from mae_align.data.dataset import check_labels, encode_labels
 from mae_align.runtime.errors import InputError
 
 
@@ -57,7 +57,7 @@ def test_other_integers_in_range_become_uint8_and_say_so():
         ({"train_images": np.full((4, 6, 5, 3), 256)}, "int64 from 256 to 256: give uint8"),
         ({"train_images": np.full((4, 6, 5, 3), -1, np.int8)}, "int8 from -1 to -1: give uint8"),
         ({"train_images": np.zeros((4, 6, 5, 3), bool)}, "dtype bool: give uint8"),
-        ({"train_images": np.zeros((4, 6, 5, 3), complex)}, "dtype complex128: give uint8"),
+        ({"train_images": np.zeros((4, 6, 5, 3), complex)}, "dtype complex128: give plain numbers"),
         ({"train_images": np.zeros((4, 3, 8, 8), np.uint8)}, "move the channels last"),
         (
             {"test_images": np.zeros((0, 6, 5, 3), np.uint8), "test_labels": np.zeros(0, int)},
@@ -90,14 +90,20 @@ def test_not_finite_pixels_are_refused(value, split, count):
         make(**images)
 
 
-def test_number_classes_keeps_the_values_as_names():
-    train, test, names = number_classes(np.array([1, 26, 5, 1]), np.array([26, 26]))
+def test_encoded_labels_keep_the_values_as_names():
+    (train, test), names = encode_labels(np.array([1, 26, 5, 1]), np.array([26, 26]))
     assert [names[i] for i in train] == ["1", "26", "5", "1"]
     assert [names[i] for i in test] == ["26", "26"]
-    with pytest.raises(InputError, match=r"test labels hold \[4\], which no training image has"):
-        number_classes(np.array([1, 2]), np.array([4]))
+    (train, val, test), names = encode_labels(["eel", "cat", "eel"], np.array([["cat"]]), [b"eel"])
+    assert [[names[i] for i in part] for part in (train, val, test)] == [["eel", "cat", "eel"], ["cat"], ["eel"]]
+    (ids,), names = encode_labels(np.array([2_000_006, 47_219, 2_000_006]))
+    assert ids.tolist() == [1, 0, 1] and names == ("47219", "2000006")
+    with pytest.raises(InputError, match=r"labels hold \[4\], which no training image has"):
+        encode_labels(np.array([1, 2]), np.array([4]))
     with pytest.raises(InputError, match="train labels hold -1: labels must be >= 0"):
-        number_classes(np.array([0, -1]), np.array([0]))
+        encode_labels(np.array([0, -1]), np.array([0]))
+    with pytest.raises(InputError, match=r"labels 2 has dtype float64: give integer class numbers .* or names"):
+        encode_labels(np.array([0, 1]), np.array([0.5]))
 
 
 def test_check_labels_flattens_a_column():

@@ -125,5 +125,5 @@ def test_unseen_test_label_names_the_folder(tmp_path):
     write_set(tmp_path)
     path = tmp_path / "t10k-labels-idx1-ubyte.gz"
     path.write_bytes(gzip.compress(idx_bytes(np.array([9, 0, 1]))))
-    with pytest.raises(InputError, match=rf"{tmp_path.name}: test labels hold \[9\]"):
+    with pytest.raises(InputError, match=rf"{tmp_path.name}: labels hold \[9\]"):
         load_idx(tmp_path)

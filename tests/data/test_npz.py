@@ -72,7 +72,7 @@ def test_without_names_the_label_values_are_the_names(tmp_path):
         ({"x_train": np.zeros((6, 60), np.uint8)}, r"x_train of .* \[6, 60\]: give \[n, h, w\]"),
         ({"y_train": np.eye(6)}, r"y_train of .* shape \[6, 6\]: give one class number"),
         ({"y_test": np.array([0.5, 1, 2])}, "y_test of .* dtype float64: give integer"),
-        ({"y_test": np.array([0, 1, 7])}, r"bad\.npz: test labels hold \[7\]"),
+        ({"y_test": np.array([0, 1, 7])}, r"bad\.npz: labels hold \[7\]"),
         ({"y_train": np.array([0, 1])}, r"x_train of .* 6 images but y_train 2 labels"),
     ],
 )

@@ -54,7 +54,8 @@ def test_pixels_and_labels_are_kept_bit_for_bit(tmp_path, shape, dtype):
     splits = random_splits(shape, dtype)
     done = write_prepared(splits, tmp_path / "out", shards=3)
     assert done.shards == {"train": 3, "test": 3} and done.images == {"train": 23, "test": 7} and done.written == 6
-    for split, source in splits.parts.items():
+    for split, source in (("train", splits.train), ("test", splits.test)):
+        assert isinstance(source, ArraySource)
         images, labels = read_plainly(tmp_path / "out", split)
         assert images.dtype == dtype
         np.testing.assert_array_equal(images, source.images)
@@ -204,6 +205,7 @@ def test_killed_and_started_again(tmp_path):
     assert done.written == 8 and not work.exists()
     assert not list(path.glob("*.tmp"))
     for split, source in random_splits().parts.items():
+        assert isinstance(source, ArraySource)
         np.testing.assert_array_equal(read_plainly(path, split)[0], source.images)
 
 

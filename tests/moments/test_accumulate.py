@@ -48,7 +48,7 @@ def test_arrays_and_streams_of_float64_images_have_the_same_moments(kind):
 
 def test_sums_that_do_not_fit_are_refused(monkeypatch):
     monkeypatch.setattr("mae_align.runtime.memory.available_bytes", lambda: 100)
-    with pytest.raises(InputError, match=r"second moments of 6 pixel values in 1 group\(s\) takes about"):
+    with pytest.raises(InputError, match=r"second moments of 6 pixel values and 0 targets in 1 group\(s\) takes about"):
         ma.Moments.from_arrays(np.ones((4, 2, 3, 1)))
 
 

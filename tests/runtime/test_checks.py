@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_align.runtime.checks import are_class_labels, check_images, check_targets
+from mae_align.runtime.checks import are_class_labels, as_array, as_targets, check_images, check_labels, check_targets
 from mae_align.runtime.errors import InputError
 
 
@@ -52,7 +53,70 @@ BAD_IMAGES = {
     "complex": (np.zeros((5, 4, 4, 1), np.complex64), "dtype complex64"),
     "objects": (np.zeros((5, 4, 4, 1), object), "dtype object"),
     "text": (np.full((5, 4, 4, 1), "a"), "dtype <U1"),
+    "channels first": (np.zeros((5, 3, 8, 8), np.uint8), r"looks like \[n, c, h, w\].*np.moveaxis\(images, 1, -1\)"),
+    "channels first, not square": (np.zeros((5, 3, 8, 6), np.uint8), r"looks like \[n, c, h, w\]"),
+    "grey, channels first": (np.zeros((5, 1, 28, 28)), r"looks like \[n, c, h, w\].*np.swapaxes\(images, 1, 2\)"),
+    "masked": (np.ma.masked_less(np.arange(16.0).reshape(1, 4, 4, 1), 3), "masked entries"),
 }
+
+
+@pytest.mark.parametrize(
+    "shape", [(5, 3, 3, 3), (5, 1, 1, 64), (5, 1, 9, 3), (5, 8, 8, 12), (5, 3, 4, 9), (5, 28, 1, 5)]
+)
+def test_low_pictures_and_features_are_no_channels_first(shape):
+    assert check_images(np.zeros(shape)).shape == shape
+
+
+def test_bfloat16_becomes_float32_exactly():
+    values = jnp.asarray([0.1, 3e38, -1e-38, 257.0], jnp.bfloat16)
+    found = as_array(values, "features")
+    assert found.dtype == np.float32 and (found == np.asarray(values.astype(jnp.float32))).all()
+    assert check_images(values.reshape(1, 2, 2, 1)).dtype == np.float32
+
+
+class NotAnArray:
+    """Like a tensor with gradients."""
+
+    def __array__(self, *arguments, **options):
+        raise RuntimeError("cannot be converted: detach it first\nand so on")
+
+
+def test_what_cannot_be_read_says_why_in_one_line():
+    with pytest.raises(
+        InputError, match=r"^images cannot be read as an array \(cannot .*: detach it first\): give"
+    ) as refused:
+        check_images(NotAnArray())  # pyright: ignore[reportArgumentType]
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (np.array([[2], [0]], np.uint8), [2, 0]),
+        ([[2], [0]], [2, 0]),
+        (np.array([[0.5], [1.0]]), [[0.5], [1.0]]),
+        (np.array([[0, 1], [1, 1]]), [[0, 1], [1, 1]]),
+        (np.array([[-1, 1], [1, 1]]), [[-1, 1], [1, 1]]),
+        (np.array([[True, False]]), [[True, False]]),
+    ],
+)
+def test_a_column_of_whole_numbers_is_class_labels_and_attributes_are_numbers(given, expected):
+    assert as_targets(given).tolist() == expected
+
+
+def test_columns_of_whole_numbers_that_may_be_classes_or_numbers_are_refused():
+    with pytest.raises(
+        InputError, match=r"whole numbers \[2, 2\]: if they are class labels, .*if they are numbers, give f"
+    ):
+        as_targets(np.array([[0, 3], [1, 2]]))
+
+
+def test_labels_with_large_gaps_are_refused_before_memory_follows_them():
+    with pytest.raises(InputError, match=r"labels run up to 2000006, but only 2 are different: .*ma.encode_labels"):
+        check_labels(np.array([47_219, 2_000_006]), None)
+    assert check_labels(np.arange(12_000), None)[1] == 12_000  # so many people
+    assert check_labels(np.array([3, 999]), None)[1] == 1000  # a few of the classes of ImageNet
+    assert check_labels(np.array([3, 2_000_006]), 2_000_007)[1] == 2_000_007  # said
 
 
 @pytest.mark.parametrize("case", BAD_IMAGES)
@@ -104,7 +168,7 @@ BAD_TARGETS = {
     "num_classes for floats": (np.array([0.0, 1.0, 2.0]), 3, "num_classes goes with a 1-d integer label array"),
     "num_classes for a matrix": (np.zeros((3, 2)), 2, "num_classes goes with"),
     "three axes": (np.zeros((3, 2, 2)), None, r"shape \[3, 2, 2\] and dtype float64: give integer labels"),
-    "text": (np.array(["a", "b", "c"]), None, r"dtype <U1: give integer labels \[n\] or numbers"),
+    "text": (np.array(["a", "b", "c"]), None, r"targets are text: .*ma.encode_labels"),
     "complex": (np.zeros((3, 1), complex), None, "dtype complex128"),
     "NaN": (np.array([0.0, np.nan, 1.0]), None, "targets hold NaN or infinite values"),
     "infinite": (np.array([[0.0], [np.inf], [1.0]]), None, "targets hold NaN or infinite values"),

@@ -102,7 +102,7 @@ def test_a_run_of_other_code_is_refused_and_goes_on_where_that_is_asked_for(tmp_
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(record | {"version": "0.0.0", "code": "another"}))
     before = sorted((path.name, path.stat().st_mtime_ns) for path in folder.rglob("*"))
-    with pytest.raises(InputError, match=r"computed by other code \(0.0.0, .*--out .*--reuse"):
+    with pytest.raises(InputError, match=r"computed by other code \(mae_align 0.0.0, .*--out .*--reuse"):
         go(Main(), tmp_path)
     assert before == sorted((path.name, path.stat().st_mtime_ns) for path in folder.rglob("*"))
     main = Main()
@@ -267,3 +267,14 @@ def test_runs_are_listed_and_compared(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         runs.main(["compare", str(tmp_path), str(tmp_path)])
     assert end.value.code == 2 and "is not a run folder" in capsys.readouterr().err
+
+
+def test_a_folder_in_which_nothing_is_finished_is_taken_over_by_other_code(tmp_path):
+    """As while an experiment is written: the first cell fails, the source is changed, the same command is given."""
+    with pytest.raises(ZeroDivisionError):
+        go(Main({1: ZeroDivisionError()}), tmp_path)
+    record = tmp_path / "run" / "run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"code": "another"}))
+    main = Main()
+    go(main, tmp_path)
+    assert main.computed == [1, 2]
