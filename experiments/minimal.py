@@ -41,6 +41,7 @@ COLUMNS = {
 def main(config: Config, run: Run[Split]) -> None:
     """Measure every cell of the grid, and say what came out."""
     train, test = run.data.moments(groups=10)
+    # One call gives every k. What is expensive in each cell belongs into measure: it is computed once and kept.
     curves = ma.masking_sweep(train, [1], [0.0], eval_moments=test).isel(patch_size=0, mask_ratio=0)
     if max(config.ks) > curves.sizes["k"]:
         raise ma.InputError(f"--ks {max(config.ks)}: these images have rank {curves.sizes['k']}, give a smaller k")

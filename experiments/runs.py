@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ import tyro
 
 from experiments.harness.cli import described, one_line_errors
 from experiments.harness.config import written_options
+from experiments.harness.run import code_of
 from mae_align.runtime.errors import InputError
 
 # Not what a run is about.
@@ -49,7 +51,7 @@ def list_runs(folder: Annotated[Path, tyro.conf.Positional] = Path("runs")) -> N
                 "data": record.get("data", "?"),
                 "options": _options(record.get("command", "")) or "the defaults",
                 "started": str(record.get("started", "?"))[:16].replace("T", " "),
-                "state": "finished" if record.get("finished") else "not finished: the same command goes on",
+                "state": _state(record),
             }
         )
     print(_left_aligned(pd.DataFrame(rows)))
@@ -63,6 +65,10 @@ def compare(a: tyro.conf.Positional[Path], b: tyro.conf.Positional[Path]) -> Non
         b: another of the same experiment.
     """
     first, second = _settings(a), _settings(b)
+    if first["--experiment"] != second["--experiment"]:
+        raise InputError(
+            f"{a} is a run of {first['--experiment']} and {b} of {second['--experiment']}: give two of one"
+        )
     rows = [
         {"setting": name, "A": first.get(name, "-"), "B": second.get(name, "-")}
         for name in dict.fromkeys([*first, *second])
@@ -76,24 +82,36 @@ def compare(a: tyro.conf.Positional[Path], b: tyro.conf.Positional[Path]) -> Non
     if names[0] is None or names[0] != names[1]:
         print("They have no main table in common.")
         return
-    print(f"\n{names[0]}.csv\n{side_by_side(*(pd.read_csv(folder / f'{names[0]}.csv') for folder in (a, b)))}")
+    frames = [pd.read_csv(folder / f"{names[0]}.csv") for folder in (a, b)]
+    # A column that is called like a setting, in the singular, says which cell a row is of.
+    cells = [name for name in frames[0] if {f"--{name}s".replace("_", "-"), f"--{name}".replace("_", "-")} & set(first)]
+    print(f"\n{names[0]}.csv\n{side_by_side(frames[0], frames[1], cells)}")
 
 
-def side_by_side(a: pd.DataFrame, b: pd.DataFrame) -> str:
-    """Two tables by their common columns of whole numbers and text; of every other the values of both.
+def side_by_side(a: pd.DataFrame, b: pd.DataFrame, cells: Sequence[str] = ()) -> str:
+    """Two tables by their common columns of whole numbers and text, and those named; of every other the values of both.
 
     Example:
         >>> print(side_by_side(pd.DataFrame({"k": [1], "r2": [0.5]}), pd.DataFrame({"k": [1], "r2": [0.25]})))
          k  r2 (A)  r2 (B)
          1     0.5    0.25
     """
-    keys = [name for name in a if name in b and a[name].dtype.kind != "f" and b[name].dtype.kind != "f"]
+    common = [name for name in a if name in b]
+    keys = [name for name in common if name in cells or "f" not in (a[name].dtype.kind, b[name].dtype.kind)]
     if not keys or a.duplicated(keys).any() or b.duplicated(keys).any():
         a, b = (frame.reset_index(names="row") for frame in (a, b))
         keys = ["row"]
     both = a.merge(b, on=keys, how="outer", suffixes=(" (A)", " (B)"), sort=False)
     values = [name for name in a if name not in keys and name in b]
     return both[keys + [f"{name} ({side})" for name in values for side in "AB"]].to_string(index=False, na_rep="-")
+
+
+def _state(record: dict[str, Any]) -> str:
+    """Whether a run has ended, and what the same command does."""
+    same = record.get("code") == code_of(str(record.get("experiment")))
+    if record.get("finished"):
+        return "finished" if same else "finished, by other code"
+    return "not finished: the same command goes on" if same else "not finished, by other code"
 
 
 def _left_aligned(frame: pd.DataFrame) -> str:

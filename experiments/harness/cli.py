@@ -143,7 +143,7 @@ def with_written(argv: Sequence[str], experiment: str) -> list[str]:
     waiting = iter(argv)
     for argument in waiting:
         if argument == "--config":
-            files.append(next(waiting, ""))
+            files.append(next(waiting, "--"))
         elif argument.startswith("--config="):
             files.append(argument.removeprefix("--config="))
         else:
@@ -152,6 +152,10 @@ def with_written(argv: Sequence[str], experiment: str) -> list[str]:
         return rest
     if len(files) > 1:
         raise InputError("--config is given twice: give one file")
+    if files[0].startswith("--"):
+        raise InputError("--config needs a file: give RUN_FOLDER/config.json")
+    if Path(files[0]).is_dir():
+        raise InputError(f"--config {files[0]!r} is a folder: give {Path(files[0], 'config.json')}")
     try:
         written = json.loads(Path(files[0]).read_text(encoding="utf-8"))
         settings, of = written["config"], written["experiment"]

@@ -173,17 +173,20 @@ def _check_same_run(config_path: Path, wanted: Mapping[str, Any]) -> None:
     """Refuses a folder whose config.json is damaged or belongs to another configuration."""
 
     def flat(identity: Mapping[str, Any]) -> dict[str, str]:
+        options = {f"--{key.replace('_', '-')}": value for key, value in identity["config"].items()}
         names = {"experiment": identity["experiment"], "data set": identity["dataset"]}
-        return {key: json.dumps(value) for key, value in {**identity["config"], **names}.items()}
+        return {key: json.dumps(value) for key, value in {**options, **names}.items()}
 
     try:
         stored = flat(json.loads(config_path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{config_path} is damaged, so what the folder holds cannot be trusted: "
             "choose another --out or delete the folder"
         ) from error
     now = flat(wanted)
+    if stored["experiment"] != now["experiment"]:
+        raise InputError(f"{config_path.parent} is a run of {json.loads(stored['experiment'])}: choose another --out")
     if stored != now:
         differences = [
             f"{key}: {stored.get(key, 'nothing')} there, {now.get(key, 'nothing')} now"

@@ -79,6 +79,7 @@ class Run(Generic[DataT]):
     def __init__(self, experiment: str, config: RunConfig, data: DataT, columns: Mapping[str, str]) -> None:
         self.experiment, self.config, self.data, self._columns = experiment, config, data, columns
         self.notes: list[str] = []
+        self.ended = "before"
         self._fingerprint = dict(data.fingerprint)
         self._shown: list[str] = []
         self._figures: list[Path] = []
@@ -361,6 +362,7 @@ class Run(Generic[DataT]):
                 "changed since): give another --out to compute it anew, or --reuse to keep the numbers that are there"
             )
         summary = path / "summary.txt"
+        self.ended = str(record.get("finished"))[:16].replace("T", " ")
         ended = record.get("finished") is not None and record.get("added") == self._record["added"]
         return summary.read_text(encoding="utf-8") if ended and same_code and summary.exists() else ""
 
@@ -406,6 +408,7 @@ def execute(
     run = Run(experiment, config, load(config), columns)
     if (summary := run.finished_before()) is not None:
         if not silent():
+            print(f"finished {run.ended}: shown, not computed again", file=sys.stderr)
             print(summary.rstrip("\n"), flush=True)
         return
     try:

@@ -152,7 +152,7 @@ def check_projection(eval_moments: Moments | Samples, image_shape: ImageShape, n
     if (eval_moments.counts == 0).any():
         raise InputError(
             f"{eval_moments.count} held-out samples leave one of {len(eval_moments.counts)} groups empty: "
-            "use fewer groups"
+            "give more of them, or fewer groups"
         )
 
 

@@ -159,7 +159,8 @@ def test_the_list_names_every_experiment(capsys):
 def test_readme_of_the_experiments_has_the_same_line(name):
     one = LISTED[NAMES.index(name)]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"| `{one.name}` | {one.paper} | {one.time} | {one.question} |" in text
+    line = f"| `{one.name}` | {one.paper} | {one.time} | {one.question} |"
+    assert line in text, f"add this line to experiments/README.md: {line}"
 
 
 def has_tests(name: str) -> bool:

@@ -71,7 +71,7 @@ def test_bfloat16_becomes_float32_exactly():
     values = jnp.asarray([0.1, 3e38, -1e-38, 257.0], jnp.bfloat16)
     found = as_array(values, "features")
     assert found.dtype == np.float32 and (found == np.asarray(values.astype(jnp.float32))).all()
-    assert check_images(values.reshape(1, 2, 2, 1)).dtype == np.float32
+    assert check_images(np.asarray(values.reshape(1, 2, 2, 1))).dtype == np.float32
 
 
 class NotAnArray:

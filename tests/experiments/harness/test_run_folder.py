@@ -100,9 +100,8 @@ def test_same_configuration_goes_on_and_keeps_results(folder):
 @pytest.mark.parametrize(
     ("experiment", "label", "config", "difference"),
     [
-        ("masking", "digits", Config(seed=3), r"seed: 0 there, 3 now"),
+        ("masking", "digits", Config(seed=3), r"--seed: 0 there, 3 now"),
         ("masking", "idx:a", Config(), r'data set: "digits" there, "idx:a" now'),
-        ("lambda", "digits", Config(), r'experiment: "masking" there, "lambda" now'),
         ("masking", "digits", Config(ratios=(0.1,)), r"ratios: \[0.0, 0.5\] there, \[0.1\] now"),
     ],
 )
@@ -111,6 +110,11 @@ def test_another_configuration_is_refused(folder, experiment, label, config, dif
     with pytest.raises(InputError, match=rf"({difference}).*choose another --out or delete"):
         RunFolder.open(experiment, label, config, str(folder.path))
     assert (folder.path / "config.json").read_bytes() == before
+
+
+def test_a_run_of_another_experiment_is_named(folder):
+    with pytest.raises(InputError, match=r"run is a run of masking: choose another --out$"):
+        RunFolder.open("lambda", "digits", Config(), str(folder.path))
 
 
 @pytest.mark.parametrize(
