@@ -18,7 +18,8 @@ the others itself (TPU pods, Slurm), MAE_ALIGN_DISTRIBUTED=auto. Each reads a pa
 storage that process 0 can write, and OUT.unfinished on storage that each can.
 
 `python -m experiments.masking_sweep --train-moments fit.npz --validation-moments ... --test-moments ...` goes on from
-the files. With the same --seed and --validation-fraction, fit and validation are the split that it would make itself.
+the files. With the same --seed and --validation-fraction, fit and validation are the split that it would make itself; a
+data set with validation images of its own keeps to these.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import numpy as np
 
 import mae_align as ma
 from experiments.harness.cli import launch
-from mae_align.data import open_source
+from mae_align.data import open_splits
 from mae_align.data.pipeline import ImageBatch, batches, process_range
 from mae_align.data.source import SubsetSource
 from mae_align.data.split import validation_rows
@@ -111,9 +112,11 @@ def make_share(config: Config, process: int, processes: int) -> Share:
     Raises:
         InputError: data that cannot be read, fewer images than processes.
     """
-    training = config.split is not Split.test
-    source = open_source(config.data, "train" if training else "test", image_size=config.image_size, seed=config.seed)
-    if config.split in (Split.fit, Split.validation):
+    splits = open_splits(config.data, image_size=config.image_size, seed=config.seed)
+    source = splits.test if config.split is Split.test else splits.train
+    if config.split is Split.validation and splits.validation is not None:
+        source = splits.validation
+    elif config.split in (Split.fit, Split.validation) and splits.validation is None:
         # By the numbers of the classes, as the masking sweep splits images in memory.
         parts = validation_rows(source.labels(), config.validation_fraction, config.seed)
         source = SubsetSource(source, parts[0 if config.split is Split.fit else 1], source.name)

@@ -106,3 +106,14 @@ def test_documents_name_files_that_exist_and_functions_that_stand_in_them():
     for path, names in rows:
         for name in re.findall(r"`(?:\w+\.)?(\w+)`", names):
             assert re.search(rf"(def|class) {name}\b", (root / path).read_text(encoding="utf-8")), f"{path}: {name}"
+
+
+def test_no_experiment_imports_another():
+    """What two need lies in the harness: the code of a run is that of its experiment, the harness and the package."""
+    root = PACKAGE.parent / "experiments"
+    for file in root.rglob("*.py"):
+        own = file.relative_to(root).parts[0].removesuffix(".py")
+        if own in ("harness", "runs", "__init__", "__main__"):
+            continue
+        named = set(re.findall(r"(?:from|import) experiments\.(\w+)", file.read_text(encoding="utf-8")))
+        assert named <= {own, "harness"}, file

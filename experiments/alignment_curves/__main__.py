@@ -223,7 +223,7 @@ class Sets:
         return {part: fingerprint([], {label: one[part] for label, one in prints.items()}) for part in parts}
 
     def datasets(self) -> dict[str, ma.ImageDataset]:
-        """By label, the training and validation images together and the test images."""
+        """By label, what is fitted (`Split.refit`) and the test images."""
         return {
             label: ma.ImageDataset(*s.refit(), s.test_images, s.test_labels, s.class_names, s.name)
             for label, s in self.splits.items()

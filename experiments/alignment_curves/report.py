@@ -292,7 +292,7 @@ def _save(run: Run[Any], name: str, result: xr.Dataset, rows: list[Row], columns
     if not rows:
         raise ma.InputError(
             f"--ks: every k is over the rank of some images ({name}), the largest of which is "
-            f"{result.sizes['k']}: give a smaller one; what is computed is kept"
+            f"{result.sizes['k']}: give a smaller one"
         )
     result.attrs.update(mae_align_version=ma.__version__)
     run.dataset(name, result)

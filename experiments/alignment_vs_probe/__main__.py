@@ -43,8 +43,8 @@ from experiments.harness.cli import launch_experiment
 from experiments.harness.config import Bounds, Counts, Ratios, RunConfig, Seeds, Training, Vit
 from experiments.harness.data import Split
 from experiments.harness.folder import silent
+from experiments.harness.masked import pictures
 from experiments.harness.run import Rows, Run
-from experiments.train_mae import pictures
 from mae_align.metrics import rankme
 from mae_align.models import Loss
 from mae_align.probes import principal_components, raw_pixels

@@ -32,7 +32,7 @@ class Split:
         test_images: [t, h, w, c], to report on.
         test_labels: [t].
         is_validation: [n + v] which of the training and validation images are for validation, in the data set's order.
-        limited: whether training images were left out, as --max-train asks.
+        limited: whether --max-train was given.
         notes: what the data set was read as, where that is not as plain as it could be.
     """
 
@@ -73,7 +73,6 @@ class Split:
         else:
             fitted, chosen = np.arange(len(data.train_labels)), np.arange(0)
             choice = data.validation_images, data.validation_labels
-        every = len(fitted)
         fitted = drawn(fitted, config.max_train, np.random.default_rng(config.seed))
         # A generator of its own: networks of different --max-train are tested on the same images.
         tested = drawn(np.arange(len(data.test_labels)), config.max_test, np.random.default_rng([config.seed, 1]))
@@ -98,7 +97,7 @@ class Split:
             data.test_images[tested],
             data.test_labels[tested],
             np.concatenate([np.isin(np.sort(np.concatenate([fitted, chosen])), chosen), np.ones(own, bool)]),
-            len(fitted) < every,
+            config.max_train is not None,
             notes,
         )
 

@@ -109,7 +109,7 @@ class Run(Generic[DataT]):
         folder.save_json("data", self._fingerprint)
         before = _read_json(folder.path / _RECORD) or {}
         self._record["started"] = before.get("started", self._record["started"])
-        if before.get("reused") or before.get("code", self._record["code"]) != self._record["code"]:
+        if before.get("reused") or (before and before.get("code") != self._record["code"]):
             self._record["reused"] = True
             self.notes.append("Some of this was computed by other code, as --reuse allows.")
         folder.save_json("run", self._record)
@@ -354,7 +354,7 @@ class Run(Generic[DataT]):
                 f"{path} holds results of other images under the same name: choose another --out or delete it"
             )
         record = _read_json(path / _RECORD) or {}
-        same_code = record.get("code", self._record["code"]) == self._record["code"]
+        same_code = record.get("code") == self._record["code"]
         kept = any(path.glob("points/**/*.npz")) or (path / "networks").exists()
         if not same_code and kept and not self.config.reuse:
             raise InputError(

@@ -64,7 +64,7 @@ class Images:
         if self.held_out:
             return self.split.description
         fitted = "training images alone" if self.split.limited else "training and validation images together"
-        return f"{self.split.description}; in-sample on {fitted}"
+        return f"{self.split.description}\nIn-sample, on {fitted}."
 
     @property
     def fingerprint(self) -> Mapping[str, str]:

@@ -17,7 +17,7 @@ import xarray as xr
 
 from mae_align.closed_form.basis import PatchBasis
 from mae_align.closed_form.corruption_sweep import by_patch, corruption_key, is_exact, refuse_mesh
-from mae_align.closed_form.dataset import provenance
+from mae_align.closed_form.dataset import identifying, provenance
 from mae_align.closed_form.factorize import PrimalProblem, factorize
 from mae_align.closed_form.features import corruption_features, feature_basis
 from mae_align.corruption import Corruption
@@ -260,7 +260,7 @@ def compare_many(
 
     def about() -> str:
         settled = {"ks": list(map(int, ks)), "q": q, "program": "losses", "reference": identity(reference)}
-        return fingerprint(moments.state, settings | settled)
+        return fingerprint(moments.state, identifying(settings) | settled)
 
     def span(corruption: Corruption | None, basis: PatchBasis | None = None) -> Span:
         found = corruption_features(

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from mae_align.closed_form.basis import PatchBasis, patch_basis
-from mae_align.closed_form.dataset import held_out, in_sample, labelled, provenance
+from mae_align.closed_form.dataset import held_out, identifying, in_sample, labelled, provenance
 from mae_align.closed_form.factorize import PrimalProblem, factorize
 from mae_align.closed_form.features import corruption_features, shared_patch
 from mae_align.closed_form.held_out import HeldOut, check_held_out, solved_errors
@@ -89,7 +89,7 @@ def corruption_sweep(
     max_k = problem.rank if max_k is None else problem.check_k(max_k)
     settings = provenance(problem, moments, eval_moments)
     states = [a for m in (moments, eval_moments) if m is not None for a in m.state]
-    about = settings | {"k": max_k, "program": "corruptions"}
+    about = identifying(settings) | {"k": max_k, "program": "corruptions"}
     held = None if eval_moments is None else problem.hold_out(eval_moments)
     keys = {name: f"corruption-{corruption_key(corruption, images)}" for name, corruption in named.items()}
     once = {key: named[name] for name, key in keys.items()}

@@ -163,6 +163,20 @@ def _coordinates(problem: Factorized, spec: GridSpec, max_k: int) -> dict[str, A
     }
 
 
+def _versions() -> dict[str, str]:
+    return {"mae_align_version": mae_align.__version__, "jax_version": jax.__version__}
+
+
+def identifying(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What finished points depend on, of what a result records: all but the versions, so that they outlive an update.
+
+    Example:
+        >>> identifying({"jax_version": "0.10.2", "rank": 3})
+        {'rank': 3}
+    """
+    return {name: value for name, value in settings.items() if name not in _versions()}
+
+
 def provenance(
     problem: Factorized, moments: Moments | Samples, eval_moments: Moments | Samples | None
 ) -> dict[str, Any]:
@@ -175,8 +189,7 @@ def provenance(
         '[2, 2, 1]'
     """
     return {
-        "mae_align_version": mae_align.__version__,
-        "jax_version": jax.__version__,
+        **_versions(),
         "dtype": problem.dtype,
         "rank": problem.rank,
         "pixel_noise": problem.pixel_noise,

@@ -17,7 +17,7 @@ import xarray as xr
 from jax.sharding import Mesh
 
 from mae_align.closed_form.basis import mask_weights
-from mae_align.closed_form.dataset import assemble, provenance
+from mae_align.closed_form.dataset import assemble, identifying, provenance
 from mae_align.closed_form.dual import check_patches, factorize_samples
 from mae_align.closed_form.factorize import DType, Factorized, factorize
 from mae_align.closed_form.grid import BasisKey, GridPoint, GridSpec
@@ -291,7 +291,7 @@ def solve_grid(
 
     def identity() -> str:
         states = [a for m in (moments, eval_moments) if m is not None for a in m.state]
-        return fingerprint(states, settings | {"k": max_k, "function": how.function.__name__})
+        return fingerprint(states, identifying(settings) | {"k": max_k, "function": how.function.__name__})
 
     groups = [grid.tasks(basis, list(members.values())) for basis, members in by_basis.items()]
     found = execute(groups, how.run, dtype=how.dtype, identity=identity, mesh=mesh)

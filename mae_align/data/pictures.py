@@ -131,6 +131,8 @@ def read_header(path: Path) -> Header:
         # Of a PNG whose EXIF data come after the pixels, Pillow would decode all of it.
         known = picture.format != "PNG" or "exif" in picture.info
         turned = known and picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        if turned and picture.format == "TIFF":  # Pillow 11 to 13 mixes up their rows
+            raise InputError(f"{path} is a TIFF on its side (orientation tag 5 to 8): save it upright")
         return Header((height, width) if turned else (width, height), grey, deep)
 
 

@@ -164,9 +164,9 @@ def pivots(batch: Batch) -> tuple[np.ndarray, np.ndarray, float]:
         >>> x, y, unit = pivots(check_batch(np.ones((2, 1, 1, 1)), np.array([1.0, 2.0]), None))
         >>> x.tolist(), y.tolist(), unit
         ([1.0], [1.5], 1.0)
-        >>> pivots(check_batch(np.array([3e-22, 0.0]).reshape(2, 1, 1, 1).astype(np.float32), None, None))[
+        >>> pivots(check_batch(np.array([4e-22, 0.0]).reshape(2, 1, 1, 1).astype(np.float32), None, None))[
         ...     2
-        ... ] == 2.0**-73
+        ... ] == 2.0**-72
         True
     """
     rows, numbers = batch.rows[: sums.MAX_ROWS], batch.numbers[: sums.MAX_ROWS]

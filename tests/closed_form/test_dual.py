@@ -287,7 +287,9 @@ def test_what_cannot_fit_is_refused_with_the_numbers(few, monkeypatch):
     monkeypatch.setattr("mae_align.runtime.memory.available_bytes", lambda: 40_000)
     with pytest.raises(InputError, match=r"the dual of 40 samples \(40 x 40\) takes about 0.000147 GB .* 4e-05 GB are"):
         factorize_samples(few)
-    with pytest.raises(InputError, match=r"second moments of 60 pixel values in 1 group\(s\) takes about 7.56e-05 GB"):
+    with pytest.raises(
+        InputError, match=r"second moments of 60 pixel values and 4 targets in 1 group\(s\) takes about 8.09e-05 GB"
+    ):
         Moments.from_arrays(FEW.images, FEW.labels)
     monkeypatch.setattr("mae_align.runtime.memory.available_bytes", lambda: 100_000)
     moments = Moments.from_arrays(FEW.images, FEW.labels)

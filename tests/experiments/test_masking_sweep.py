@@ -205,3 +205,21 @@ def test_every_k_over_the_rank_gives_one_line(tmp_path, capsys):
 def test_damaged_file_gives_one_line(tmp_path, capsys):
     damaged(tmp_path / "bad.npz")
     assert "bad.npz" in refusal(capsys, masking_sweep, "--data", f"npz:{tmp_path}/bad.npz", "--out", tmp_path / "run")
+
+
+def test_a_finished_sweep_outlives_an_update_where_that_is_asked_for(tmp_path, capsys, monkeypatch):
+    """Its points are those of the library's own store, under an identity of their own."""
+    arguments = [*SMALL, "--out", tmp_path / "run"]
+    run(*arguments)
+    first = capsys.readouterr().out
+    monkeypatch.setattr("mae_align.__version__", "9.9.9")
+    monkeypatch.setattr("experiments.harness.run.code_of", lambda experiment: "another")
+    solved = []
+    monkeypatch.setattr("mae_align.runtime.files.PointStore.save", lambda self, key, arrays: solved.append(key))
+    with pytest.raises(SystemExit):
+        run(*arguments)
+    assert "was computed by other code" in capsys.readouterr().err
+    run(*arguments, "--reuse")
+    again = capsys.readouterr().out
+    assert "Some of this was computed by other code" in again and solved == []
+    assert [line for line in again.splitlines() if "other code" not in line] == first.splitlines()

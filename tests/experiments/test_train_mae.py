@@ -21,6 +21,7 @@ from flax import nnx
 
 import mae_align as ma
 from experiments import train_mae
+from experiments.harness import masked
 from experiments.harness import probes as harness_probes
 from experiments.harness.config import Training, Vit, settings
 from experiments.harness.data import Split
@@ -233,7 +234,7 @@ def test_pictures_show_what_the_network_predicts(objective, monkeypatch):
     images = ma.load_dataset("digits").train_images[:5]
     model, drawn = network(objective, images), []
     monkeypatch.setattr(train_mae, "picture_figure", lambda columns, caption: drawn.append((columns, caption)))
-    train_mae.pictures(model, images, images, seed=3)
+    masked.pictures(model, images, images, seed=3)
     (columns, caption), found = drawn[0], model.predict(jnp.asarray(images), jax.random.key(3))
     shown = {column.title.split("\n")[0]: column.images for column in columns}
     hidden = np.asarray(columns[1].hidden)

@@ -9,6 +9,7 @@ import mae_align as ma
 from experiments.harness.config import RunConfig
 from experiments.harness.data import Split, check_groups, drawn
 from experiments.masking_sweep.__main__ import Config, load
+from mae_align.data import select_classes
 from mae_align.runtime.errors import InputError
 
 
@@ -36,7 +37,7 @@ def test_test_images_do_not_depend_on_how_many_train():
     assert Split.load(RunConfig(max_test=50, seed=1)).fingerprint["test"] != splits[0].fingerprint["test"]
 
 
-@pytest.mark.parametrize(("most", "fitted"), [(None, 1438), (5000, 1438), (1151, 1438), (1150, 1150), (100, 100)])
+@pytest.mark.parametrize(("most", "fitted"), [(None, 1438), (5000, 1151), (1151, 1151), (1150, 1150), (100, 100)])
 def test_no_more_images_are_fitted_than_asked_for(most, fitted):
     """1,151 training images are left beside 287 for validation."""
     images, labels = Split.load(RunConfig(max_train=most)).refit()
@@ -76,3 +77,47 @@ def test_constant_images_are_refused(tmp_path):
     )
     with pytest.raises(InputError, match="constant"):
         Split.load(RunConfig(data=f"npz:{tmp_path / 'flat.npz'}"))
+
+
+@pytest.fixture
+def with_validation(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, n in (("train", 60), ("val", 25), ("test", 30)):
+        arrays |= {f"{part}_images": rng.integers(0, 256, (n, 4, 4), dtype=np.uint8)}
+        arrays |= {f"{part}_labels": (np.arange(n) % 3)[:, None].astype(np.uint8)}  # as MedMNIST writes them
+    np.savez(tmp_path / "med.npz", **arrays)
+    return f"npz:{tmp_path / 'med.npz'}", arrays
+
+
+def test_validation_images_of_its_own_are_kept_to(with_validation):
+    label, arrays = with_validation
+    split = Split.load(RunConfig(data=label))
+    for part, name in (("train", "train"), ("val", "validation"), ("test", "test")):
+        np.testing.assert_array_equal(getattr(split, f"{name}_images")[..., 0], arrays[f"{part}_images"])
+        np.testing.assert_array_equal(getattr(split, f"{name}_labels"), arrays[f"{part}_labels"][:, 0])
+    images, labels = split.refit()
+    np.testing.assert_array_equal(images[..., 0], np.concatenate([arrays["train_images"], arrays["val_images"]]))
+    np.testing.assert_array_equal(labels, np.concatenate([arrays["train_labels"], arrays["val_labels"]])[:, 0])
+    assert split.is_validation.tolist() == [False] * 60 + [True] * 25
+    few = Split.load(RunConfig(data=label, max_train=20, image_size=2))
+    assert len(few.train_labels) == 20 and few.validation_images.shape == (25, 2, 2, 1)
+    parts = load(Config(data=label, groups=2)).parts()
+    assert (parts.train.count, [part.count for part in parts.choice or ()]) == (85, [60, 25])
+
+
+def test_every_part_is_resized_and_selected(with_validation):
+    data = ma.load_dataset(with_validation[0], image_size=3)
+    assert repr(data).startswith("ImageDataset('med', train 60, test 30, validation 25, image 3x3x1 uint8, 3 classes")
+    chosen = select_classes(data, [2, 0])
+    assert chosen.validation_labels is not None and np.bincount(chosen.validation_labels).tolist() == [8, 9]
+
+
+def test_a_class_with_one_training_image_is_trained_on_and_said(tmp_path):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (61, 4, 4), dtype=np.uint8), np.append(np.arange(60) % 2, 2)
+    np.savez(tmp_path / "rare.npz", x_train=x, y_train=y, x_test=x[:40], y_test=y[:40])
+    split = Split.load(RunConfig(data=f"npz:{tmp_path / 'rare.npz'}"))
+    assert 2 in split.train_labels and 2 not in split.validation_labels
+    assert split.notes == ("there is no validation image of 2", "there is no test image of 2")
+    assert "Read so: there is no validation image of 2; there is no test image of 2." in split.description
