@@ -88,7 +88,7 @@ PRESETS = {
         training=Training(
             epochs=1000, learning_rate=2e-4, warmup_epochs=5.0, weight_decay=0.0, beta2=0.999, bfloat16=True
         ),
-        network=Autoencoder(Kind.resnet, widths=(3, 4, 6, 3), stem_stride=4),
+        network=Autoencoder(Kind.resnet, resnet_blocks=(3, 4, 6, 3), stem_stride=4),
         latent=512,
         corruption=Noise.none,
         guidance=(0.0, 0.01),
@@ -128,9 +128,9 @@ def main(config: Config, run: Run[Split]) -> None:
         what = "the input itself" if corruption is None else "the corrupted image (hidden patches hold the mean image)"
         return picture_figure(columns, f"The network is given {what}, and was trained to return the clean one.")
 
-    guided, widths = any(config.guidance), " ".join(map(str, config.network.widths))
+    guided, sizes = any(config.guidance), " ".join(map(str, config.network.sizes))
     problem = Problem(
-        subject=f"Autoencoder ({config.network.kind.value} {widths}, code {config.latent}), {_words(config)}",
+        subject=f"Autoencoder ({config.network.kind.value} {sizes}, code {config.latent}), {_words(config)}",
         members=members_of(config, config.guidance),
         make_autoencoder=make_autoencoder,
         make_model=make_guided if guided else make_autoencoder,

@@ -74,7 +74,7 @@ class Config(RunConfig):
     """Train the networks of so many seeds side by side; none for all. Smaller needs less memory."""
     control: bool = True
     """Train the same networks guided by shuffled labels as well."""
-    network: Autoencoder = dataclasses.field(default_factory=lambda: Autoencoder(widths=(64, 32)))
+    network: Autoencoder = dataclasses.field(default_factory=lambda: Autoencoder(mlp_widths=(64, 32)))
     """The autoencoders."""
     training: GuidedTraining = dataclasses.field(
         default_factory=lambda: GuidedTraining(
@@ -110,7 +110,7 @@ _REAL = Config(
     max_train=16_000,
     latents=(32, 64),
     guidance=(0.0, 1e-4, 3e-4, 1e-3, 1e-2),
-    network=Autoencoder(widths=(256, 128)),
+    network=Autoencoder(mlp_widths=(256, 128)),
     training=dataclasses.replace(_LAPTOP.training, epochs=20, batch_size=128),
 )
 PRESETS = {
@@ -126,7 +126,7 @@ PRESETS = {
         seeds_at_once=1,
         probe_fraction=0.2 / 0.9,
         validation_fraction=0.1,
-        network=Autoencoder(Kind.resnet, widths=(3, 4, 6, 3), stem_stride=4),
+        network=Autoencoder(Kind.resnet, resnet_blocks=(3, 4, 6, 3), stem_stride=4),
         training=dataclasses.replace(
             _LAPTOP.training,
             epochs=1000,

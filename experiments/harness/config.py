@@ -74,6 +74,8 @@ ADDS = "adds to what is reported, and changes none of the rest"
 
 Count = Annotated[int, Bounds(least=1)]
 Counts = Annotated[tuple[int, ...], Bounds(least=1, unique=True)]
+# Of the layers of one network, which may be equally wide.
+Widths = Annotated[tuple[int, ...], Bounds(least=1)]
 Seed = Annotated[int, Bounds(least=0)]
 # Of networks: JAX takes seeds of 32 bits.
 Seeds = Annotated[tuple[int, ...], Bounds(least=0, below=2**32, unique=True)]
@@ -292,8 +294,8 @@ def written_options(values: dict[str, Any], prefix: str = "--") -> list[str]:
     """A configuration read from config.json as options of the command line.
 
     Example:
-        >>> written_options({"data": "digits", "network": {"widths": [4, 2]}, "held_out": False})
-        ['--data', 'digits', '--network.widths', '4', '2', '--no-held-out']
+        >>> written_options({"data": "digits", "network": {"mlp_widths": [4, 2]}, "held_out": False})
+        ['--data', 'digits', '--network.mlp-widths', '4', '2', '--no-held-out']
     """
     options: list[str] = []
     for name, value in values.items():

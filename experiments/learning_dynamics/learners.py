@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.harness.config import Bounds, Count, NotNegative, Positive
+from experiments.harness.config import Bounds, Count, NotNegative, Positive, Widths
 from experiments.harness.train import training_programs
 from experiments.learning_dynamics.spectrum import Spectrum
 from mae_align.models import Autoencoder, ConvAutoencoder, MLPAutoencoder, Pixels
@@ -52,9 +52,9 @@ class Schedule(enum.Enum):
 class Sizes:
     """Sizes of the networks."""
 
-    mlp_widths: Annotated[tuple[int, ...], Bounds(least=1)] = (256,)
+    mlp_widths: Widths = (256,)
     """Hidden widths of the MLP's encoder; the decoder mirrors them."""
-    conv_widths: Annotated[tuple[int, ...], Bounds(least=1)] = (8, 16)
+    conv_widths: Widths = (8, 16)
     """Channels of the convolutional encoder, each at half the resolution of the one before; mirrored in the decoder."""
     start: Annotated[float, Bounds(above=0, below=1)] = 1e-3
     """Initial strength of a direction in the linear network, small and balanced (encoder = decoder transposed)."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.harness.config import Bounds
+from experiments.harness.config import Bounds, Widths
 from experiments.harness.config import Training as TrainingSettings
 from experiments.harness.data import Split
 from experiments.harness.run import Run
@@ -24,7 +24,6 @@ from mae_align.train.augment import Augmentation, augmented
 from mae_align.train.ensemble import Training, TrainState, classify
 from mae_align.train.optimizer import adamw
 
-Widths = Annotated[tuple[int, ...], Bounds(least=1)]
 # Training images on which the fit is reported.
 _FITTED = 2000
 # Parts of names of data sets: what is in a mirror another character or none, and what is the same thing.

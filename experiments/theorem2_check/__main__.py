@@ -65,7 +65,10 @@ class Config(RunConfig):
     latent: Annotated[int, Bounds(least=2)] = 8
     """Size of the code, the number of components."""
     widths: Counts = (16, 64, 256)
-    """Widths of the encoder's hidden layer, networks for each; at least the code's size, which bounds its rank."""
+    """Widths of the encoder's one hidden layer, networks for each; at least the code's size, which bounds its rank.
+
+    Where --network.mlp-widths of other experiments are the layers of one network, each number here is another network.
+    """
     lambdas: Annotated[tuple[float, ...], Bounds(above=0, unique=True, infinite=True)] = (math.inf, 1.0)
     """Relative weights of reconstruction with a linear decoder: lambda tr Sxx / tr Syy; infinity for it alone."""
     seeds: Seeds = (0, 1, 2)

@@ -84,9 +84,16 @@ WORDS = {
     r"shift|flip|grey|crop": {f"--training.augmentation.{word}" for word in ("shift", "flip", "grey", "smallest-crop")},
     r"latent|(?<!de)code(?!r)": {"--latent", "--latents"},
     r"width": {
-        *("--network.width", "--network.decoder-width", "--network.widths", "--network.resnet-width"),
-        *("--network.mlp-widths", "--network.conv-widths", "--network.resnet-widths", "--widths", "--response-widths"),
+        *("--network.width", "--network.decoder-width", "--network.resnet-width", "--response-widths"),
+        *("--network.mlp-widths", "--network.conv-widths", "--network.resnet-widths"),
     },
+    r"blocks": {"--network.resnet-blocks"},
+    r"mlp|conv|resnet": {
+        *("--network.mlp-widths", "--network.conv-widths", "--network.resnet-widths"),
+        *("--network.resnet-width", "--network.resnet-blocks", "--training.conv-steps"),
+    },
+    # Several that are compared, in one run.
+    r"networks?$": {"--networks", "--scale-networks"},
     r"depth|heads": {f"--network.{word}" for word in ("depth", "heads", "decoder-depth", "decoder-heads")},
     r"stride|kind": {"--network.stem-stride", "--network.kind"},
     r"loss|objective": {"--loss", "--losses"},
@@ -95,19 +102,65 @@ WORDS = {
         *("--evaluations", "--evaluate-every", "--train-moments", "--validation-moments", "--test-moments"),
     },
     r"probe": {"--probes", "--probe-images", "--probe-fraction"},
+    r"images|online": {"--probe-images"},
     r"seed": {"--seed", "--seeds", "--seeds-at-once"},
     r"max-(train|test|images|probe)": {"--max-train", "--max-test"},
     r"sizes": {"--patch-sizes"},
     r"noise": {"--pixel-noise", "--noise-levels"},
 }
+# Each number is the one hidden layer of a network of its own.
+ONLY_THERE = {"theorem2_check": {"--widths"}}
+# Words that experiments had of their own, and what they are called now.
+OLD_WORDS = {
+    ("guided_autoencoder", "--network.widths"): "--network.mlp-widths",
+    ("guided_autoencoder", "--weights"): "--guidance",
+    ("learning_dynamics", "--network.latent"): "--latent",
+    ("learning_dynamics", "--records"): "--evaluations",
+    ("masking_dynamics", "--max-probe"): "--probe-images",
+    ("subspace_classification", "--sizes.conv"): "--network.conv-widths",
+    ("subspace_classification", "--sizes.mlp"): "--network.mlp-widths",
+    ("subspace_classification", "--sizes.resnet9"): "--network.resnet-widths",
+    ("subspace_classification", "--training.flip"): "--training.augmentation.flip",
+    ("subspace_classification", "--training.shift"): "--training.augmentation.shift",
+    ("theorem2_check", "--records"): "--evaluations",
+    ("train_autoencoder", "--network"): "--network.kind",
+    ("train_autoencoder", "--network.widths"): "--network.mlp-widths",
+    ("train_autoencoder", "--online-images"): "--probe-images",
+    ("train_autoencoder", "--resnet-width"): "--network.resnet-width",
+    ("train_autoencoder", "--stem-stride"): "--network.stem-stride",
+    ("train_autoencoder", "--widths"): "--network.mlp-widths",
+    ("train_mae", "--online-images"): "--probe-images",
+}
+
+
+def own_words(name: str, options: set[str]) -> set[str]:
+    """Options of an experiment that have a word of the vocabulary and do not belong to it."""
+    found = {
+        option
+        for pattern, allowed in WORDS.items()
+        for option in options
+        if re.search(pattern, option) and option not in allowed
+    }
+    return found - ONLY_THERE.get(name, set())
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - COMMANDS))
 def test_words_mean_the_same_everywhere(name):
     """One vocabulary: no experiment has its own word for what others have."""
-    options = [one.option for one in settings(module(name).PRESETS["laptop"])]
-    for pattern, allowed in WORDS.items():
-        assert {option for option in options if re.search(pattern, option)} <= allowed
+    for preset in module(name).PRESETS.values():
+        assert own_words(name, {one.option for one in settings(preset)}) == set()
+
+
+@pytest.mark.parametrize(("name", "old"), OLD_WORDS)
+def test_old_words_are_refused(name, old, capsys):
+    """Whoever brings one back fails the vocabulary, and whoever gives one is told of it."""
+    found, new = module(name), OLD_WORDS[name, old]
+    assert own_words(name, {old}) == {old} and own_words(name, {new}) == set()
+    assert new in {one.option for one in settings(found.PRESETS["laptop"])}
+    with pytest.raises(SystemExit) as end:
+        launch(lambda config: pytest.fail(f"{old} is taken: {config}"), found.Config, found.PRESETS, [old, "1"])
+    assert end.value.code == 2
+    assert old in capsys.readouterr().err
 
 
 def test_every_option_in_the_documents_exists():

@@ -31,7 +31,7 @@ TINY = Config(
     seeds=(0, 1),
     probes=(Probe.ridge,),
     frontier=(0.0, 1.0),
-    network=Autoencoder(widths=(6,)),
+    network=Autoencoder(mlp_widths=(6,)),
     training=dataclasses.replace(
         PRESETS["laptop"].training, epochs=3, batch_size=16, warmup_epochs=0.0, learning_rate=1e-2
     ),

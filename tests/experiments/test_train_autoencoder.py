@@ -31,7 +31,7 @@ TINY = Config(
     guidance=(0.0, 1.0),
     training=Training(epochs=6, warmup_epochs=1.0, batch_size=50),
     latent=6,
-    network=Autoencoder(widths=(16,)),
+    network=Autoencoder(mlp_widths=(16,)),
     probes=(Probe.ridge,),
     probe_images=50,
     devices=1,
@@ -103,8 +103,8 @@ def test_report_row_is_of_the_networks_reconstructions(run):
 @pytest.mark.parametrize(
     "change",
     [
-        {"network": Autoencoder(Kind.conv, (4, 4)), "corruption": Noise.gaussian_noise},
-        {"network": Autoencoder(Kind.resnet, (1, 1), resnet_width=4), "corruption": Noise.patches},
+        {"network": Autoencoder(Kind.conv, conv_widths=(4, 4)), "corruption": Noise.gaussian_noise},
+        {"network": Autoencoder(Kind.resnet, resnet_blocks=(1, 1), resnet_width=4), "corruption": Noise.patches},
     ],
 )
 def test_other_networks_and_corruptions(tmp_path, change):
@@ -182,7 +182,7 @@ CASES = {
         "--devices 2",
         "num_members=1 is not divisible by the 2 devices",
     ),
-    "widths": ("--network.kind resnet --network.widths 0", "--network.widths 0: give numbers at least 1"),
+    "widths": ("--network.kind conv --network.conv-widths 0", "--network.conv-widths 0: give numbers at least 1"),
 }
 
 
