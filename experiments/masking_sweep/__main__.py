@@ -42,6 +42,7 @@ from experiments.harness.data import Split, check_groups
 from experiments.harness.run import Run
 from experiments.masking_sweep.inputs import Files, Images, Inputs, Summary
 from experiments.masking_sweep.report import (
+    at_the_edge,
     chosen_rows,
     difference_rows,
     figures,
@@ -196,6 +197,7 @@ def main(config: Config, run: Run[Inputs]) -> None:
     if len(ks) < len(config.ks):
         run.notes.append(f"k over the rank {most} of these images are left out.")
     run.notes.extend(saturation(result))
+    run.notes.extend(at_the_edge(chosen, differences, run.data.image_shape))
     run.verdict(*verdict(chosen, differences, critical))
 
 

@@ -101,6 +101,48 @@ def chosen_rows(
     return pd.DataFrame(rows)
 
 
+def at_the_edge(chosen: pd.DataFrame, differences: pd.DataFrame, image_shape: tuple[int, int, int]) -> list[str]:
+    """A line where the best mask lies on the edge of the grid, with the values that would extend it; else nothing.
+
+    Args:
+        chosen: of :func:`chosen_rows`.
+        differences: of :func:`difference_rows`, which has all cells.
+        image_shape: (h, w, c).
+
+    Example:
+        >>> cells = pd.DataFrame({"features": "mask", "patch_size": [2, 2, 2], "mask_ratio": [0.25, 0.5, 0.75]})
+        >>> best = pd.DataFrame({"k": [4, 8], "best_patch": [2, 2], "best_ratio": [0.5, 0.75]})
+        >>> at_the_edge(best, cells, (2, 2, 1))
+        ['At k = 8 the best mask has the largest ratio of the grid: extend it with --mask-ratios ... 0.88.']
+    """
+    masks = differences[differences.features == MASK]
+    ratios, sizes = sorted(set(masks.mask_ratio) - {0.0}), sorted(set(masks.patch_size))
+    nearer_one, half = round((1 + ratios[-1]) / 2, 2), round(ratios[0] / 2, 3)
+    notes = []
+    # Over all pixels of an image, or a single pixel, a patch cannot grow or shrink.
+    for what, column, value, option, more, possible in (
+        ("largest ratio", "best_ratio", ratios[-1], "--mask-ratios", nearer_one, ratios[-1] < nearer_one < 1),
+        ("smallest ratio", "best_ratio", ratios[0], "--mask-ratios", half, 0 < half < ratios[0]),
+        (
+            "largest patch",
+            "best_patch",
+            sizes[-1],
+            "--patch-sizes",
+            2 * sizes[-1],
+            2 * sizes[-1] < min(image_shape[:2]),
+        ),
+        ("smallest patch", "best_patch", sizes[0], "--patch-sizes", sizes[0] // 2, sizes[0] > 1),
+    ):
+        of_a_pair = len(ratios if column == "best_ratio" else sizes) > 1
+        ks = chosen.k[chosen[column] == value] if possible and of_a_pair else []
+        if len(ks):
+            notes.append(
+                f"At k = {', '.join(map(str, ks))} the best mask has the {what} of the grid: extend it with "
+                f"{option} ... {more:g}."
+            )
+    return notes
+
+
 def shown(chosen: pd.DataFrame) -> pd.DataFrame:
     """The table of the summary: changes in percentage points of r2."""
     shown = pd.DataFrame({"k": chosen.k, f"r2, {chosen.measured[0]}": chosen.r2_no_mask.map("{:.4f}".format)})

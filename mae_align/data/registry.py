@@ -87,8 +87,8 @@ def load_dataset(
     ====================== ===========================================================================
     ``digits``             the 1,797 digits of 8 x 8 pixels that scikit-learn bundles
     ``idx:DIR``            MNIST-style IDX files, plain or gzipped
-    ``npz:FILE``           arrays x_train, y_train, x_test, y_test, and class_names if there are any
-    ``folder:DIR``         one sub-folder of image files per class, with train/ and test/ if there are any
+    ``npz:FILE``           arrays x_train, y_train, x_test, y_test (x_val, y_val, class_names), or MedMNIST's keys
+    ``folder:DIR``         one sub-folder of image files per class, in train/, val/ and test/ if there are any
     ``tfds:NAME[/CONFIG]`` a set that TensorFlow Datasets has prepared as ArrayRecord; no TensorFlow needed
     ``prepared:DIR``       the folder of such a set, as ``mae_align.data.prepare`` writes it
     ====================== ===========================================================================

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 
 from experiments.masking_sweep import __main__ as masking_sweep
+from experiments.masking_sweep.report import at_the_edge
 from mae_align.runtime.devices import compile_counter
 from tests.experiments.cases import refusal, run_experiment
 
@@ -223,3 +225,21 @@ def test_a_finished_sweep_outlives_an_update_where_that_is_asked_for(tmp_path, c
     again = capsys.readouterr().out
     assert "Some of this was computed by other code" in again and solved == []
     assert [line for line in again.splitlines() if "other code" not in line] == first.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("best", "words"),
+    [
+        ((4, 0.75), ["the largest ratio of the grid: extend it with --mask-ratios ... 0.88", "--patch-sizes ... 8"]),
+        ((2, 0.25), ["the smallest ratio of the grid: extend it with --mask-ratios ... 0.125", "--patch-sizes ... 1"]),
+        ((3, 0.5), []),
+    ],
+)
+def test_a_best_mask_on_the_edge_of_the_grid_is_said_with_what_would_extend_it(best, words):
+    grid = [(size, ratio) for size in (2, 3, 4) for ratio in (0.25, 0.5, 0.75)]
+    cells = pd.DataFrame([{"features": "mask", "patch_size": size, "mask_ratio": ratio} for size, ratio in grid])
+    chosen = pd.DataFrame({"k": [8], "best_patch": [best[0]], "best_ratio": [best[1]]})
+    notes = at_the_edge(chosen, cells, (16, 16, 1))
+    assert len(notes) == (2 if words else 0) and all(any(word in note for note in notes) for word in words)
+    # Nothing larger than half the image: one patch is all of it.
+    assert not any("--patch-sizes ... 8" in note for note in at_the_edge(chosen, cells, (8, 8, 1)))
