@@ -153,7 +153,10 @@ def _options(command: str) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+        raise ValueError
     except OSError:
         raise InputError(f"{path.parent} is not a run folder: it has no {path.name}") from None
     except ValueError:

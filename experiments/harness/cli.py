@@ -163,7 +163,7 @@ def with_written(argv: Sequence[str], experiment: str) -> list[str]:
         more = json.loads(record.read_text(encoding="utf-8")).get("added", {}) if record.exists() else {}
     except OSError as error:
         raise InputError(f"--config {files[0]!r}: cannot be read ({error.strerror}): give a config.json") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"--config {files[0]!r} is not the config.json of a run folder") from None
     if of != experiment:
         raise InputError(f"--config {files[0]!r} is of the experiment {of}: run python -m experiments.{of} with it")

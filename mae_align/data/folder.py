@@ -107,7 +107,10 @@ class FolderSource(ImageSource):
         """Decode one file."""
         image = _read_image(self.files.paths[i], self.image_shape[2], self.image_size)
         if image.shape != self.image_shape:
-            raise InputError(f"{self.files.paths[i]} changed its size while it was in use: start again")
+            raise InputError(
+                f"{self.files.paths[i]} has another size than its header said: it has changed, or it is a PNG that "
+                "says after its pixels how it is to be turned; save it upright and start again"
+            )
         return image, int(self.files.labels[i])
 
     def labels(self) -> np.ndarray:

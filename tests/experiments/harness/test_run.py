@@ -248,6 +248,17 @@ def test_files_that_are_no_configuration_are_refused(case, tmp_path):
         with_written(["--config", str(file)], "toy")
 
 
+@pytest.mark.parametrize("text", ["{", "[1]", "3"])
+def test_damaged_run_folders_are_one_line(tmp_path, text, capsys):
+    folder = go(Main(), tmp_path)
+    (folder / "run.json").write_text(text)
+    for words in (["list", str(tmp_path)], ["compare", str(folder), str(folder)]):
+        with pytest.raises(SystemExit) as ended:
+            runs.main(words)
+        assert ended.value.code == 2
+    assert capsys.readouterr().err.count("run.json is damaged") == 2
+
+
 def test_runs_are_listed_and_compared(tmp_path, capsys):
     go(Main(), tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
