@@ -252,7 +252,7 @@ def test_bad_encoders_are_refused(moments, encoder, message):
     [
         (lambda x: x.reshape(-1, 5, 6, 2), {}, r"\(5, 6, 2\)"),
         (lambda x: x, {"num_classes": 6}, "held-out targets have 6 columns, training targets 4"),
-        (lambda x: x[:3], {"groups": 20}, r"3 held-out samples leave .* empty: use fewer groups"),
+        (lambda x: x[:3], {"groups": 20}, r"3 held-out samples leave .* empty: give more of them, or fewer groups"),
         (lambda x: np.clip(x * 10, 0, 255).astype(np.uint8), {}, "uint8"),
         (lambda x: x / 2, {"preprocessing": "halved"}, "halved"),
     ],

@@ -619,7 +619,7 @@ def test_more_features_than_the_rank_are_refused():
     [
         (lambda s: (s.images.reshape(-1, 5, 6, 2), s.labels, {}), r"\(5, 6, 2\).*\(6, 5, 2\)"),
         (lambda s: (s.images, s.labels, {"num_classes": 5}), "5 columns.*4: pass num_classes"),
-        (lambda s: (s.images[:9], s.labels[:9], {"groups": 20}), "9 held-out samples .* use fewer groups"),
+        (lambda s: (s.images[:9], s.labels[:9], {"groups": 20}), "9 held-out samples .* fewer groups"),
         (lambda s: (s.images.astype(np.float32), s.labels, {"preprocessing": "scaled"}), "scaled|float32"),
         (lambda s: (np.abs(s.images).astype(np.uint8), s.labels, {}), "uint8"),
     ],

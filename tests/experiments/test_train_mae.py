@@ -233,7 +233,7 @@ def network(objective: Loss, images: np.ndarray) -> MaskedAutoencoder:
 def test_pictures_show_what_the_network_predicts(objective, monkeypatch):
     images = ma.load_dataset("digits").train_images[:5]
     model, drawn = network(objective, images), []
-    monkeypatch.setattr(train_mae, "picture_figure", lambda columns, caption: drawn.append((columns, caption)))
+    monkeypatch.setattr(masked, "picture_figure", lambda columns, caption: drawn.append((columns, caption)))
     masked.pictures(model, images, images, seed=3)
     (columns, caption), found = drawn[0], model.predict(jnp.asarray(images), jax.random.key(3))
     shown = {column.title.split("\n")[0]: column.images for column in columns}
