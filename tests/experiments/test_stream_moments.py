@@ -138,3 +138,20 @@ def test_more_processes_than_images_are_refused():
         stream_moments.make_share(config, 0, 400)
     shares = [stream_moments.make_share(config, p, 2) for p in (0, 1)]
     assert [share.count for share in shares] == [179, 180]
+
+
+def test_validation_images_of_its_own_are_the_validation_split(tmp_path):
+    rng = np.random.default_rng(0)
+    sizes = {"train": 40, "val": 15, "test": 20}
+    parts = {part: rng.integers(0, 256, (n, 4, 4), dtype=np.uint8) for part, n in sizes.items()}
+    labels = {part: np.arange(len(images)) % 2 for part, images in parts.items()}
+    arrays = {f"x_{part}": images for part, images in parts.items()} | {f"y_{part}": y for part, y in labels.items()}
+    np.savez(tmp_path / "own.npz", **arrays)
+    for split, part in (("fit", "train"), ("validation", "val"), ("test", "test"), ("train", "train")):
+        out = tmp_path / f"{split}.npz"
+        stream("--data", f"npz:{tmp_path / 'own.npz'}", "--split", split, "--out", out)
+        expected = ma.Moments.from_arrays(parts[part][..., None], labels[part], num_classes=2)
+        found = ma.Moments.load(out)
+        assert (
+            found.count == len(parts[part]) and (found.sxx == expected.sxx).all() and (found.sxy == expected.sxy).all()
+        )
