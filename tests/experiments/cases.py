@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -30,6 +31,12 @@ def refusal(capsys: pytest.CaptureFixture[str], module: ModuleType, *arguments: 
     assert printed.err.startswith("error: ")
     assert printed.err.count("\n") == 1
     return printed.err
+
+
+def reopen(folder: Path) -> None:
+    """Make a run that has ended one that was stopped before it wrote its verdict."""
+    record = folder / "run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"finished": None}))
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments.__main__ import ROOT
-from tests.experiments.cases import run_experiment
+from tests.experiments.cases import reopen, run_experiment
 from tests.two_processes import run_processes
 
 pytestmark = pytest.mark.slow
@@ -82,7 +82,7 @@ def test_two_processes_give_the_same_table_and_go_on_together(name, tmp_path):
     lost = max(points, key=lambda path: points[path])
     lost.unlink()
     # A run that has ended would only show its result.
-    (tmp_path / "two" / "run.json").unlink()
+    reopen(tmp_path / "two")
     run_two()
     again = {path: path.stat().st_mtime_ns for path in points}
     assert {path for path in points if again[path] != points[path]} == {lost}

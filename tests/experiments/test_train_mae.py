@@ -287,4 +287,4 @@ def test_bad_input_is_one_line_and_leaves_nothing(capsys, tmp_path, monkeypatch,
 @pytest.mark.slow
 def test_other_settings_need_another_folder(run, capsys):
     error = refusal(capsys, train_mae, *options(TINY), "--seed", "1", "--out", str(run))
-    assert "belongs to another configuration (seed: 0 there, 1 now)" in error
+    assert "belongs to another configuration (--seed: 0 there, 1 now)" in error

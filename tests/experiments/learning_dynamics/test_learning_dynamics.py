@@ -23,6 +23,7 @@ from experiments.learning_dynamics.scene import Scene, look, make_scene
 from experiments.learning_dynamics.spectrum import Images, Spectrum, image_map
 from mae_align.train.ensemble import Training
 from mae_align.train.loop import Diverged, Preempted
+from tests.experiments.cases import reopen
 
 SIZES = Sizes(mlp_widths=(9,))
 # Small steps on all images at once: close to the gradient flow.
@@ -108,7 +109,7 @@ def test_half_times_of_the_linear_network_are_those_of_the_flow_and_of_the_eigen
 def test_what_is_there_is_not_trained_again(folder, tmp_path, monkeypatch):
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)
-    (copy / "run.json").unlink()
+    reopen(copy)
     monkeypatch.setattr(experiment, "follow", None)
     monkeypatch.setattr(experiment, "make_scene", None)
     go(TINY, copy)
