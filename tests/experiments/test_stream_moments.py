@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -145,7 +147,8 @@ def test_validation_images_of_its_own_are_the_validation_split(tmp_path):
     sizes = {"train": 40, "val": 15, "test": 20}
     parts = {part: rng.integers(0, 256, (n, 4, 4), dtype=np.uint8) for part, n in sizes.items()}
     labels = {part: np.arange(len(images)) % 2 for part, images in parts.items()}
-    arrays = {f"x_{part}": images for part, images in parts.items()} | {f"y_{part}": y for part, y in labels.items()}
+    arrays: dict[str, Any] = {f"x_{part}": images for part, images in parts.items()}
+    arrays |= {f"y_{part}": y for part, y in labels.items()}
     np.savez(tmp_path / "own.npz", **arrays)
     for split, part in (("fit", "train"), ("validation", "val"), ("test", "test"), ("train", "train")):
         out = tmp_path / f"{split}.npz"
