@@ -102,8 +102,10 @@ class RunConfig:
     max_train: Annotated[int | None, Bounds(least=2)] = None
     """Fit on at most so many of the remaining training images, drawn at random; none for all.
 
-    With it, validation images are never fitted, in no experiment.
+    With it, validation images are never fitted, in no experiment, and no more of them are used than images are fitted.
     """
+    max_validation: Annotated[int | None, Bounds(least=2)] = None
+    """Use at most so many validation images, drawn at random; none for all, or for as many as --max-train leaves."""
     max_test: Annotated[int | None, Bounds(least=2)] = None
     """Use at most so many test images, drawn at random; none for all."""
     seed: Seed = 0

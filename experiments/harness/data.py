@@ -19,7 +19,8 @@ class Split:
     """A data set cut up by one rule, the same for every experiment with the same data, sizes, share and seed.
 
     The validation images are those that the data set has for it, else a share of every class of the training images.
-    The training images are drawn from the others; test images are drawn from the test set, the same however many train.
+    The training images are drawn from the others. With --max-train alone, validation images are drawn too, no more
+    than train. Test images are drawn from the test set, the same however many train.
     Rows stay in the data set's order.
 
     Attributes:
@@ -64,18 +65,24 @@ class Split:
         Example:
             >>> split = Split.load(RunConfig(max_train=100, max_test=50))
             >>> len(split.train_labels), len(split.validation_labels), len(split.test_labels)
-            (100, 287, 50)
+            (100, 100, 50)
         """
         data = load_together(config.data, image_size=config.image_size, seed=config.seed)
         if data.validation_images is None or data.validation_labels is None:
             fitted, chosen = validation_rows(data.train_labels, config.validation_fraction, config.seed)
-            choice = data.train_images[chosen], data.train_labels[chosen]
+            kept_for_choice = data.train_images, data.train_labels
         else:
-            fitted, chosen = np.arange(len(data.train_labels)), np.arange(0)
-            choice = data.validation_images, data.validation_labels
-        fitted = drawn(fitted, config.max_train, np.random.default_rng(config.seed))
-        # A generator of its own: networks of different --max-train are tested on the same images.
-        tested = drawn(np.arange(len(data.test_labels)), config.max_test, np.random.default_rng([config.seed, 1]))
+            fitted, chosen = np.arange(len(data.train_labels)), np.arange(len(data.validation_labels))
+            kept_for_choice = data.validation_images, data.validation_labels
+        # Generators of their own: networks of different --max-train are tested on the same images.
+        draws = (np.random.default_rng(key) for key in (config.seed, [config.seed, 1], [config.seed, 2]))
+        fitted = drawn(fitted, config.max_train, next(draws))
+        tested = drawn(np.arange(len(data.test_labels)), config.max_test, next(draws))
+        most = config.max_validation
+        if most is None and config.max_train is not None:
+            most = len(fitted)
+        chosen = drawn(chosen, most, next(draws))
+        choice = kept_for_choice[0][chosen], kept_for_choice[1][chosen]
         images = data.train_images[fitted]
         if (images == images[:1]).all():
             raise ma.InputError("the training images are constant: there is nothing to reconstruct")
@@ -87,7 +94,8 @@ class Split:
                 more = f" and {len(lone) - 5} more classes" if len(lone) > 5 else ""
                 notes += (f"there is no {part} image of {', '.join(names[lone[:5]])}{more}",)
         # Validation images of their own come after the training images.
-        own = len(choice[1]) - len(chosen)
+        of_training = chosen if data.validation_labels is None else chosen[:0]
+        own = len(chosen) - len(of_training)
         return cls(
             data.name,
             tuple(data.class_names),
@@ -96,7 +104,7 @@ class Split:
             *choice,
             data.test_images[tested],
             data.test_labels[tested],
-            np.concatenate([np.isin(np.sort(np.concatenate([fitted, chosen])), chosen), np.ones(own, bool)]),
+            np.concatenate([np.isin(np.sort(np.concatenate([fitted, of_training])), of_training), np.ones(own, bool)]),
             config.max_train is not None,
             notes,
         )

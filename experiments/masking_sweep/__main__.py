@@ -149,9 +149,11 @@ def load(config: Config) -> Inputs:
         InputError: data that cannot be read, or settings that do not go together.
     """
     if config.train_moments is not None:
-        if (config.image_size, config.max_train, config.max_test) != (None, None, None) or config.jitter != 0:
+        sizes = config.image_size, config.max_train, config.max_validation, config.max_test
+        if any(size is not None for size in sizes) or config.jitter != 0:
             raise ma.InputError(
-                "--image-size, --max-train, --max-test and --jitter go with --data: moment files are what they are"
+                "--image-size, --max-train, --max-validation, --max-test and --jitter go with --data: "
+                "moment files are what they are"
             )
         with refused_together():
             return Files.read(config.train_moments, config.validation_moments, config.test_moments)

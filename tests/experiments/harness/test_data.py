@@ -32,9 +32,27 @@ def test_the_parts_are_the_images_of_the_data_set():
 def test_test_images_do_not_depend_on_how_many_train():
     splits = [Split.load(RunConfig(max_train=most, max_test=50)) for most in (None, 100, 500)]
     assert len({split.fingerprint["test"] for split in splits}) == 1
-    assert len({split.fingerprint["validation"] for split in splits}) == 1
     assert len({split.fingerprint["train"] for split in splits}) == 3
     assert Split.load(RunConfig(max_test=50, seed=1)).fingerprint["test"] != splits[0].fingerprint["test"]
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "count"),
+    [(None, None, 287), (None, 50, 50), (None, 5000, 287), (500, None, 287), (100, None, 100), (100, 200, 200)],
+)
+def test_no_more_images_choose_than_are_fitted(train, validation, count):
+    """Unless their number is given; which are drawn does not depend on how many train."""
+    split, every = Split.load(RunConfig(max_train=train, max_validation=validation)), Split.load(RunConfig())
+    assert len(split.validation_labels) == len(split.validation_images) == count
+    pairs = zip(every.validation_images, every.validation_labels, strict=True)
+    rows = {image.tobytes(): label for image, label in pairs}
+    chosen = zip(split.validation_images, split.validation_labels, strict=True)
+    assert all(rows[image.tobytes()] == label for image, label in chosen)
+    images, labels = split.train_and_validation()
+    assert len(images) == len(labels) == len(split.train_labels) + count
+    np.testing.assert_array_equal(images[split.is_validation], split.validation_images)
+    same = Split.load(RunConfig(max_train=300, max_validation=count))
+    assert same.fingerprint["validation"] == split.fingerprint["validation"]
 
 
 @pytest.mark.parametrize(("most", "fitted"), [(None, 1438), (5000, 1151), (1151, 1151), (1150, 1150), (100, 100)])
@@ -101,7 +119,10 @@ def test_validation_images_of_its_own_are_kept_to(with_validation):
     np.testing.assert_array_equal(labels, np.concatenate([arrays["train_labels"], arrays["val_labels"]])[:, 0])
     assert split.is_validation.tolist() == [False] * 60 + [True] * 25
     few = Split.load(RunConfig(data=label, max_train=20, image_size=2))
-    assert len(few.train_labels) == 20 and few.validation_images.shape == (25, 2, 2, 1)
+    assert len(few.train_labels) == 20 and few.validation_images.shape == (20, 2, 2, 1)
+    assert few.is_validation.tolist() == [False] * 20 + [True] * 20
+    few = Split.load(RunConfig(data=label, max_validation=7))
+    assert len(few.train_labels) == 60 and few.is_validation.tolist() == [False] * 60 + [True] * 7
     parts = load(Config(data=label, groups=2)).parts()
     assert (parts.train.count, [part.count for part in parts.choice or ()]) == (85, [60, 25])
 

@@ -81,7 +81,7 @@ def test_a_run_folder_says_what_it_is(tmp_path, capsys):
     assert curves.seconds.attrs["units"] == "s" and curves.k.attrs["units"] == "1"
     assert pd.read_csv(folder / "rows.csv").loss_train.tolist() == pytest.approx([1 / 3, 2 / 3])
     summary = (folder / "summary.txt").read_text()
-    assert summary.startswith("digits: 40 training, 287 validation and 359 test images of 8x8x1")
+    assert summary.startswith("digits: 40 training, 40 validation and 359 test images of 8x8x1")
     assert summary.rstrip().endswith("It is over.") and capsys.readouterr().out.strip() == summary.strip()
 
 
@@ -272,7 +272,7 @@ def test_runs_are_listed_and_compared(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "--measured yes no" in " ".join(text.split()) and "--more" not in text
     assert "--ks 1 2 2 3" in " ".join(text.split()) and "--max-train 40 50" in " ".join(text.split())
-    assert "The same images and labels: validation, test." in text
+    assert "The same images and labels: test." in text
     lines = [line.split() for line in text.splitlines()[-3:]]
     assert [line[0] for line in lines] == ["1", "2", "3"] and lines[0][2] == lines[2][1] == "-"
     with pytest.raises(SystemExit) as end:
