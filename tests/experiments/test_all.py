@@ -191,7 +191,8 @@ def test_the_settings_of_every_cited_run_can_be_taken_back(folder):
     argv = with_written(["--config", str(folder / "config.json"), "--out", "elsewhere"], name)
     launch(lambda config: taken.append(config), found.Config, found.PRESETS, argv)
     written = json.loads((folder / "config.json").read_text())["config"]
-    assert json.loads(to_json(computed(taken[0]))) == written
+    # Options that are newer than the run are not in it.
+    assert json.loads(to_json(computed(taken[0]))).items() >= written.items()
 
 
 def test_a_misspelt_name_gets_the_nearest_one(capsys):
