@@ -107,7 +107,7 @@ def _measure(config: Config) -> None:
     started = time.perf_counter()
     data = ma.load_dataset(config.data, seed=config.seed)
     images = jitter(data.train_images, 0.001, config.seed)
-    labels, classes = data.train_labels, data.num_classes
+    labels, classes = data.train_labels, data.classes
     loading = time.perf_counter() - started
     row, curves = (_ours if config.method == "ours" else _baseline)(config, images, labels, classes)
     row |= {

@@ -31,7 +31,7 @@ from matplotlib.ticker import LogLocator
 
 import mae_align as ma
 from experiments.harness.cli import launch_experiment
-from experiments.harness.config import Bounds, Count, Counts, Groups, Ratios, RunConfig, Workers
+from experiments.harness.config import Bounds, Count, Counts, Groups, Ratios, RunConfig, Task, Workers
 from experiments.harness.data import Split, check_groups
 from experiments.harness.figures import PALETTE, panels
 from experiments.harness.run import Run
@@ -47,6 +47,8 @@ _LEAST = 1e-5
 @dataclasses.dataclass(frozen=True)
 class Config(RunConfig):
     """Settings of the diagnosis."""
+
+    TAKES = (Task.classes, Task.targets)
 
     patch_sizes: Counts = (1, 2, 4)
     """Sides of square patches, in pixels."""

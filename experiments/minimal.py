@@ -16,7 +16,7 @@ from typing import Any
 
 import mae_align as ma
 from experiments.harness.cli import launch_experiment
-from experiments.harness.config import Counts, RunConfig
+from experiments.harness.config import Counts, RunConfig, Task
 from experiments.harness.data import Split
 from experiments.harness.figures import panels
 from experiments.harness.run import Run
@@ -25,6 +25,8 @@ from experiments.harness.run import Run
 @dataclasses.dataclass(frozen=True)
 class Config(RunConfig):
     """Settings of the experiment."""
+
+    TAKES = (Task.classes, Task.targets)
 
     ks: Counts = (2, 4, 8, 16)
     """Numbers of features."""

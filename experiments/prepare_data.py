@@ -33,8 +33,8 @@ class Config:
 
     data: str = "digits"
     """Data set: digits, idx:DIR, npz:FILE, folder:DIR, tfds:NAME[/CONFIG] or prepared:DIR."""
-    image_size: int | None = None
-    """Resize images to squares of this side, in pixels; none keeps them."""
+    image_size: int | tuple[int, int] | None = None
+    """Resize images to squares of this side, or to HEIGHT WIDTH, in pixels; none keeps them."""
     shards: int | None = None
     """Files of each split; none for as many as --shard-mb asks for."""
     shard_mb: float = 128.0
@@ -59,7 +59,7 @@ def main(config: Config) -> None:
     splits = open_splits(
         config.data, image_size=config.image_size, seed=config.seed, test_fraction=config.test_fraction
     )
-    size = "" if config.image_size is None else f"-{config.image_size}"
+    size = "" if config.image_size is None else f"-{_size(config.image_size)}"
     out = Path(config.out or f"runs/prepared-{file_name_part(config.data)}{size}").expanduser()
     done = write_prepared(splits, out, shards=config.shards, shard_mb=config.shard_mb, progress=True)
     h, w, c = splits.train.image_shape
@@ -67,6 +67,11 @@ def main(config: Config) -> None:
     print(f"{'Written' if done.written else 'Already complete'}: {done.path}")
     print(f"{counts}; {h}x{w}x{c} {splits.train.pixel_dtype}, {splits.train.num_classes} classes")
     print(f"{done.size_bytes / 1e6:.1f} MB. Use it with: --data prepared:{config.out or out}")
+
+
+def _size(image_size: int | tuple[int, int]) -> str:
+    """A size as a part of a folder's name."""
+    return str(image_size) if isinstance(image_size, int) else "x".join(map(str, image_size))
 
 
 if __name__ == "__main__":

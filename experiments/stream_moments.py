@@ -61,15 +61,15 @@ class Config:
     """Settings of the data pass."""
 
     data: str = "digits"
-    """Data set: digits, idx:DIR, npz:FILE, folder:DIR, tfds:NAME or prepared:DIR."""
+    """Data set: digits, idx:DIR, npz:FILE, folder:DIR, table:FILE.csv, images:DIR, tfds:NAME or prepared:DIR."""
     split: Split = Split.train
     """Which images: train, test, or the two parts of train, fit and validation."""
     out: str = "moments.npz"
     """The file to write. It must not exist."""
     groups: int | None = None
     """Groups of images whose spread gives standard errors; none: 20 of test images, 1 of others."""
-    image_size: int | None = None
-    """Resize images to squares of this side, in pixels; none keeps them."""
+    image_size: int | tuple[int, int] | None = None
+    """Resize images to squares of this side, or to HEIGHT WIDTH, in pixels; none keeps them."""
     center: bool = True
     """Covariances; without, moments about zero."""
     validation_fraction: float = 0.2
@@ -96,13 +96,14 @@ class Share:
     """The images of one process.
 
     Attributes:
-        batches: (images, labels, indices in the split). count: images in them. num_classes: of the whole data set.
+        batches: (images, labels, indices in the split). count: images in them.
+        num_classes: of the whole data set; None where the labels are no classes.
         identity: which images they are.
     """
 
     batches: Iterable[ImageBatch]
     count: int
-    num_classes: int
+    num_classes: int | None
     identity: str
 
 
@@ -150,7 +151,7 @@ def main(config: Config) -> None:
         num_classes=share.num_classes,
         center=config.center,
         groups=(20 if config.split is Split.test else 1) if config.groups is None else config.groups,
-        preprocessing="stored pixels" if config.image_size is None else f"resized to {config.image_size} pixels",
+        preprocessing="stored pixels" if config.image_size is None else f"resized to {_size(config)} pixels",
         mesh=mesh,
         total=share.count,
         progress=True,
@@ -169,8 +170,13 @@ def main(config: Config) -> None:
     if process == 0:
         print(
             f"{out}: moments of {moments.count} images of {moments.num_pixels} pixel values ({moments.pixel_dtype}), "
-            f"{moments.num_targets} classes, {len(moments.counts)} group(s)"
+            f"{moments.num_targets} classes or targets, {len(moments.counts)} group(s)"
         )
+
+
+def _size(config: Config) -> str:
+    """The size of resized images in words."""
+    return "x".join(map(str, np.atleast_1d(np.array(config.image_size))))
 
 
 if __name__ == "__main__":

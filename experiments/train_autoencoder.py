@@ -110,7 +110,7 @@ def main(config: Config, run: Run[Split]) -> None:
         return config.network.make(pixels, latent=config.latent, bfloat16=bfloat16, rngs=rngs, corruption=corruption)
 
     def make_guided(rngs: nnx.Rngs) -> GuidedAutoencoder:
-        return GuidedAutoencoder(make_autoencoder(rngs), run.data.num_classes, rngs=rngs)
+        return GuidedAutoencoder(make_autoencoder(rngs), run.data.classes, rngs=rngs)
 
     def given(images: jax.Array, key: jax.Array) -> jax.Array:
         """Images as the network gets them in training."""

@@ -303,12 +303,12 @@ def _check_fit(config: Config, loaded: Mapping[str, ma.ImageDataset]) -> None:
         label = config.label_of(Study.classes)
         data = loaded[label]
         for count in config.classes.counts:
-            if count > data.num_classes:
+            if count > data.classes:
                 raise ma.InputError(
-                    f"--classes.counts {count}: {label} has {data.num_classes} classes, "
-                    f"give numbers from 2 to {data.num_classes}"
+                    f"--classes.counts {count}: {label} has {data.classes} classes, "
+                    f"give numbers from 2 to {data.classes}"
                 )
-        fewest = np.bincount(data.train_labels, minlength=data.num_classes).min() * min(config.classes.counts)
+        fewest = np.bincount(data.train_labels, minlength=data.classes).min() * min(config.classes.counts)
         if fewest < 2 * max(config.classes.counts):
             raise ma.InputError(
                 f"--classes.counts {_words(config.classes.counts)}: equal numbers of training images would leave fewer "

@@ -159,7 +159,7 @@ class Job:
         data, protocol = self.build(), self.protocol
         moments = functools.partial(
             ma.Moments.from_arrays,
-            num_classes=data.num_classes,
+            num_classes=data.classes,
             center=protocol.center,
             preprocessing=self.preprocessing,
         )
@@ -208,10 +208,10 @@ def class_jobs(
     not by the sample size. The spread between orders gives the standard errors: held-out images stay one group.
     """
     one_group = dataclasses.replace(protocol, groups=1)
-    total = int(np.bincount(data.train_labels, minlength=data.num_classes).min()) * min(counts)
+    total = int(np.bincount(data.train_labels, minlength=data.classes).min()) * min(counts)
     jobs = {}
     for i in range(seeds):
-        order = np.random.default_rng([seed, i]).permutation(data.num_classes)
+        order = np.random.default_rng([seed, i]).permutation(data.classes)
         for count in counts:
             build = functools.partial(class_subset, data, order[:count].tolist(), total // count, seed + i)
             jobs[i, count] = Job(f"classes-{i}-{count}", build, _pixels(data), one_group)

@@ -84,7 +84,7 @@ class Networks:
         Raises:
             InputError: as :meth:`masked`, and fewer than two classes.
         """
-        classes = self.data.num_classes
+        classes = self.data.classes
         return self._ensemble(lambda rngs: Classifier(self._autoencoder(cell, rngs), classes, rngs=rngs), classify)
 
     def train(self, run: Run, key: str, training: Training) -> TrainState:
@@ -105,7 +105,7 @@ class Networks:
                 training,
                 Labelled(data.train_images, data.train_labels),
                 Labelled(data.validation_images, data.validation_labels),
-                data.num_classes,
+                data.classes,
                 most=_WATCHED,
                 seed=0,
             ),

@@ -135,7 +135,7 @@ def make_training(split: GuidedSplit, network: Autoencoder, settings: GuidedTrai
 
     def make(rngs: nnx.Rngs) -> GuidedAutoencoder:
         autoencoder = network.make(pixels, latent=ensemble.latent, bfloat16=settings.bfloat16, rngs=rngs)
-        return GuidedAutoencoder(autoencoder, split.data.num_classes, rngs=rngs)
+        return GuidedAutoencoder(autoencoder, split.data.classes, rngs=rngs)
 
     return training_programs(
         make,
@@ -226,7 +226,7 @@ def probe_cells(codes: Sequence[np.ndarray], split: GuidedSplit, probes: Sequenc
             split.probe_labels,
             test,
             split.data.test_labels,
-            num_classes=split.data.num_classes,
+            num_classes=split.data.classes,
             val=Rows(val, split.data.validation_labels),
             features=name,
         )

@@ -12,7 +12,7 @@ import dataclasses
 import enum
 import math
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 from mae_align.runtime.errors import InputError
 
@@ -86,14 +86,29 @@ Workers = Annotated[int | None, Bounds(least=1), ELSEWHERE]
 Groups = Annotated[int, Bounds(least=2)]
 
 
+class Task(enum.Enum):
+    """What a data set asks about its images."""
+
+    classes = enum.auto()
+    targets = enum.auto()
+    nothing = enum.auto()
+
+
+TAKE_TARGETS = ("diagnose_corruption", "lambda_sweep", "masking_sweep", "minimal", "theorem_check")
+"""Experiments whose measure is defined for numbers and attributes, too; a test holds it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """What every experiment on a data set can be told."""
 
+    TAKES: ClassVar[tuple[Task, ...]] = (Task.classes,)
+    """Of which kinds the labels may be."""
+
     data: str = "digits"
-    """Data set: digits, idx:DIR, npz:FILE, folder:DIR, tfds:NAME or prepared:DIR."""
-    image_size: Annotated[int | None, Bounds(least=1)] = None
-    """Resize images to squares of this side, in pixels; none keeps them."""
+    """Data set: digits, idx:DIR, npz:FILE, folder:DIR, table:FILE.csv, images:DIR, tfds:NAME or prepared:DIR."""
+    image_size: Annotated[int | tuple[int, int] | None, Bounds(least=1)] = None
+    """Resize images to squares of this side, or to HEIGHT WIDTH, in pixels; none keeps them."""
     validation_fraction: Annotated[float, Bounds(above=0, below=1)] = 0.2
     """Share of the training images kept out for validation: everything that is chosen is chosen on it.
 

@@ -57,7 +57,7 @@ def end_programs(config: TrainedConfig, split: Split, problem: Problem) -> dict[
     """
 
     def make_model(rngs: nnx.Rngs) -> Classifier:
-        return Classifier(problem.make_autoencoder(rngs), split.num_classes, rngs=rngs)
+        return Classifier(problem.make_autoencoder(rngs), split.classes, rngs=rngs)
 
     @functools.cache
     def programs(count: int) -> Training:

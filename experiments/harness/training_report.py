@@ -71,7 +71,7 @@ def train_and_report(config: TrainedConfig, run: Run[Split], problem: Problem) -
         training,
         Labelled(split.train_images, split.train_labels),
         Labelled(split.validation_images, split.validation_labels),
-        split.num_classes,
+        split.classes,
         most=config.probe_images,
         seed=seed,
     )

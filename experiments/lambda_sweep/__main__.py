@@ -37,7 +37,7 @@ import xarray as xr
 
 import mae_align as ma
 from experiments.harness.cli import launch_experiment
-from experiments.harness.config import Bounds, Counts, Groups, Positive, RunConfig, Workers
+from experiments.harness.config import Bounds, Counts, Groups, Positive, RunConfig, Task, Workers
 from experiments.harness.data import Split, check_groups
 from experiments.harness.run import Run
 from experiments.lambda_sweep.report import lambda_figure, report_rows, shown, trade_off_figure, verdict
@@ -52,6 +52,8 @@ from mae_align.runtime.devices import solve_context
 @dataclasses.dataclass(frozen=True)
 class Config(RunConfig):
     """Settings of the lambda sweep."""
+
+    TAKES = (Task.classes, Task.targets)
 
     ks: Counts = (4, 8, 16, 32)
     """Numbers of features; each below the rank of the images."""

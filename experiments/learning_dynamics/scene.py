@@ -91,7 +91,7 @@ def make_scene(
         direction_energy(images[chosen[0]], spectrum),
         direction_energy(held_out, spectrum),
         ResponseFilter.of(held_out[:response_points], widths),
-        data.num_classes,
+        data.classes,
     )
 
 

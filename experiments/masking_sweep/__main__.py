@@ -37,7 +37,7 @@ import xarray as xr
 
 import mae_align as ma
 from experiments.harness.cli import launch_experiment
-from experiments.harness.config import Bounds, Counts, Groups, NotNegative, Ratios, RunConfig, Workers
+from experiments.harness.config import Bounds, Counts, Groups, NotNegative, Ratios, RunConfig, Task, Workers
 from experiments.harness.data import Split, check_groups
 from experiments.harness.run import Run
 from experiments.masking_sweep.inputs import Files, Images, Inputs, Summary
@@ -72,6 +72,8 @@ _FAMILIES = {
 @dataclasses.dataclass(frozen=True)
 class Config(RunConfig):
     """Settings of the masking sweep."""
+
+    TAKES = (Task.classes, Task.targets)
 
     train_moments: str | None = None
     """Moment file of the training images, in the place of a data set."""

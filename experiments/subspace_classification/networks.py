@@ -161,7 +161,7 @@ def make_training(
     augmentation = settings.augmentation.of(data.name, data.image_shape)
     augmentation.check(data.image_shape)
     return training_programs(
-        _maker(network, data.image_shape, data.num_classes, sizes, settings.bfloat16),
+        _maker(network, data.image_shape, data.classes, sizes, settings.bfloat16),
         augmented(classify, augmentation),
         adamw(optimizer(settings, len(data.train_labels))),
         batch_size=settings.batch_size,

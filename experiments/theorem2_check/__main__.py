@@ -147,7 +147,7 @@ def main(config: Config, run: Run[Split]) -> None:
     """Train, measure, compare."""
     data = run.data
     steps = milestones(config.training.steps(len(data.train_labels)), config.evaluations)
-    references = References.of(data.train_images, data.train_labels, data.num_classes, config.latent)
+    references = References.of(data.train_images, data.train_labels, data.classes, config.latent)
     cases = {case.key: case for case in plan(config)}
     # Refuses sizes that do not fit before anything is trained.
     trainings = {key: make_training(references, config.training, case) for key, case in cases.items()}

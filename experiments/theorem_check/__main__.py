@@ -37,7 +37,7 @@ import numpy as np
 
 import mae_align as ma
 from experiments.harness.cli import launch_experiment
-from experiments.harness.config import Bounds, Count, Counts, Positive, RunConfig
+from experiments.harness.config import Bounds, Count, Counts, Positive, RunConfig, Task
 from experiments.harness.data import Split
 from experiments.harness.run import Run
 from experiments.theorem_check.descent import (
@@ -88,6 +88,8 @@ class SampledDescent(Descent):
 @dataclasses.dataclass(frozen=True)
 class Config(RunConfig):
     """Settings of the theorem check; the seed is also that of the starts, the corruptions and each pixel's noise."""
+
+    TAKES = (Task.classes, Task.targets)
 
     ks: Counts = (3, 16)
     """Numbers of features of the autoencoders."""

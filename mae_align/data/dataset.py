@@ -1,15 +1,15 @@
-"""A labelled image set in memory, checked once when it is made."""
+"""An image set in memory with what is asked about its images, checked once when it is made."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from mae_align.runtime.checks import as_array, check_images
+from mae_align.runtime.checks import are_class_labels, as_array, check_images
 from mae_align.runtime.errors import InputError
 
 ImageShape = tuple[int, int, int]
@@ -17,25 +17,29 @@ ImageShape = tuple[int, int, int]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageDataset:
-    """Train and test images with class labels, as NumPy arrays.
+    """Train and test images with class labels or other targets, as NumPy arrays.
 
     uint8 images stay uint8 (their moments are exact), float32 and float64 images stay what they
     are. Other integers within 0..255 become uint8 with a warning.
 
+    Targets are one class for each image, or q columns: numbers, or attributes, which are 0 or 1. Without targets there
+    are no columns, q = 0. Of whole numbers only one column [n] is taken for classes, and only attributes for columns;
+    -1 and 1 become 0 and 1.
+
     Attributes:
         train_images: [n, h, w, c] pixels, in the units they are stored in.
-        train_labels: [n] int64 in 0..num_classes - 1.
+        train_labels: [n] int64 classes in 0..num_classes - 1, or [n, q] float64 targets.
         test_images: [m, h, w, c], same shape and dtype of an image as in ``train_images``.
-        test_labels: [m] int64.
-        class_names: one name per class.
+        test_labels: [m] int64, or [m, q] float64.
+        class_names: one name per class, or per column of the targets.
         name: short name for titles and folders.
         validation_images: [v, h, w, c] to choose on, where the data set has a part for it; else None.
-        validation_labels: [v] int64, or None.
+        validation_labels: [v] int64 or [v, q] float64, or None.
         notes: what the data set was read as, where that is not as plain as it could be, in words.
 
     Raises:
         InputError: shapes, dtypes, labels or names that do not fit together, NaN or infinite
-            pixels, an empty split, fewer than two classes.
+            pixels or targets, an empty split, fewer than two classes, targets that are constant.
 
     Example:
         >>> x, y = np.zeros((4, 8, 8, 1), np.uint8), np.array([0, 1, 0, 1])
@@ -44,6 +48,9 @@ class ImageDataset:
         ImageDataset('pets', train 4, test 2, image 8x8x1 uint8, 2 classes)
         >>> data.num_classes, data.image_shape
         (2, (8, 8, 1))
+        >>> ages = np.array([[31.5], [8.0], [64.2], [17.0]])
+        >>> ImageDataset(x, ages, x[:2], ages[:2], ("age",), "faces")
+        ImageDataset('faces', train 4, test 2, image 8x8x1 uint8, 1 target)
     """
 
     train_images: np.ndarray
@@ -66,7 +73,7 @@ class ImageDataset:
         notes = "".join(f"; {note}" for note in self.notes)
         return (
             f"ImageDataset({self.name!r}, {counts}, image {h}x{w}x{c} {self.train_images.dtype}, "
-            f"{self.num_classes} classes{notes})"
+            f"{task_in_words(self.train_labels, self.class_names)}{notes})"
         )
 
     @property
@@ -92,9 +99,20 @@ class ImageDataset:
         return dataclasses.replace(self, **fields, **others)
 
     @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.class_names)
+    def num_classes(self) -> int | None:
+        """Number of classes; None where the targets are no classes."""
+        return len(self.class_names) if are_class_labels(self.train_labels) else None
+
+    @property
+    def classes(self) -> int:
+        """Number of classes, where nothing else will do.
+
+        Raises:
+            InputError: targets that are no classes.
+        """
+        if self.num_classes is None:
+            raise InputError(f"the targets of {self.name!r} are no classes: give one class for each image")
+        return self.num_classes
 
     @property
     def image_shape(self) -> ImageShape:
@@ -172,24 +190,115 @@ def check_labels(labels: object, where: str) -> np.ndarray:
         )
     if labels.dtype.kind == "S":
         labels = np.char.decode(labels, "utf-8", "replace")
-    if labels.dtype.kind not in "iuU":
+    if labels.dtype.kind not in "biuU":
         raise InputError(f"{where} has dtype {labels.dtype}: give integer class numbers 0, 1, ... or names")
     return labels if labels.dtype.kind == "U" else labels.astype(np.int64)
+
+
+def check_columns(values: object, where: str) -> np.ndarray:
+    """Targets [n, q] as float64: numbers, or attributes as 0 and 1.
+
+    Args:
+        values: [n, q] floats, or integers or booleans that are 0 and 1, or -1 and 1. One column of floats may be [n].
+        where: what the targets are, for messages.
+
+    Returns:
+        [n, q] float64.
+
+    Raises:
+        InputError: NaN or infinite values, with their rows; what may be classes as well as numbers.
+
+    Example:
+        >>> check_columns(np.array([[-1, 1], [1, 1]]), "y_train").tolist()
+        [[0.0, 1.0], [1.0, 1.0]]
+    """
+    array = as_array(values, where)
+    if array.ndim not in (1, 2) or array.dtype.kind not in "fiub":
+        raise InputError(
+            f"{where} has shape {list(array.shape)} and dtype {array.dtype}: give class numbers [n], or targets [n, q]"
+        )
+    y = array.astype(np.float64)
+    if not np.isfinite(y).all():
+        rows = np.flatnonzero(~np.isfinite(y.reshape(len(y), -1)).all(1))
+        more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+        raise InputError(
+            f"{where} holds NaN or infinite values in row(s) {', '.join(map(str, rows[:5]))}{more}, counted from 0: "
+            "leave these images out or fill them in"
+        )
+    if array.ndim == 1:
+        if (y == np.round(y)).all():
+            raise InputError(
+                f"{where} holds whole numbers as {array.dtype}: if they are classes, store them as integers; "
+                "if they are numbers, store them as one column, y[:, None]"
+            )
+        return y[:, None]
+    signs = np.isin(y, (-1, 1)).all(0) & (y < 0).any(0)
+    y[:, signs] = (y[:, signs] + 1) / 2
+    if array.dtype.kind in "iub" and y.shape[1]:
+        if not np.isin(y, (0, 1)).all():
+            raise InputError(
+                f"{where} are whole numbers {list(array.shape)}: if they are classes, give one column [n] at a time; "
+                "if they are numbers, store them as floats"
+            )
+        if (y.sum(1) == 1).all():
+            raise InputError(
+                f"{where} has a single 1 in every row: if the columns are classes, store y.argmax(1); if they are "
+                "attributes, store them as floats"
+            )
+    return y
+
+
+def check_task(values: object, where: str) -> np.ndarray:
+    """What is asked about images in one layout: classes [n] as int64 or text, or targets [n, q] as float64.
+
+    Args:
+        values: what :func:`check_labels` or, for floats and several columns, :func:`check_columns` takes.
+        where: what it is, for messages.
+
+    Raises:
+        InputError: as those.
+
+    Example:
+        >>> check_task(np.array([[3], [1]]), "y").tolist(), check_task(np.array([0.5, 2.0]), "y").tolist()
+        ([3, 1], [[0.5], [2.0]])
+    """
+    array = as_array(values, where)
+    columns = array.dtype.kind == "f" or (array.ndim == 2 and array.shape[1] != 1)
+    return check_columns(array, where) if columns else check_labels(array, where)
+
+
+def task_in_words(labels: np.ndarray, names: Sequence[str]) -> str:
+    """What is asked about images, in words.
+
+    Args:
+        labels: [n] class numbers or [n, q] targets.
+        names: of the classes or columns.
+
+    Example:
+        >>> task_in_words(np.zeros((4, 0)), ()), task_in_words(np.array([0, 1]), ("cat", "dog"))
+        ('no targets', '2 classes')
+    """
+    count = len(names)
+    if labels.ndim == 1:
+        return f"{count} classes"
+    if not count:
+        return "no targets"
+    word = "attribute" if np.isin(labels, (0, 1)).all() else "target"
+    return f"{count} {word}{'s' * (count > 1)}"
 
 
 def _checked(data: ImageDataset) -> dict[str, object]:
     """The fields of a data set, checked and converted to their documented types."""
     name = readable(data.name)
     names = tuple(readable(str(value)) for value in data.class_names)
-    if len(names) < 2:
-        raise InputError(f"{name!r} has {len(names)} class name(s): a task needs at least two")
     if (data.validation_images is None) != (data.validation_labels is None):
         raise InputError(f"{name!r} has validation images or labels alone: give both or none")
-    fields: dict[str, object] = {"name": name, "class_names": names, "notes": tuple(map(readable, data.notes))}
-    train = None
+    fields: dict[str, object] = {"name": name, "class_names": names}
+    first: tuple[np.ndarray, np.ndarray] | None = None
     for part, arrays in data.parts.items():
-        images, labels = _checked_split(*arrays, len(names), f"{part}_{{}} of {name!r}")
-        train = images if train is None else train
+        images, labels = _checked_split(*arrays, names, f"{part}_{{}} of {name!r}")
+        first = (images, labels) if first is None else first
+        train, targets = first
         if train.shape[1:] != images.shape[1:]:
             raise InputError(
                 f"images of {name!r} are {list(train.shape[1:])} in train but {list(images.shape[1:])} "
@@ -199,18 +308,35 @@ def _checked(data: ImageDataset) -> dict[str, object]:
             raise InputError(
                 f"images of {name!r} are {train.dtype} in train but {images.dtype} in {part}: use one dtype"
             )
-        if part == "train" and np.all(labels == labels[0]):
-            raise InputError(f"all training images of {name!r} are of one class: give at least two")
+        if targets.ndim != labels.ndim:
+            raise InputError(f"{name!r} has classes in one of train and {part} and other targets in the other")
         fields |= {f"{part}_images": images, f"{part}_labels": labels}
+    assert first is not None  # there is a training part
+    fields["notes"] = tuple(map(readable, [*data.notes, *_task_notes(first[1], names, name)]))
     return fields
 
 
+def _task_notes(labels: np.ndarray, names: tuple[str, ...], name: str) -> list[str]:
+    """What is to be said of training targets; those that ask nothing are refused."""
+    if labels.ndim == 1 and np.all(labels == labels[0]):
+        raise InputError(f"all training images of {name!r} are of one class: give at least two")
+    if labels.ndim == 1 or not names:
+        return []
+    notes = []
+    if len(names) > 1 and (np.isin(labels, (0, 1)).all(1) & (labels.sum(1) == 1)).all():
+        notes = ["every row of the targets has a single 1: if the columns are classes, store y.argmax(1)"]
+    constant = [each for each, same in zip(names, (labels == labels[0]).all(0), strict=True) if same]
+    if len(constant) == len(names):
+        raise InputError(f"the targets of {name!r} are the same for all training images: there is nothing to learn")
+    return notes + [f"{each} is the same for all training images" for each in constant]
+
+
 def _checked_split(
-    images: np.ndarray, labels: np.ndarray, num_classes: int, where: str
+    images: np.ndarray, labels: np.ndarray, names: tuple[str, ...], where: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of one split; ``where`` names them with a {} for which of the two."""
     images = _checked_images(images, where.format("images"))
-    labels = check_labels(labels, where.format("labels"))
+    labels = check_task(labels, where.format("labels"))
     if labels.dtype.kind == "U":
         raise InputError(f"{where.format('labels')} are text: numbers, names = ma.encode_labels(train, test, ...)")
     if len(images) != len(labels):
@@ -218,11 +344,20 @@ def _checked_split(
             f"{where.format('images')} number {len(images)} but {where.format('labels')} "
             f"{len(labels)}: give one label per image"
         )
+    if labels.ndim == 2:
+        if labels.shape[1] != len(names):
+            raise InputError(
+                f"{where.format('labels')} have {labels.shape[1]} columns but there are {len(names)} names: give one "
+                "name per column"
+            )
+        return images, labels
+    if len(names) < 2:
+        raise InputError(f"{where.format('labels')}: {len(names)} class name(s), and a task needs at least two")
     low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
+    if low < 0 or high >= len(names):
         raise InputError(
-            f"{where.format('labels')} run from {low} to {high} but there are {num_classes} class "
-            f"names: labels must lie in 0..{num_classes - 1}"
+            f"{where.format('labels')} run from {low} to {high} but there are {len(names)} class "
+            f"names: labels must lie in 0..{len(names) - 1}"
         )
     return images, labels
 

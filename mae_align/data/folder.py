@@ -5,22 +5,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mae_align.data import source
 from mae_align.data.dataset import ImageShape, readable
-from mae_align.data.layout import Files, read_layout
+from mae_align.data.layout import Files, read_layout, read_pictures
 from mae_align.data.pictures import Header, read_header, read_picture
-from mae_align.data.resize import resize_picture
-from mae_align.data.source import ImageSource, Splits
-from mae_align.data.split import stratified_split
+from mae_align.data.resize import ImageSize, height_and_width, resize_picture
+from mae_align.data.source import ImageSource, Splits, split_off_test
 from mae_align.runtime.errors import InputError
 
 
-def open_folder(root: Path, image_size: int | None, seed: int, test_fraction: float) -> Splits:
+def open_folder(root: Path, image_size: ImageSize | None, seed: int, test_fraction: float) -> Splits:
     """The images of a folder with one sub-folder per class, decoded when they are read.
 
     Either ``root/CLASS/...`` (split at random within each class), or ``root/train/CLASS/...`` with other parts beside
@@ -29,12 +28,12 @@ def open_folder(root: Path, image_size: int | None, seed: int, test_fraction: fl
 
     Pictures are turned as their EXIF orientation says. They keep one channel if all of them are grey (transparency is
     dropped), else they become RGB. Grey pictures of 16 bits become float32 in their own units; other pictures of more
-    than 8 bits per channel are refused. Without ``image_size`` all must have one size; with it the centre square of
+    than 8 bits per channel are refused. Without ``image_size`` all must have one size; with it the middle of
     each is resized, see :func:`mae_align.data.resize.resize_picture`.
 
     Args:
         root: the folder.
-        image_size: side in pixels, or None to keep the images as they are.
+        image_size: side of a square, or (height, width), in pixels, or None to keep the images as they are.
         seed: of the split, where there is no test folder.
         test_fraction: share of the test images, where there is no test folder.
 
@@ -62,21 +61,92 @@ def open_folder(root: Path, image_size: int | None, seed: int, test_fraction: fl
         raise InputError(f"no folder {root}: give a folder with one sub-folder per class, folder:DIR")
     name = readable(root.resolve().name)
     layout = read_layout(root)
-    parts, notes = dict(layout.parts), layout.notes
-    if len(parts) == 1:
-        # Split by the names, so that a message about a class can name it.
-        train = parts["train"]
-        found = stratified_split(np.array(layout.classes)[train.labels], test_fraction, seed)
-        for part, rows in zip(("train", "test"), found, strict=True):
-            parts[part] = Files([train.paths[i] for i in rows], train.labels[rows])
-    elif "test" not in parts:
-        parts["test"] = parts.pop("validation")
-        notes += ("there are no other test images: it is tested on the validation set",)
+    return picture_splits(
+        layout.parts,
+        tuple(map(readable, layout.classes)),
+        name,
+        layout.notes,
+        image_size=image_size,
+        seed=seed,
+        test_fraction=test_fraction,
+    )
+
+
+def open_pictures(root: Path, image_size: ImageSize | None, seed: int, test_fraction: float) -> Splits:
+    """The images of a folder without labels, decoded when they are read.
+
+    All image files in it and below it, or those of the parts, where every sub-folder is called like a part of the data
+    and one is for training. What is said of pictures at :func:`open_folder` holds here.
+
+    Args:
+        root: the folder.
+        image_size: side of a square, or (height, width), in pixels, or None to keep the images as they are.
+        seed: of the split, where there is no test folder.
+        test_fraction: share of the test images, where there is no test folder.
+
+    Returns:
+        Sources of images whose labels have no columns, [n, 0].
+
+    Raises:
+        InputError: as :func:`open_folder`; fewer than two images.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> root = Path(tempfile.mkdtemp())
+        >>> for i in range(4):
+        ...     Image.new("L", (6, 4), i).save(root / f"{i}.png")
+        >>> splits = open_pictures(root, None, seed=0, test_fraction=0.5)
+        >>> len(splits.train), splits.train.num_targets
+        (2, 0)
+    """
+    if not root.is_dir():
+        raise InputError(f"no folder {root}: give a folder of pictures, images:DIR")
+    parts, notes = read_pictures(root)
+    return picture_splits(
+        parts,
+        (),
+        readable(root.resolve().name),
+        notes,
+        image_size=image_size,
+        seed=seed,
+        test_fraction=test_fraction,
+    )
+
+
+def picture_splits(
+    parts: Mapping[str, Files],
+    names: tuple[str, ...],
+    name: str,
+    notes: tuple[str, ...],
+    *,
+    image_size: ImageSize | None,
+    seed: int,
+    test_fraction: float,
+) -> Splits:
+    """Image files of every part as sources; where there is no part for tests, one is made.
+
+    Args:
+        parts: files by train, validation, test; train is there.
+        names: of the classes, or of the columns of the labels.
+        name: of the data set.
+        notes: what it was read as.
+        image_size: side of a square, or (height, width), in pixels, or None to keep the images as they are.
+        seed: of the split, where train is the only part.
+        test_fraction: share of the test images, likewise.
+
+    Raises:
+        InputError: as :func:`open_folder`.
+    """
     picture = _common(list(itertools.chain.from_iterable(files.paths for files in parts.values())), image_size, name)
-    sources = {
-        part: FolderSource(files, *picture, image_size, tuple(map(readable, layout.classes)), name)
-        for part, files in parts.items()
+    sources: dict[str, ImageSource] = {
+        part: FolderSource(files, *picture, image_size, names, name) for part, files in parts.items()
     }
+    if len(sources) == 1:
+        return split_off_test(sources["train"], test_fraction, seed, name)._replace(notes=notes)
+    if "test" not in sources:
+        sources["test"] = sources.pop("validation")
+        notes += ("there are no other test images: it is tested on the validation set",)
     return Splits(**sources, notes=notes)
 
 
@@ -96,14 +166,19 @@ class FolderSource(ImageSource):
     files: Files
     image_shape: ImageShape
     pixel_dtype: np.dtype
-    image_size: int | None
+    image_size: ImageSize | None
     class_names: tuple[str, ...]
     name: str
 
     def __len__(self) -> int:
         return len(self.files.paths)
 
-    def read(self, i: int) -> tuple[np.ndarray, int]:
+    @property
+    def num_targets(self) -> int | None:
+        """Number of columns of the targets; None where there are classes."""
+        return None if self.files.labels.ndim == 1 else self.files.labels.shape[1]
+
+    def read(self, i: int) -> tuple[np.ndarray, int | np.ndarray]:
         """Decode one file."""
         image = _read_image(self.files.paths[i], self.image_shape[2], self.image_size)
         if image.shape != self.image_shape:
@@ -111,22 +186,23 @@ class FolderSource(ImageSource):
                 f"{self.files.paths[i]} has another size than its header said: it has changed, or it is a PNG that "
                 "says after its pixels how it is to be turned; save it upright and start again"
             )
-        return image, int(self.files.labels[i])
+        label = self.files.labels[i]
+        return image, label if label.ndim else int(label)
 
     def labels(self) -> np.ndarray:
         """All labels."""
         return self.files.labels
 
     def fingerprint(self) -> str:
-        """SHA-256 of paths, sizes and times of change."""
-        digest = hashlib.sha256()
+        """SHA-256 of labels, paths, sizes and times of change."""
+        digest = hashlib.sha256(self.files.labels.tobytes())
         for path in self.files.paths:
             stat = path.stat()
             digest.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
 
-def _common(paths: Sequence[Path], image_size: int | None, name: str) -> tuple[ImageShape, np.dtype]:
+def _common(paths: Sequence[Path], image_size: ImageSize | None, name: str) -> tuple[ImageShape, np.dtype]:
     """Shape and dtype of all images, from their headers, so that mixed sizes show before long reading."""
     from tqdm.auto import tqdm
 
@@ -147,11 +223,11 @@ def _common(paths: Sequence[Path], image_size: int | None, name: str) -> tuple[I
     assert first is not None  # there is at least one file per class
     if first.deep and colour is not None:
         raise InputError(f"{colour} has colours beside pictures of 16 bits: load the arrays as npz:FILE")
-    width, height = first.size if image_size is None else (image_size, image_size)
+    width, height = first.size if image_size is None else height_and_width(image_size)[::-1]
     return (height, width, 1 if colour is None else 3), np.dtype(np.float32 if first.deep else np.uint8)
 
 
-def _read_image(path: Path, channels: int, image_size: int | None) -> np.ndarray:
+def _read_image(path: Path, channels: int, image_size: ImageSize | None) -> np.ndarray:
     """One image [h, w, 1] or [h, w, 3], uint8 or, of 16 bits, float32."""
     picture = read_picture(path, channels)
     if image_size is not None:

@@ -33,7 +33,7 @@ class Files(NamedTuple):
 
     Attributes:
         paths: n files.
-        labels: [n] int64 class numbers.
+        labels: [n] int64 class numbers, or [n, q] float64 targets.
     """
 
     paths: list[Path]
@@ -122,6 +122,34 @@ def read_layout(root: Path) -> Layout:
             f"folders, or name {train} alone to split it"
         )
     return Layout(classes, parts, (*notes, *passed.notes()))
+
+
+def read_pictures(root: Path) -> tuple[dict[str, Files], tuple[str, ...]]:
+    """Parts and files of a folder of pictures without labels.
+
+    Args:
+        root: the folder.
+
+    Returns:
+        Files by part, train among them, with labels [n, 0], and notes in words.
+
+    Raises:
+        InputError: fewer than two images.
+    """
+    passed = _Passed(root)
+    folders = _sub_folders(root)
+    names = {part: folder for folder in folders if (part := part_of(folder.name)) is not None}
+    as_parts = len(names) == len(folders) and "train" in names and not _is_flat(root)
+    names, least = (names, 1) if as_parts else ({"train": root}, 2)
+    found = {part: _images_below(folder, passed) for part, folder in names.items()}
+    for part, paths in found.items():
+        if len(paths) < least:
+            raise InputError(f"{names[part]} holds {len(paths)} image file(s) ({' '.join(SUFFIXES)}): add some")
+    if as_parts:
+        notes = [f"{names[part].name}/ is the {part} set" for part in PARTS if part in names]
+    else:
+        notes = [f"{_listed([f'{folder.name}/' for folder in folders])}: read together"] * bool(folders)
+    return {part: Files(paths, np.zeros((len(paths), 0))) for part, paths in found.items()}, (*notes, *passed.notes())
 
 
 class _Passed:

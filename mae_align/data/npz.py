@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mae_align.data.dataset import ImageDataset, check_labels, encode_labels
+from mae_align.data.dataset import ImageDataset, check_task, encode_labels
 from mae_align.runtime.errors import InputError
 
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -19,9 +19,11 @@ _SHORT = {"images": "x", "labels": "y"}
 def load_npz(path: Path) -> ImageDataset:
     """The data set of one ``.npz`` file.
 
-    Arrays: ``x_train``, ``x_test`` [n, h, w] or [n, h, w, c]; ``y_train``, ``y_test`` whole numbers or text, [n] or
-    [n, 1]; ``x_val`` and ``y_val`` where there are validation images; optional ``class_names`` [q], else the label
-    values are the names. Or the same under the names that MedMNIST gives them: ``train_images``, ``train_labels``,
+    Arrays: ``x_train``, ``x_test`` [n, h, w] or [n, h, w, c]; ``y_train``, ``y_test`` classes, as whole numbers or
+    text [n] or [n, 1], or targets [n, q]: floats, or attributes that are 0 and 1; ``x_val`` and ``y_val`` where there
+    are validation images; optional ``class_names`` [q], else the label values are the names of classes.
+
+    Or the same under the names that MedMNIST gives them: ``train_images``, ``train_labels``,
     ``val_images`` and so on. Object arrays are refused, for reading them would run code from the file.
 
     Args:
@@ -46,8 +48,13 @@ def load_npz(path: Path) -> ImageDataset:
     arrays = _read(path)
     parts = {part: _split(arrays, part, path) for part in _PARTS if f"x_{part}" in arrays}
     labels = [labels for _, labels in parts.values()]
-    if "class_names" in arrays and labels[0].dtype.kind != "U":
-        names = _class_names(arrays["class_names"], path)
+    given = _class_names(arrays["class_names"], path) if "class_names" in arrays else None
+    if any(part.ndim != labels[0].ndim for part in labels):
+        raise InputError(f"{path} has classes in one part and other targets in another: write all in one way")
+    if labels[0].ndim == 2:
+        names = given or tuple(f"target {i}" for i in range(labels[0].shape[1]))
+    elif given is not None and labels[0].dtype.kind != "U":
+        names = given
     else:
         try:
             labels, names = encode_labels(*labels)
@@ -122,7 +129,7 @@ def _class_names(names: np.ndarray, path: Path) -> tuple[str, ...]:
 def _split(arrays: dict[str, np.ndarray], split: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Images [n, h, w, c] (a channel axis is added to [n, h, w]) and labels [n] of one split."""
     images = arrays[f"x_{split}"]
-    labels = check_labels(arrays[f"y_{split}"], f"y_{split} of {path}")
+    labels = check_task(arrays[f"y_{split}"], f"y_{split} of {path}")
     if images.ndim not in (3, 4):
         raise InputError(f"x_{split} of {path} has shape {list(images.shape)}: give [n, h, w] or [n, h, w, c]")
     if len(images) != len(labels):

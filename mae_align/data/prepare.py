@@ -114,6 +114,10 @@ def _check(splits: Splits, shards: int | None, shard_mb: float) -> None:
         )
     if not (math.isfinite(shard_mb) and shard_mb > 0):
         raise InputError(f"--shard-mb {shard_mb}: give a size over 0")
+    if splits.train.num_classes is None:
+        raise InputError(
+            "a prepared set holds class labels, and these targets are no classes: read the data as they are"
+        )
     names = splits.train.class_names
     bad = [name for name in names if not name or name != " ".join(name.splitlines()).strip()]
     if bad or len(set(names)) < len(names):

@@ -11,12 +11,14 @@ from types import MappingProxyType
 
 from mae_align.data.dataset import ImageDataset
 from mae_align.data.digits import load_digits
-from mae_align.data.folder import open_folder
+from mae_align.data.folder import open_folder, open_pictures
 from mae_align.data.idx import load_idx
 from mae_align.data.layout import PARTS
 from mae_align.data.npz import load_npz
-from mae_align.data.resize import check_image_size, resize_dataset
+from mae_align.data.resize import ImageSize, height_and_width, resize_dataset
 from mae_align.data.source import ImageSource, Splits, dataset_splits, in_memory
+from mae_align.data.table import USAGE as TABLE
+from mae_align.data.table import open_table
 from mae_align.data.tfds_source import METADATA, open_prepared, open_tfds
 from mae_align.runtime.errors import InputError
 
@@ -26,12 +28,12 @@ class LoadOptions:
     """What a source may need besides its name.
 
     Attributes:
-        image_size: side in pixels to resize to, or None.
+        image_size: side of a square, or (height, width), in pixels, to resize to, or None.
         seed: of the split, for sources without a test set of their own.
         test_fraction: share of the test images, for the same sources.
     """
 
-    image_size: int | None
+    image_size: ImageSize | None
     seed: int
     test_fraction: float
 
@@ -58,6 +60,14 @@ def _folder(argument: str, options: LoadOptions) -> Splits:
     return open_folder(_path(argument), options.image_size, options.seed, options.test_fraction)
 
 
+def _images(argument: str, options: LoadOptions) -> Splits:
+    return open_pictures(_path(argument), options.image_size, options.seed, options.test_fraction)
+
+
+def _table(argument: str, options: LoadOptions) -> Splits:
+    return open_table(argument, options.image_size, options.seed, options.test_fraction)
+
+
 def _tfds(argument: str, options: LoadOptions) -> Splits:
     return open_tfds(argument, options.image_size, options.seed, options.test_fraction)
 
@@ -73,6 +83,8 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
         "idx": Source("idx:DIR", lambda argument, _: load_idx(_path(argument))),
         "npz": Source("npz:FILE", lambda argument, _: load_npz(_path(argument))),
         "folder": Source("folder:DIR", _folder),
+        "table": Source(TABLE, _table),
+        "images": Source("images:DIR", _images),
         "tfds": Source("tfds:NAME[/CONFIG]", _tfds),
         "prepared": Source("prepared:DIR", _prepared),
     }
@@ -80,7 +92,7 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
 
 
 def load_dataset(
-    name: str, *, image_size: int | None = None, seed: int = 0, test_fraction: float = 0.2
+    name: str, *, image_size: ImageSize | None = None, seed: int = 0, test_fraction: float = 0.2
 ) -> ImageDataset:
     """Load a labelled image set by name.
 
@@ -89,19 +101,21 @@ def load_dataset(
     ``idx:DIR``            MNIST-style IDX files, plain or gzipped
     ``npz:FILE``           arrays x_train, y_train, x_test, y_test (x_val, y_val, class_names), or MedMNIST's keys
     ``folder:DIR``         one sub-folder of image files per class, in train/, val/ and test/ if there are any
+    ``table:FILE.csv``     a row per image: its file, and classes, numbers or attributes
+    ``images:DIR``         image files without labels
     ``tfds:NAME[/CONFIG]`` a set that TensorFlow Datasets has prepared as ArrayRecord; no TensorFlow needed
     ``prepared:DIR``       the folder of such a set, as ``mae_align.data.prepare`` writes it
     ====================== ===========================================================================
 
     Args:
         name: one of the above; ``~`` stands for the home folder.
-        image_size: resize to squares of this side in pixels (centre square, antialiased bicubic);
-            None keeps the images as they are.
+        image_size: resize to squares of this side, or to (height, width), in pixels (the middle of each image,
+            antialiased bicubic); None keeps the images as they are.
         seed: integer >= 0 of the stratified split, for sources without a test set of their own.
         test_fraction: share of the test images in that split, inside (0, 1).
 
     Returns:
-        The data set: images [n, h, w, c], 8-bit pixels as uint8; labels [n] int64.
+        The data set: images [n, h, w, c], 8-bit pixels as uint8; classes [n] int64, or targets [n, q] float64.
 
     Raises:
         InputError: unknown name, or data that cannot be used; one line that says what to do.
@@ -114,7 +128,7 @@ def load_dataset(
     return found if isinstance(found, ImageDataset) else in_memory(found)
 
 
-def open_splits(name: str, *, image_size: int | None = None, seed: int = 0, test_fraction: float = 0.2) -> Splits:
+def open_splits(name: str, *, image_size: ImageSize | None = None, seed: int = 0, test_fraction: float = 0.2) -> Splits:
     """Open a labelled image set for reading by position, without loading it into memory.
 
     ``folder:``, ``tfds:`` and ``prepared:`` decode each image when it is asked for; the other kinds are in memory
@@ -122,7 +136,7 @@ def open_splits(name: str, *, image_size: int | None = None, seed: int = 0, test
 
     Args:
         name: as of :func:`load_dataset`.
-        image_size: side in pixels to resize to, or None.
+        image_size: side of a square, or (height, width), in pixels, to resize to, or None.
         seed: of the split, for sources without a test set of their own.
         test_fraction: share of the test images in that split, inside (0, 1).
 
@@ -142,14 +156,14 @@ def open_splits(name: str, *, image_size: int | None = None, seed: int = 0, test
 
 
 def open_source(
-    name: str, split: str, *, image_size: int | None = None, seed: int = 0, test_fraction: float = 0.2
+    name: str, split: str, *, image_size: ImageSize | None = None, seed: int = 0, test_fraction: float = 0.2
 ) -> ImageSource:
     """One part of :func:`open_splits`.
 
     Args:
         name: as of :func:`load_dataset`.
         split: "train" or "test".
-        image_size: side in pixels to resize to, or None.
+        image_size: side of a square, or (height, width), in pixels, to resize to, or None.
         seed: of the split, for sources without a test set of their own.
         test_fraction: share of the test images in that split, inside (0, 1).
 
@@ -185,7 +199,7 @@ def _open(name: str, options: LoadOptions) -> ImageDataset | Splits:
     if ":" not in source.usage and colon:
         raise InputError(f"data set {name!r}: {scheme} takes no argument, write {source.usage}")
     if options.image_size is not None:
-        check_image_size(options.image_size)
+        height_and_width(options.image_size)
     found = source.open(argument, options)
     if options.image_size is None or isinstance(found, Splits):
         return found
@@ -201,6 +215,8 @@ def _hint(name: str) -> str:
         meant = f"{close[0]}:{argument}" if argument and ":" in usage else usage
     elif name.endswith(".npz"):
         meant = f"npz:{name}"
+    elif name.endswith((".csv", ".tsv")):
+        meant = f"table:{name}"
     elif name and _path(name).is_dir():
         if (_path(name) / METADATA).is_file():
             kind = "prepared"

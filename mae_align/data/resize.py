@@ -1,4 +1,4 @@
-"""Resizing to squares with Pillow's antialiased bicubic filter."""
+"""Resizing with Pillow's antialiased bicubic filter: the largest part of the middle that has the new shape."""
 
 from __future__ import annotations
 
@@ -12,43 +12,65 @@ from mae_align.runtime.errors import InputError
 if TYPE_CHECKING:
     from PIL import Image
 
+ImageSize = int | tuple[int, int]
+"""Side of a square, or height and width, in pixels."""
 
-def resize_picture(picture: Image.Image, image_size: int) -> Image.Image:
-    """The centre square of a picture, resized to ``image_size`` x ``image_size``.
 
-    Proportions are kept: of the longer side, the ends are cut. The bicubic filter widens with the
+def height_and_width(image_size: ImageSize) -> tuple[int, int]:
+    """A size as height and width in pixels.
+
+    Raises:
+        InputError: a side below one pixel.
+
+    Example:
+        >>> height_and_width(4), height_and_width((2, 3))
+        ((4, 4), (2, 3))
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if min(height, width) < 1:
+        raise InputError(f"image_size {image_size}: give sides of at least 1 pixel")
+    return height, width
+
+
+def resize_picture(picture: Image.Image, image_size: ImageSize) -> Image.Image:
+    """The middle of a picture, resized.
+
+    Proportions are kept: of the side that is too long, the ends are cut. The bicubic filter widens with the
     reduction, so that shrinking does not alias.
 
     Args:
         picture: Pillow image of mode L, RGB or F.
-        image_size: side in pixels.
+        image_size: side of a square, or (height, width), in pixels.
 
     Returns:
         Pillow image of the same mode.
 
     Example:
         >>> from PIL import Image
-        >>> resize_picture(Image.new("L", (6, 4)), 2).size
-        (2, 2)
+        >>> resize_picture(Image.new("L", (6, 4)), 2).size, resize_picture(Image.new("L", (6, 4)), (2, 4)).size
+        ((2, 2), (4, 2))
     """
     from PIL import Image
 
-    side = min(picture.size)
-    left, top = (picture.width - side) / 2, (picture.height - side) / 2
-    box = (left, top, left + side, top + side)
-    return picture.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
+    height, width = height_and_width(image_size)
+    # The largest box of the new proportions; of a square, its side is a whole number.
+    box_width = min(picture.width, picture.height * width / height)
+    box_height = min(picture.height, picture.width * height / width)
+    left, top = (picture.width - box_width) / 2, (picture.height - box_height) / 2
+    box = (left, top, left + box_width, top + box_height)
+    return picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
 
 
-def resize_images(images: np.ndarray, image_size: int) -> np.ndarray:
+def resize_images(images: np.ndarray, image_size: ImageSize) -> np.ndarray:
     """Images resized with :func:`resize_picture`, channel by channel.
 
     Args:
         images: [n, h, w, c] uint8 or floats. Floats are resized in float32; the filter may
             overshoot their range by a little, uint8 is clipped and rounded.
-        image_size: side in pixels.
+        image_size: side of a square, or (height, width), in pixels.
 
     Returns:
-        [n, image_size, image_size, c] of the same dtype.
+        [n, height, width, c] of the same dtype.
 
     Raises:
         InputError: size below 1.
@@ -59,26 +81,26 @@ def resize_images(images: np.ndarray, image_size: int) -> np.ndarray:
     """
     from PIL import Image
 
-    check_image_size(image_size)
+    size = height_and_width(image_size)
     pixels = np.uint8 if images.dtype == np.uint8 else np.float32
     n, _, _, c = images.shape
-    out = np.empty((n, image_size, image_size, c), images.dtype)
+    out = np.empty((n, *size, c), images.dtype)
     for i in range(n):
         for channel in range(c):
             plane = np.ascontiguousarray(images[i, :, :, channel], dtype=pixels)
-            out[i, :, :, channel] = resize_picture(Image.fromarray(plane), image_size)
+            out[i, :, :, channel] = resize_picture(Image.fromarray(plane), size)
     return out
 
 
-def resize_dataset(dataset: ImageDataset, image_size: int) -> ImageDataset:
+def resize_dataset(dataset: ImageDataset, image_size: ImageSize) -> ImageDataset:
     """The data set with all parts resized by :func:`resize_images`, if they have another size.
 
     Args:
         dataset: images [n, h, w, c].
-        image_size: side in pixels.
+        image_size: side of a square, or (height, width), in pixels.
 
     Returns:
-        The data set with images [n, image_size, image_size, c].
+        The data set with images [n, height, width, c].
 
     Raises:
         InputError: size below 1.
@@ -88,17 +110,6 @@ def resize_dataset(dataset: ImageDataset, image_size: int) -> ImageDataset:
         >>> resize_dataset(ImageDataset(x, y, x, y, ("a", "b"), "toy"), 4).image_shape
         (4, 4, 1)
     """
-    check_image_size(image_size)
-    if dataset.image_shape[:2] == (image_size, image_size):
+    if dataset.image_shape[:2] == height_and_width(image_size):
         return dataset
     return dataset.map_parts(lambda images, labels: (resize_images(images, image_size), labels))
-
-
-def check_image_size(image_size: int) -> None:
-    """Refuse a side below one pixel.
-
-    Raises:
-        InputError: size below 1.
-    """
-    if image_size < 1:
-        raise InputError(f"image_size {image_size}: give a side of at least 1 pixel")

@@ -20,13 +20,16 @@ BATCH = 256  # images handed to the pool at once, so that an interrupt waits for
 
 
 class ImageSource(abc.ABC):
-    """Labelled images of one shape by position: ``len(source)``, ``source[i] -> (image, label)``.
+    """Images of one shape with their labels by position: ``len(source)``, ``source[i] -> (image, label)``.
+
+    A label is a class number, or a row of targets where :attr:`num_targets` says how many.
 
     Reading is thread-safe and has no state. Nothing but the images asked for is held in memory.
 
     Attributes:
         name: short name for titles.
-        class_names: one name per class.
+        class_names: one name per class, or per column of the targets.
+        num_targets: number of columns of the targets; None where there are classes.
         image_shape: height, width, channels of every image.
         pixel_dtype: uint8, float32 or float64.
         in_memory: whether reading costs no more than a copy, so that threads would not help.
@@ -45,43 +48,54 @@ class ImageSource(abc.ABC):
     pixel_dtype: np.dtype
     in_memory: ClassVar[bool] = False
 
+    @property
+    def num_targets(self) -> int | None:
+        """Number of columns of the targets; None where there are classes."""
+        return None
+
     @abc.abstractmethod
     def __len__(self) -> int: ...
 
     @abc.abstractmethod
-    def read(self, i: int) -> tuple[np.ndarray, int]:
+    def read(self, i: int) -> tuple[np.ndarray, int | np.ndarray]:
         """Image [h, w, c] and label at a position in 0..len - 1."""
 
     @abc.abstractmethod
     def labels(self) -> np.ndarray:
-        """All labels, [n] int64; reads every record where labels lie beside the images."""
+        """All labels, [n] int64 or [n, q] float64; reads every record where labels lie beside the images."""
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """A text that changes when the data do: pixels where they are in memory, else files and sizes."""
 
-    def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
+    def __iter__(self) -> Iterator[tuple[np.ndarray, int | np.ndarray]]:
         return (self.read(i) for i in range(len(self)))
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int | np.ndarray]:
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {len(self)} of {self.name!r}")
         return self.read(int(i))
 
     @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.class_names)
+    def num_classes(self) -> int | None:
+        """Number of classes; None where the labels are no classes."""
+        return len(self.class_names) if self.num_targets is None else None
+
+    def empty_labels(self, count: int) -> np.ndarray:
+        """An array for so many labels: [count] int64 or [count, q] float64."""
+        if self.num_targets is None:
+            return np.empty(count, np.int64)
+        return np.empty((count, self.num_targets))
 
     def take(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images [b, h, w, c] and labels [b] int64 at positions [b], one after another.
+        """Images [b, h, w, c] and labels, [b] int64 or [b, q] float64, at positions [b], one after another.
 
         Raises:
             IndexError: a position outside 0..len - 1.
             InputError: an image that cannot be read.
         """
         images = np.empty((len(index), *self.image_shape), self.pixel_dtype)
-        labels = np.empty(len(index), np.int64)
+        labels = self.empty_labels(len(index))
         for row, i in enumerate(index.tolist()):
             images[row], labels[row] = self[i]
         return images, labels
@@ -121,8 +135,8 @@ class ArraySource(ImageSource):
 
     Attributes:
         images: [n, h, w, c], as :class:`ImageDataset` holds them.
-        label_array: [n] int64.
-        class_names: one name per class.
+        label_array: [n] int64 classes or [n, q] float64 targets.
+        class_names: one name per class, or per column.
         name: short name.
 
     Example:
@@ -149,12 +163,18 @@ class ArraySource(ImageSource):
         """Of the array."""
         return self.images.dtype
 
+    @property
+    def num_targets(self) -> int | None:
+        """Number of columns of the targets; None where there are classes."""
+        return None if self.label_array.ndim == 1 else self.label_array.shape[1]
+
     def __len__(self) -> int:
         return len(self.label_array)
 
-    def read(self, i: int) -> tuple[np.ndarray, int]:
+    def read(self, i: int) -> tuple[np.ndarray, int | np.ndarray]:
         """Image and label at a position."""
-        return self.images[i], int(self.label_array[i])
+        label = self.label_array[i]
+        return self.images[i], label if label.ndim else int(label)
 
     def take(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images and labels at positions [b]."""
@@ -208,10 +228,15 @@ class SubsetSource(ImageSource):
         """Of the whole."""
         return self.source.pixel_dtype
 
+    @property
+    def num_targets(self) -> int | None:
+        """Of the whole."""
+        return self.source.num_targets
+
     def __len__(self) -> int:
         return len(self.index)
 
-    def read(self, i: int) -> tuple[np.ndarray, int]:
+    def read(self, i: int) -> tuple[np.ndarray, int | np.ndarray]:
         """Image and label at a position of the subset."""
         return self.source.read(int(self.index[i]))
 
@@ -257,7 +282,8 @@ def split_off_test(source: ImageSource, test_fraction: float, seed: int, name: s
     """
     labels = source.labels()
     # Split by the names, so that a message about a class can name it.
-    names = np.array(source.class_names)[labels] if labels.min() >= 0 else labels
+    classes = labels.ndim == 1 and labels.min() >= 0
+    names = np.array(source.class_names)[labels] if classes else labels
     train, test = stratified_split(names, test_fraction, seed)
     return Splits(SubsetSource(source, train, name), SubsetSource(source, test, name))
 
@@ -289,7 +315,7 @@ def in_memory(splits: Splits) -> ImageDataset:
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for part, source in splits.parts.items():
             images = np.empty((len(source), *source.image_shape), source.pixel_dtype)
-            labels = np.empty(len(source), np.int64)
+            labels = source.empty_labels(len(source))
             for start in range(0, len(source), BATCH):
                 batch = range(start, min(start + BATCH, len(source)))
                 for i, (image, label) in zip(batch, pool.map(source.read, batch), strict=True):

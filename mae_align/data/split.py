@@ -27,7 +27,7 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
     n_c - 1.
 
     Args:
-        labels: [n] class labels, numbers or names.
+        labels: [n] class labels, numbers or names; of targets [n, q] all samples count as one class.
         fraction: share of the second part, inside (0, 1).
         seed: integer >= 0; equal seeds give equal splits.
 
@@ -45,7 +45,7 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
     if not 0.0 < fraction < 1.0:
         raise InputError(f"split fraction {fraction} must lie between 0 and 1, ends excluded")
     check_seed(seed)
-    labels = np.asarray(labels)
+    labels = one_stratum(labels)
     classes, counts = np.unique(labels, return_counts=True)
     single = classes[counts < 2]
     if single.size:
@@ -61,11 +61,22 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
     return np.flatnonzero(~in_second), np.flatnonzero(in_second)
 
 
+def one_stratum(labels: np.ndarray) -> np.ndarray:
+    """Class labels as they are; of targets [n, q], which are no classes, all samples as one class.
+
+    Example:
+        >>> one_stratum(np.array([0.5, 1.5])[:, None]).tolist()
+        [0, 0]
+    """
+    labels = np.asarray(labels)
+    return labels if labels.ndim == 1 else np.zeros(len(labels), np.int64)
+
+
 def validation_rows(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """As :func:`stratified_split`, but a class with a single sample stays in the first part, to be trained on.
 
     Args:
-        labels: [n] class labels, numbers or names.
+        labels: as of :func:`stratified_split`.
         fraction: share of the second part, inside (0, 1).
         seed: integer >= 0; equal seeds give equal splits.
 
@@ -80,7 +91,7 @@ def validation_rows(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.
         >>> 4 in first, len(second)
         (True, 1)
     """
-    labels = np.asarray(labels)
+    labels = one_stratum(labels)
     _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
     several = np.flatnonzero(counts[inverse] > 1)
     if not len(several):

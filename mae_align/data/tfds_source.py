@@ -14,7 +14,7 @@ import numpy as np
 
 from mae_align.data.dataset import ImageShape
 from mae_align.data.pictures import is_deep, open_picture, with_channels
-from mae_align.data.resize import resize_images
+from mae_align.data.resize import ImageSize, height_and_width, resize_images
 from mae_align.data.source import ImageSource, Splits, split_off_test
 from mae_align.runtime.errors import InputError
 
@@ -28,7 +28,7 @@ _OWN_FILES = (
 )
 
 
-def open_tfds(name: str, image_size: int | None, seed: int, test_fraction: float) -> Splits:
+def open_tfds(name: str, image_size: ImageSize | None, seed: int, test_fraction: float) -> Splits:
     """A data set that TFDS has prepared as ArrayRecord, under ``TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
 
     The test images are the split ``test``; ``validation`` where there is no ``test`` or its labels are withheld
@@ -37,7 +37,7 @@ def open_tfds(name: str, image_size: int | None, seed: int, test_fraction: float
 
     Args:
         name: NAME, NAME/CONFIG, either with :VERSION, as TFDS writes them.
-        image_size: side in pixels to resize to; needed where the images differ in size.
+        image_size: side of a square, or (height, width), in pixels; needed where the images differ in size.
         seed: of the split, where there is no other test set.
         test_fraction: share of the test images, where there is no other test set.
 
@@ -67,12 +67,12 @@ def open_tfds(name: str, image_size: int | None, seed: int, test_fraction: float
     return _splits(tfds, builder, name, _unprepared(name, builder), image_size, seed, test_fraction)
 
 
-def open_prepared(root: Path, image_size: int | None, seed: int, test_fraction: float) -> Splits:
+def open_prepared(root: Path, image_size: ImageSize | None, seed: int, test_fraction: float) -> Splits:
     """A data set in a folder of its own, as :func:`mae_align.data.prepare.write_prepared` or TFDS leave it.
 
     Args:
         root: the folder with ``dataset_info.json``.
-        image_size: side in pixels to resize to; needed where the images differ in size.
+        image_size: side of a square, or (height, width), in pixels; needed where the images differ in size.
         seed: of the split, where there is no other test set.
         test_fraction: share of the test images, where there is no other test set.
 
@@ -111,7 +111,7 @@ class TfdsSource(ImageSource):
         label_key: feature of the label.
         image_shape: of every image, after resizing.
         pixel_dtype: as stored.
-        image_size: side to resize to, or None.
+        image_size: to resize to, or None.
         class_names: one name per class.
         name: short name.
         identity: name, version, split and size of the set.
@@ -122,7 +122,7 @@ class TfdsSource(ImageSource):
     label_key: str
     image_shape: ImageShape
     pixel_dtype: np.dtype
-    image_size: int | None
+    image_size: ImageSize | None
     class_names: tuple[str, ...]
     name: str
     identity: str
@@ -235,7 +235,7 @@ def _splits(
     builder: Any,
     name: str,
     unprepared: str,
-    image_size: int | None,
+    image_size: ImageSize | None,
     seed: int,
     test_fraction: float,
 ) -> Splits:
@@ -259,7 +259,7 @@ def _splits(
 
 
 def _source(
-    tfds: ModuleType, builder: Any, split: str, name: str, unprepared: str, image_size: int | None
+    tfds: ModuleType, builder: Any, split: str, name: str, unprepared: str, image_size: ImageSize | None
 ) -> TfdsSource:
     """One split of a builder."""
     image_key, label_key = _keys(tfds, builder.info, name)
@@ -325,7 +325,7 @@ def _keys(tfds: ModuleType, info: Any, name: str) -> tuple[str, str]:
     return found[0], found[1]
 
 
-def _shape(feature: Any, name: str, image_size: int | None) -> ImageShape:
+def _shape(feature: Any, name: str, image_size: ImageSize | None) -> ImageShape:
     """Height, width and channels of the images to be read."""
     if feature.np_dtype not in _PIXELS:
         raise InputError(
@@ -335,7 +335,7 @@ def _shape(feature: Any, name: str, image_size: int | None) -> ImageShape:
     if len(shape) != 3 or not shape[2]:
         raise InputError(f"images of {name!r} have shape {list(shape)}: only [h, w, c] with known c is read")
     if image_size is not None:
-        return image_size, image_size, shape[2]
+        return *height_and_width(image_size), shape[2]
     if None in shape:
         raise InputError(f"images of {name!r} differ in size: pass image_size to resize all images to one size")
     return shape

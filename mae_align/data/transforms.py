@@ -78,12 +78,11 @@ def select_classes(dataset: ImageDataset, classes: Sequence[int]) -> ImageDatase
         raise InputError(f"classes {classes}: a task needs at least two")
     if len(set(classes)) < len(classes):
         raise InputError(f"classes {classes} repeat a class: name each one once")
-    unknown = [value for value in classes if not 0 <= value < dataset.num_classes]
+    count = dataset.classes
+    unknown = [value for value in classes if not 0 <= value < count]
     if unknown:
-        raise InputError(
-            f"classes {unknown} do not exist in {dataset.name!r}: choose from 0..{dataset.num_classes - 1}"
-        )
-    relabel = np.full(dataset.num_classes, -1, np.int64)
+        raise InputError(f"classes {unknown} do not exist in {dataset.name!r}: choose from 0..{count - 1}")
+    relabel = np.full(count, -1, np.int64)
     relabel[classes] = np.arange(len(classes))
 
     def chosen(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ from PIL import Image
 from mae_align.data import source
 from mae_align.data.dataset import ImageDataset
 from mae_align.data.folder import open_folder
+from mae_align.data.registry import load_dataset
 from mae_align.data.source import in_memory
 from mae_align.runtime.errors import InputError
 
@@ -239,3 +240,34 @@ def test_many_batches_keep_their_order(tmp_path, monkeypatch):
     data = load(tmp_path)
     np.testing.assert_array_equal(data.train_images, expected)
     np.testing.assert_array_equal(data.test_images, expected)
+
+
+def test_pictures_without_labels(tmp_path):
+    rng = np.random.default_rng(0)
+    for file in ("a/1.png", "a/2.png", "b/c/3.jpg", "4.png", ".hidden/5.png", "notes.txt"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        if file.endswith("txt"):
+            (tmp_path / file).touch()
+        else:
+            Image.fromarray(rng.integers(0, 256, (4, 6), dtype=np.uint8)).save(tmp_path / file)
+    data = load_dataset(f"images:{tmp_path}", test_fraction=0.5)
+    assert (len(data.train_images), len(data.test_images), data.train_labels.shape) == (2, 2, (2, 0))
+    assert data.class_names == () and data.num_classes is None and "no targets" in repr(data)
+    assert "a/, b/: read together" in repr(data) and "notes.txt" in repr(data)
+    with pytest.raises(InputError, match="no folder /nowhere: give a folder of pictures"):
+        load_dataset("images:/nowhere")
+    with pytest.raises(InputError, match=r"holds 1 image file\(s\)"):
+        load_dataset(f"images:{tmp_path / 'b'}")
+
+
+def test_pictures_without_labels_in_parts(tmp_path):
+    for file in ("Training/1.png", "Training/2.png", "dev/3.png", "test/x/4.png"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (2, 2), int(file[-5])).save(tmp_path / file)
+    data = load_dataset(f"images:{tmp_path}")
+    assert {part: images[:, 0, 0, 0].tolist() for part, (images, _) in data.parts.items()} == {
+        "train": [1, 2],
+        "test": [4],
+        "validation": [3],
+    }
+    assert data.notes == ("Training/ is the train set", "dev/ is the validation set", "test/ is the test set")

@@ -70,8 +70,8 @@ def test_without_names_the_label_values_are_the_names(tmp_path):
         ({"class_names": np.array([["a"], ["b"], ["c"]])}, r"class_names of .* shape \[3, 1\]"),
         ({"class_names": np.array(["a", "b"])}, r"run from 0 to 2 but there are 2 class names"),
         ({"x_train": np.zeros((6, 60), np.uint8)}, r"x_train of .* \[6, 60\]: give \[n, h, w\]"),
-        ({"y_train": np.eye(6)}, r"y_train of .* shape \[6, 6\]: give one class number"),
-        ({"y_test": np.array([0.5, 1, 2])}, "y_test of .* dtype float64: give integer"),
+        ({"y_train": np.eye(6)}, "classes in one part and other targets in another"),
+        ({"y_test": np.array([0.5, 1, 2])}, "classes in one part and other targets in another"),
         ({"y_test": np.array([0, 1, 7])}, r"bad\.npz: labels hold \[7\]"),
         ({"y_train": np.array([0, 1])}, r"x_train of .* 6 images but y_train 2 labels"),
     ],
@@ -131,3 +131,65 @@ def test_damage_anywhere_is_an_input_error_or_harmless(tmp_path, position, flip,
         np.testing.assert_array_equal(data.train_images, arrays()["x_train"])
         np.testing.assert_array_equal(data.test_labels, arrays()["y_test"])
     assert "fuzzed.npz" in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("values", "expected", "words"),
+    [
+        (np.array([[0.5], [2.0], [1.0], [4.0]]), [[0.5], [2.0], [1.0], [4.0]], "1 target"),
+        (np.array([0.5, 2.0, 1.0, 4.0], np.float32), [[0.5], [2.0], [1.0], [4.0]], "1 target"),
+        (np.array([[1, 0], [1, 1], [0, 0], [0, 1]], np.uint8), [[1, 0], [1, 1], [0, 0], [0, 1]], "2 attributes"),
+        (np.array([[1, -1], [1, 1], [-1, -1], [-1, 1]]), [[1, 0], [1, 1], [0, 0], [0, 1]], "2 attributes"),
+        (np.eye(4)[:, :2] > 0, np.eye(4)[:, :2].tolist(), "2 attributes"),
+        (np.array([True, False, True, True]), [1, 0, 1, 1], "2 classes"),
+        (np.array([[2], [0], [0], [2]], np.uint8), [1, 0, 0, 1], "2 classes"),
+    ],
+)
+def test_targets_are_what_their_kind_says(tmp_path, values, expected, words):
+    """One column of whole numbers is classes, as in MedMNIST; floats are numbers; columns of 0 and 1 are attributes."""
+    x = np.random.default_rng(0).integers(0, 256, (4, 3, 5), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x_train=x, y_train=values, x_test=x, y_test=values)
+    data = load_npz(tmp_path / "x.npz")
+    assert data.train_labels.tolist() == expected and data.test_labels.tolist() == expected
+    assert words in repr(data)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            np.array([0.0, 1, 2, 1]),
+            r"whole numbers as float64: if they are classes, .*; if they are numbers, .*y\[:, None\]",
+        ),
+        (
+            np.array([[3, 1], [2, 2], [0, 1], [0, 1]]),
+            r"whole numbers \[4, 2\]: if they are classes, .*; if they are numbers",
+        ),
+        (np.eye(4, dtype=int), r"a single 1 in every row: if the columns are classes, .*; if they are attributes"),
+        (
+            np.array([[0.5, 1], [np.nan, 1], [1, 2], [0, np.inf]]),
+            r"NaN or infinite values in row\(s\) 1, 3, counted from 0",
+        ),
+        (np.full((4, 2), 0.5), "the same for all training images"),
+        (np.zeros((4, 2, 2)), r"shape \[4, 2, 2\]"),
+    ],
+)
+def test_targets_that_may_be_two_things_are_refused(tmp_path, values, message):
+    x = np.random.default_rng(0).integers(0, 256, (4, 3, 5), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x_train=x, y_train=values, x_test=x, y_test=values)
+    with pytest.raises(InputError, match=message):
+        load_npz(tmp_path / "x.npz")
+
+
+def test_a_constant_column_and_one_hot_floats_are_said(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (4, 3, 5), dtype=np.uint8)
+    for values, note in (
+        (np.array([[0.5, 7], [0.1, 7], [0.3, 7], [0, 7]]), "dose is the same for all training images"),
+        (
+            np.eye(2)[[0, 1, 0, 1]],
+            "every row of the targets has a single 1: if the columns are classes, store y.argmax",
+        ),
+    ):
+        names = np.array(["size", "dose"])
+        np.savez(tmp_path / "x.npz", x_train=x, y_train=values, x_test=x, y_test=values, class_names=names)
+        assert note in repr(load_npz(tmp_path / "x.npz"))

@@ -137,7 +137,7 @@ def test_threads_change_nothing():
 @pytest.mark.parametrize("threads", [0, 2])
 def test_an_image_that_cannot_be_read_is_one_error(threads):
     class Broken(SubsetSource):
-        def read(self, i: int) -> tuple[np.ndarray, int]:
+        def read(self, i: int) -> tuple[np.ndarray, int | np.ndarray]:
             if i == 7:
                 raise InputError("cannot read image 7")
             return super().read(i)

@@ -181,7 +181,7 @@ class Killing(ArraySource):
         super().__init__(source.images, source.label_array, source.class_names, source.name)
         vars(self)["at"] = at
 
-    def read(self, i: int) -> tuple[np.ndarray, int]:
+    def read(self, i: int) -> tuple[np.ndarray, int | np.ndarray]:
         if i == vars(self)["at"]:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().read(i)

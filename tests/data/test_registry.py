@@ -61,7 +61,7 @@ def test_folder_gets_all_options(tmp_path):
         ("tfds:", r"'tfds:' lacks its name: write tfds:NAME\[/CONFIG\]"),
         ("prepared", "'prepared' lacks its path: write prepared:DIR"),
         ("", "unknown data set ''; give one of"),
-        ("imagenet", "unknown data set 'imagenet'; give one of"),
+        ("mnist", "unknown data set 'mnist'; give one of"),
         ("npz", "'npz' lacks its path: write npz:FILE"),
         ("folder:", "'folder:' lacks its path: write folder:DIR"),
         ("digits:8", "digits takes no argument, write digits"),
@@ -77,9 +77,11 @@ def test_unknown_names_are_helped(name, message):
 
 def test_unknown_name_lists_all_schemes():
     with pytest.raises(
-        InputError, match=r"one of: digits, idx:DIR, npz:FILE, folder:DIR, tfds:NAME\[/CONFIG\], prepared:DIR$"
+        InputError,
+        match=r"one of: digits, idx:DIR, npz:FILE, folder:DIR, table:FILE.csv, images:DIR, tfds:NAME\[/CONFIG\], "
+        r"prepared:DIR$",
     ):
-        load_dataset("imagenet")
+        load_dataset("mnist")
 
 
 def test_existing_folders_are_recognised(tmp_path):
@@ -93,7 +95,7 @@ def test_existing_folders_are_recognised(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"image_size": 0}, "image_size 0: give a side"),
+        ({"image_size": 0}, "image_size 0: give sides"),
         ({"seed": -1}, "seed -1 is negative"),
         ({"test_fraction": 1.0}, "fraction 1.0 must lie between"),
     ],

@@ -14,7 +14,7 @@ import pytest
 
 from experiments.__main__ import ROOT, experiments, main
 from experiments.harness.cli import launch, with_written
-from experiments.harness.config import RunConfig, computed, settings
+from experiments.harness.config import TAKE_TARGETS, RunConfig, Task, computed, settings
 from experiments.harness.data import Split
 from experiments.harness.folder import to_json
 from tests.experiments.cases import run_experiment
@@ -238,3 +238,10 @@ def test_minimal_is_short_and_says_what_it_found(tmp_path, capsys):
     run_experiment(found, "--ks", 2, 8, "--out", tmp_path / "run")
     assert {"curve.png", "rows.csv"} <= {path.name for path in (tmp_path / "run").iterdir()}
     assert "8 features" in capsys.readouterr().out
+
+
+def test_experiments_that_take_targets_are_named():
+    """In the refusal of all others."""
+    found = {name: module(name) for name in NAMES}
+    taking = [name for name, one in found.items() if Task.targets in getattr(vars(one).get("Config"), "TAKES", ())]
+    assert tuple(sorted(taking)) == TAKE_TARGETS

@@ -37,7 +37,7 @@ def result(run) -> xr.Dataset:
 def plain_moments(data: ma.ImageDataset) -> tuple[np.ndarray, ...]:
     """Centred rows and targets, and the covariance with its floor, by plain NumPy."""
     x = data.train_images.reshape(len(data.train_images), -1).astype(float)
-    y = np.eye(data.num_classes)[data.train_labels]
+    y = np.eye(data.classes)[data.train_labels]
     xc, yc = x - x.mean(0), y - y.mean(0)
     return xc, yc, xc.T @ xc / len(x) + np.eye(x.shape[1]) / 12
 

@@ -42,7 +42,7 @@ def fine_labels(dataset: ImageDataset) -> Task:
         >>> fine_labels(ImageDataset(x, y, x, y, ("cat", "car"), "toy")).num_classes
         2
     """
-    return _of_classes(dataset, "fine labels", TaskKind.FINE_LABELS, np.arange(dataset.num_classes))
+    return _of_classes(dataset, "fine labels", TaskKind.FINE_LABELS, np.arange(dataset.classes))
 
 
 def coarse_labels(dataset: ImageDataset) -> Task:
@@ -89,9 +89,9 @@ def class_subset(dataset: ImageDataset, classes: Sequence[int], *, kind: TaskKin
     classes = [int(value) for value in classes]
     if len(classes) < 2 or len(set(classes)) < len(classes):
         raise InputError(f"classes {classes}: give at least two different ones")
-    if min(classes) < 0 or max(classes) >= dataset.num_classes:
-        raise InputError(f"classes {classes} are not all in {dataset.name!r}: choose from 0..{dataset.num_classes - 1}")
-    relabel = np.full(dataset.num_classes, -1)
+    if min(classes) < 0 or max(classes) >= dataset.classes:
+        raise InputError(f"classes {classes} are not all in {dataset.name!r}: choose from 0..{dataset.classes - 1}")
+    relabel = np.full(dataset.classes, -1)
     relabel[classes] = np.arange(len(classes))
     return _of_classes(dataset, ", ".join(dataset.class_names[c] for c in classes), kind, relabel)
 
@@ -108,7 +108,7 @@ def class_subsets(dataset: ImageDataset, seed: int) -> tuple[Task, ...]:
         >>> [task.num_classes for task in class_subsets(ImageDataset(x, y, x, y, tuple("abcd"), "toy"), 0)]
         [2, 2]
     """
-    q = dataset.num_classes
+    q = dataset.classes
     order = np.random.default_rng([seed, 0]).permutation(q)
     halves = [np.sort(part) for part in (order[: (q + 1) // 2], order[(q + 1) // 2 :])]
     return tuple(class_subset(dataset, part.tolist()) for part in halves if 2 <= len(part) < q)
@@ -133,9 +133,9 @@ def class_pairs(dataset: ImageDataset, count: int, seed: int) -> tuple[Task, ...
     if count < 1:
         raise InputError(f"count={count}: give the number of pairs, at least 1")
     rng = np.random.default_rng([seed, 1])
-    order = rng.permutation(dataset.num_classes).tolist()
+    order = rng.permutation(dataset.classes).tolist()
     apart = [(a, b) for a, b in zip(order[::2], order[1::2], strict=False)]
-    rest = list(itertools.combinations(range(dataset.num_classes), 2))
+    rest = list(itertools.combinations(range(dataset.classes), 2))
     rest = [rest[i] for i in rng.permutation(len(rest)) if set(rest[i]) not in map(set, apart)]
     chosen = [sorted(pair) for pair in (apart + rest)[:count]]
     return tuple(class_subset(dataset, pair, kind=TaskKind.CLASS_PAIR) for pair in chosen)

@@ -63,7 +63,7 @@ def standard_tasks(
     top = min(_COMPONENTS, len(found[1]))
     mean = moments.mean_x.reshape(dataset.image_shape)
     makers: list[Callable[[], Task | tuple[Task, ...]]] = [lambda: fine_labels(dataset)]
-    if dataset.num_classes > 2:
+    if dataset.classes > 2:
         makers += [lambda: coarse_labels(dataset), lambda: class_subsets(dataset, seed)]
         makers += [lambda: class_pairs(dataset, _PAIRS, seed)]
     makers += [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import mae_align as ma
 from experiments.harness.config import RunConfig
@@ -142,3 +143,43 @@ def test_a_class_with_one_training_image_is_trained_on_and_said(tmp_path):
     assert 2 in split.train_labels and 2 not in split.validation_labels
     assert split.notes == ("there is no validation image of 2", "there is no test image of 2")
     assert "Read so: there is no validation image of 2; there is no test image of 2." in split.description
+
+
+@pytest.fixture
+def with_targets(tmp_path):
+    """Numbers of very different units, and one attribute; linear in the pixels, so that they can be predicted."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (400, 4, 4), dtype=np.uint8)
+    flat = x.reshape(400, 16) / 255
+    y = np.stack([1e6 * flat[:, 0] + 3e5 * flat[:, 5], flat[:, 1], flat[:, 2] > 0.5], 1)
+    arrays = {"x_train": x[:300], "y_train": y[:300], "x_test": x[300:], "y_test": y[300:]}
+    np.savez(tmp_path / "t.npz", allow_pickle=False, **arrays, class_names=np.array(["income", "height", "glasses"]))
+    return f"npz:{tmp_path / 't.npz'}", arrays
+
+
+def test_targets_weigh_the_same_and_r2_is_their_mean(with_targets):
+    """Against scikit-learn: least squares on all pixels, r2 of every target, their mean."""
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    split = Split.load(Config(data=with_targets[0]))
+    assert split.num_classes is None and "3 targets, each scaled to variance 1" in split.description
+    np.testing.assert_allclose(split.train_labels.mean(0), 0, atol=1e-12)
+    np.testing.assert_allclose(split.train_labels.var(0), 1, rtol=1e-12)
+    train, test = split.moments(groups=5)
+    r2 = float(ma.masking_sweep(train, [1], [0.0], eval_moments=test).eval_r2[0, 0, -1])
+    x, t = split.train_images.reshape(len(split.train_images), -1), split.test_images.reshape(100, -1)
+    prediction = sklearn.LinearRegression().fit(x, split.train_labels).predict(t)
+    wrong = np.square(split.test_labels - prediction).sum(0)
+    total = np.square(split.test_labels).sum(0)  # about the mean of training
+    assert r2 == pytest.approx(1 - wrong.sum() / total.sum(), abs=1e-6)
+    assert r2 == pytest.approx((1 - wrong / total).mean(), abs=0.02)
+
+
+def test_experiments_say_which_labels_they_take(with_targets, tmp_path):
+    label, _ = with_targets
+    with pytest.raises(InputError, match="t has 3 targets, which this experiment has no measure for: give one class"):
+        Split.load(RunConfig(data=label))
+    (tmp_path / "pictures").mkdir()
+    for i in range(4):
+        Image.new("L", (2, 2), i).save(tmp_path / "pictures" / f"{i}.png")
+    with pytest.raises(InputError, match=r"pictures has no targets, .*: give labels, folder:DIR or table"):
+        Split.load(Config(data=f"images:{tmp_path / 'pictures'}"))
