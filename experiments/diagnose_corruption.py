@@ -12,9 +12,10 @@ masking sweep measures it for a task at hand. (Label-free criterion of Balestrie
     python -m experiments.diagnose_corruption --data folder:DIR --image-size 32
     python -m experiments.diagnose_corruption --preset paper --data npz:FILE --measure   # the masks of Fig. 7
 
-The verdicts do not look at the labels; ``--measure`` asks for the changes of r2 that the data set's own task sees,
-beside them. Nothing is chosen, so that training and validation images are used together. The ``paper`` preset takes
-the 30 masks of Fig. 7: minutes at 3,072 pixels on 2 cores. Interrupted, the same command goes on where it stopped.
+The verdicts do not look at the labels, so that pictures without any do (``images:DIR``). ``--measure`` asks for the
+changes of r2 that the data set's own task sees, beside them. Nothing is chosen, so that training and validation images
+are used together. The ``paper`` preset takes the 30 masks of Fig. 7: minutes at 3,072 pixels on 2 cores. Interrupted,
+the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ from mae_align.closed_form.grid import GridSpec
 from mae_align.corruption import Corruption
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-# Below this nothing of the span moves; zeros have to be drawn somewhere on a logarithmic axis.
-_LEAST = 1e-5
+# Zeros have to be drawn somewhere on a logarithmic axis.
+_LEAST = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(RunConfig):
     """Settings of the diagnosis."""
 
-    TAKES = (Task.classes, Task.targets)
+    TAKES = (Task.classes, Task.targets, Task.nothing)
 
     patch_sizes: Counts = (1, 2, 4)
     """Sides of square patches, in pixels."""
@@ -119,9 +120,10 @@ def main(config: Config, run: Run[Split]) -> None:
     run.dataset("diagnosis", found)
     rows = rows_of(found)
     run.table("verdicts", rows, show=shown(rows))
-    run.figure("moved_share", moved_figure(found, config))
+    run.figure("sampling_ratio", ratio_figure(found, config))
     run.notes.append(
-        f"Shares are of the span that moves; {len(images)} images, rank {found.attrs['rank']}, pixel noise "
+        "A number says how much of the features is lost by the corruption, in multiples of what another sample of as "
+        f"many images loses; up to 1 is sampling noise. {len(images)} images, rank {found.attrs['rank']}, pixel noise "
         f"{found.attrs['pixel_noise']:.3g}; the verdicts use no labels."
     )
     if config.measure:
@@ -154,6 +156,8 @@ def _check(config: Config, data: Split, count: int) -> None:
         raise ma.InputError(f"--ks {given}: the images have {most} pixel values, give each k in 1..{most}")
     if config.groups > count // 2:
         raise ma.InputError(f"--groups {config.groups}: with {count} images give from 2 to half as many groups")
+    if config.measure and not data.class_names:
+        raise ma.InputError(f"--measure asks about labels, and {data.name} has none: leave it out")
     if config.measure:
         check_groups(config.groups, len(data.test_labels))
 
@@ -194,16 +198,21 @@ def shown(rows: pd.DataFrame) -> pd.DataFrame:
     """The table of the summary: a line per corruption, a column per k.
 
     Example:
-        >>> rows = pd.DataFrame([{"corruption": "noise", "k": 4, "verdict": "inert", "moved_share": 0.0}])
+        >>> rows = pd.DataFrame([{"corruption": "noise", "k": 4, "verdict": "can matter", "sampling_ratio": 2.51}])
         >>> print(shown(rows).to_string(index=False))
-        corruption       k = 4
-             noise 0.000 inert
+        corruption           k = 4
+             noise 2.5x can matter
     """
-    text = rows.moved_share.map("{:.3f} ".format) + rows.verdict
+    text = rows.sampling_ratio.map(_times) + rows.verdict
     if "eval_r2_change" in rows:
         text += ["" if math.isnan(change) else f" ({change:+.2f})" for change in rows.eval_r2_change]
     columns = {"corruption": rows.corruption.unique()}
     return pd.DataFrame(columns | {f"k = {k}": text[rows.k == k].to_numpy() for k in rows.k.unique()})
+
+
+def _times(ratio: float) -> str:
+    """A ratio in the table; nothing where it is not known."""
+    return "" if math.isnan(ratio) else f"{ratio:.1f}x " if ratio < 9.95 else f"{ratio:.0f}x "
 
 
 def verdict(rows: pd.DataFrame) -> list[str]:
@@ -222,27 +231,25 @@ def verdict(rows: pd.DataFrame) -> list[str]:
     return sentences
 
 
-def moved_figure(found: xr.Dataset, config: Config) -> Figure:
-    """Moved share of the span against the mask ratio, a panel per k; what sampling moves as a grey band."""
+def ratio_figure(found: xr.Dataset, config: Config) -> Figure:
+    """What decides: the loss by a mask, relative to that by sampling, against the mask ratio, a panel per k."""
     ks = found.k.values
     drawing, axes = panels(1, len(ks), width=1.9, height=2.2, sharey=True)
     for axis, k in zip(axes[0], ks, strict=True):
-        level = float(found.sampling_share.sel(k=k))
-        if np.isfinite(level):
-            axis.axhspan(_LEAST, max(level, _LEAST), color="0.85", lw=0, label="sampling noise")
+        axis.axhspan(_LEAST, 1.0, color="0.85", lw=0, label="within sampling noise")
         for size, color, marker in zip(config.patch_sizes, PALETTE, _MARKERS, strict=False):
             names = [mask_name(size, ratio) for ratio in config.mask_ratios]
-            moved = np.maximum(found.moved_share.sel(corruption=names, k=k).values, _LEAST)
+            ratios = np.maximum(found.sampling_ratio.sel(corruption=names, k=k).values, _LEAST)
             axis.plot(
-                config.mask_ratios, moved, color=color, marker=marker, markersize=3, label=f"{size}x{size} patches"
+                config.mask_ratios, ratios, color=color, marker=marker, markersize=3, label=f"{size}x{size} patches"
             )
         axis.set_yscale("log")
-        axis.set_ylim(_LEAST, 2.0)
+        axis.set_ylim(_LEAST, max(10.0, 1.5 * float(np.nanmax(found.sampling_ratio, initial=1.0))))
         axis.yaxis.set_minor_locator(LogLocator(subs=()))
         axis.set_xlim(-0.03, 1.03)
         axis.set_title(f"k = {k}", fontsize=8)
         axis.set_xlabel("mask ratio")
-    axes[0, 0].set_ylabel("share of the span that moves")
+    axes[0, 0].set_ylabel("loss of features by the mask,\nin multiples of sampling")
     axes[0, -1].legend(loc="lower right", fontsize=6)
     return drawing
 

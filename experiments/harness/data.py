@@ -204,7 +204,7 @@ def check_task(data: ma.ImageDataset, takes: Sequence[Task]) -> None:
         return
     asked = task_in_words(data.train_labels, data.class_names)
     if task is Task.nothing:
-        other = "give labels, folder:DIR or table:FILE.csv; python -m experiments.stream_moments takes pictures alone"
+        other = "give labels, folder:DIR or table:FILE.csv, or run diagnose_corruption or stream_moments"
     else:
         other = f"give one class for each image, or run {', '.join(TAKE_TARGETS[:-1])} or {TAKE_TARGETS[-1]}"
     raise ma.InputError(f"{data.name} has {asked}, which this experiment has no measure for: {other}")

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
+from PIL import Image
 from sklearn.datasets import load_digits
 
 import mae_align as ma
@@ -32,7 +34,7 @@ def test_verdicts_figures_and_sentences_are_left(run):
     assert verdicts == ["inert", "can matter", "inert", "can matter", "inert"]
     rows = rows_of(run / "verdicts.csv")
     assert [row["verdict"] for row in rows if row["k"] == "8"] == verdicts
-    assert {(run / f"moved_share.{kind}").stat().st_size > 1000 for kind in ("png", "pdf")} == {True}
+    assert {(run / f"sampling_ratio.{kind}").stat().st_size > 1000 for kind in ("png", "pdf")} == {True}
     summary = (run / "summary.txt").read_text()
     assert "Cannot matter for any task, at every k: mask 0 of 1x1, mask 0 of 4x4, noise 1 std." in summary
     counts = {word: [row["verdict"] for row in rows].count(word) for word in ("inert", "can matter")}
@@ -92,3 +94,20 @@ def test_what_does_not_fit_the_images_is_refused_before_anything_is_written(tmp_
 def test_the_preset_has_the_masks_of_the_published_figure():
     paper = diagnose_corruption.PRESETS["paper"]
     assert len(paper.mask_ratios) * len(paper.patch_sizes) == 30
+
+
+def test_what_decides_stands_in_the_table_and_pictures_need_no_labels(tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    for i, image in enumerate(ma.load_dataset("digits").train_images[:200, ..., 0]):
+        Image.fromarray(image).save(tmp_path / "pictures" / f"{i:03}.png")
+    arguments = ["--data", f"images:{tmp_path / 'pictures'}", "--ks", "4", "--patch-sizes", "2", "--groups", "10"]
+    out = tmp_path / "out"
+    run_experiment(diagnose_corruption, "--out", out, *arguments)
+    table = pd.read_csv(out / "verdicts.csv")
+    assert (table.verdict[table.sampling_ratio > 1] == "can matter").all() and (table.sampling_ratio > 1).any()
+    assert (table.verdict[table.sampling_ratio <= 1].isin(["inert", "within sampling noise"])).all()
+    shown = table.loc[table.sampling_ratio.idxmax()]
+    assert f"{shown.sampling_ratio:.1f}x can matter" in (out / "summary.txt").read_text()
+    with pytest.raises(SystemExit):
+        run_experiment(diagnose_corruption, "--out", tmp_path / "b", *arguments, "--measure")
+    assert "--measure asks about labels, and pictures has none" in capsys.readouterr().err
