@@ -75,6 +75,10 @@ def paired_difference(a: np.ndarray, b: np.ndarray, *, level: float = 0.95) -> P
     return PairedDifference(n, mean, mean - half, mean + half, spread)
 
 
+WORTH = 0.5
+"""Gain in percentage points, of accuracy or of r2, below which a sentence says that something is not worth it."""
+
+
 class AccuracyDifference(NamedTuple):
     """Mean of a - b over seeds and test images.
 

@@ -50,6 +50,7 @@ from experiments.masking_sweep.report import (
     shown,
     verdict,
 )
+from experiments.masking_sweep.worth import worth
 from mae_align.closed_form.grid import GridSpec
 from mae_align.runtime.processes import refused_together
 
@@ -141,6 +142,16 @@ COLUMNS = {
     "*_change": "r2 of a linear probe minus r2_no_mask [percentage points]",
     "*_se": "standard error of the change, paired over groups of test images [percentage points]",
     "*_verdict": "as eval_verdict",
+    "best_validation_change": "r2 minus that without mask on validation images, for the mask that is best there "
+    "[percentage points]",
+    "mask": "the mask that gains the most on validation images",
+    "r2_change": "r2 of a linear probe minus that without mask, on test images [percentage points]",
+    "r2_change_se": "standard error of r2_change, paired over groups of test images [percentage points]",
+    "accuracy_no_mask": "test images that the least-squares classifier on k features gets right, without mask "
+    "[percentage points]",
+    "accuracy": "likewise with the mask [percentage points]",
+    "accuracy_change": "accuracy minus accuracy_no_mask [percentage points]",
+    "accuracy_change_se": "standard error of accuracy_change, paired over test images [percentage points]",
 }
 
 
@@ -202,7 +213,10 @@ def main(config: Config, run: Run[Inputs]) -> None:
         run.notes.append(f"k over the rank {most} of these images are left out.")
     run.notes.extend(saturation(result))
     run.notes.extend(at_the_edge(chosen, differences, run.data.image_shape))
-    run.verdict(*verdict(chosen, differences, critical))
+    gain = worth(run.data, parts, chosen, _FAMILIES[config.masking], noise)
+    if gain is not None:
+        run.table("worth", [dataclasses.asdict(gain)])
+    run.verdict(*verdict(chosen, differences, critical, gain))
 
 
 def _check(config: Config, inputs: Inputs) -> None:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from experiments.harness.figures import curves_over_k, ordered_colors, panels
 from experiments.harness.statistics import simultaneous_limit
+from experiments.masking_sweep.worth import Worth
 from mae_align.closed_form.held_out import paired_se
 
 MASK, JOINT = "mask", "joint embedding"
@@ -95,6 +96,8 @@ def chosen_rows(
             if features == MASK:
                 row[f"{which}_ratio"] = cell.mask_ratio
             row[f"{which}_change"] = cell[f"{prefix}change"]
+            if held_out and which == "best":
+                row["best_validation_change"] = float(there.eval_change.max())
             if held_out:
                 row[f"{which}_se"], row[f"{which}_verdict"] = cell.eval_change_se, cell.eval_verdict
         rows.append(row)
@@ -167,9 +170,9 @@ def _side(size: Any) -> str:
     return f"{size}x{size}" if isinstance(size, int | np.integer) else str(size)
 
 
-def verdict(chosen: pd.DataFrame, differences: pd.DataFrame, limit: float) -> list[str]:
-    """At most three sentences: how many masks help or hurt, what the chosen ones do, how joint embedding compares."""
-    sentences = []
+def verdict(chosen: pd.DataFrame, differences: pd.DataFrame, limit: float, gain: Worth | None) -> list[str]:
+    """At most three sentences: what masking is worth, how many masks help or hurt, what the chosen ones do."""
+    sentences = [] if gain is None else [gain.sentence]
     if not math.isnan(limit):
         masks = differences[differences.features == MASK]
         better, worse = ((masks.eval_verdict == v).sum() for v in (BETTER, WORSE))
@@ -182,10 +185,10 @@ def verdict(chosen: pd.DataFrame, differences: pd.DataFrame, limit: float) -> li
             "The table is in-sample, which flatters and has no standard error: decide on held-out images (--held-out)."
         )
         return sentences
-    sentences.append(f"The mask that is best on validation images, against no mask: {_by_verdict(chosen, 'best')}.")
+    chosen_ones = f"The mask that is best on validation images, against no mask: {_by_verdict(chosen, 'best')}."
     if "joint_verdict" in chosen:
-        sentences.append(f"Joint embedding of masked views (linear), against no mask: {_by_verdict(chosen, 'joint')}.")
-    return sentences
+        chosen_ones += f" Joint embedding of masked views (linear): {_by_verdict(chosen, 'joint')}."
+    return [*sentences, chosen_ones]
 
 
 def _by_verdict(chosen: pd.DataFrame, which: str) -> str:

@@ -7,8 +7,10 @@ import pandas as pd
 import pytest
 import xarray as xr
 
+import mae_align as ma
 from experiments.masking_sweep import __main__ as masking_sweep
 from experiments.masking_sweep.report import at_the_edge
+from experiments.masking_sweep.worth import Worth
 from mae_align.runtime.devices import compile_counter
 from tests.experiments.cases import refusal, run_experiment
 
@@ -243,3 +245,43 @@ def test_a_best_mask_on_the_edge_of_the_grid_is_said_with_what_would_extend_it(b
     assert len(notes) == (2 if words else 0) and all(any(word in note for note in notes) for word in words)
     # Nothing larger than half the image: one patch is all of it.
     assert not any("--patch-sizes ... 8" in note for note in at_the_edge(chosen, cells, (8, 8, 1)))
+
+
+def test_the_verdict_says_first_what_masking_is_worth(tmp_path, capsys):
+    """Accuracies against a direct least-squares classifier on the features of the mask that validation images choose."""
+    run("--patch-sizes", 2, 4, "--mask-ratios", 0.3, 0.6, "--ks", 4, 16, "--out", tmp_path)
+    text = capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "worth.csv").iloc[0]
+    chosen = pd.read_csv(tmp_path / "summary.csv")
+    row = chosen.loc[chosen.best_validation_change.idxmax()]
+    assert (table.k, table["mask"]) == (
+        row.k,
+        f"{row.best_ratio:g} of {row.best_patch:.0f}x{row.best_patch:.0f} patches",
+    )
+    data = ma.load_dataset("digits")
+    moments = ma.Moments.from_arrays(data.train_images, data.train_labels)
+    right = []
+    for ratio in (0.0, row.best_ratio):
+        mask = ma.PatchMasking(int(row.best_patch), float(ratio))
+        model = ma.denoising_autoencoder(moments, mask, int(row.k), pixel_noise=1 / 12)
+        features, tests = (np.insert(model.encode(x), 0, 1, axis=1) for x in (data.train_images, data.test_images))
+        head = np.linalg.lstsq(features, np.eye(10)[data.train_labels])[0]
+        right.append((tests @ head).argmax(1) == data.test_labels)
+    assert table.accuracy_no_mask == pytest.approx(100 * right[0].mean())
+    assert table.accuracy == pytest.approx(100 * right[1].mean())
+    paired = np.std(right[1].astype(float) - right[0], ddof=1) / np.sqrt(len(right[0]))
+    assert table.accuracy_change_se == pytest.approx(100 * paired)
+    assert text.split("\n\n")[-1].startswith("Masking ") and f"{table.accuracy_change:+.2f} +- " in text
+
+
+@pytest.mark.parametrize(
+    ("change", "se", "words"),
+    [
+        (2.0, 0.5, "Masking is worth 2.0 points of accuracy: the mask"),
+        (2.0, 1.5, "Masking may be worth it, but these test images are too few to tell: the mask"),
+        (0.4, 0.01, "Masking is not worth it here, for it gains less than 0.5 points of accuracy: the mask"),
+    ],
+)
+def test_worth_has_a_size(change, se, words):
+    assert Worth(4, "0.5 of 2x2 patches", 0.1, 0.1, 80.0, 80.0 + change, change, se).sentence.startswith(words)
+    assert "r2" in Worth(4, "0.5 of 2x2 patches", change, se).sentence.partition(":")[0] or "few" in words
