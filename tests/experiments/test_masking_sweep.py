@@ -248,7 +248,7 @@ def test_a_best_mask_on_the_edge_of_the_grid_is_said_with_what_would_extend_it(b
 
 
 def test_the_verdict_says_first_what_masking_is_worth(tmp_path, capsys):
-    """Accuracies against a direct least-squares classifier on the features of the mask that validation images choose."""
+    """Against a direct least-squares classifier on the features of the mask that validation images choose."""
     run("--patch-sizes", 2, 4, "--mask-ratios", 0.3, 0.6, "--ks", 4, 16, "--out", tmp_path)
     text = capsys.readouterr().out
     table = pd.read_csv(tmp_path / "worth.csv").iloc[0]
