@@ -23,6 +23,7 @@ from experiments.harness.ensembles import (
     initial,
     make_training,
 )
+from experiments.harness.probes import PREDICTED
 from experiments.harness.run import Rows, Run
 from mae_align.models import Classifier
 from mae_align.runtime.errors import InputError
@@ -97,7 +98,6 @@ def train_end(
     parts = {
         "accuracy_train": (split.train_images, split.train_labels),
         "accuracy_val": (split.validation_images, split.validation_labels),
-        "accuracy_test": (split.test_images, split.test_labels),
     }
 
     def start() -> TrainState:
@@ -109,7 +109,8 @@ def train_end(
     def look(state: TrainState, step: int) -> dict[str, np.ndarray]:
         del step
         models = [training.model(state, i) for i in range(training.num_members)]
-        return {name: np.array([accuracy(model, *part) for model in models]) for name, part in parts.items()}
+        found = {name: np.array([accuracy(model, *part) for model in models]) for name, part in parts.items()}
+        return found | {PREDICTED: np.stack([predicted_classes(model, split.test_images) for model in models])}
 
     total = config.end_training.steps(len(split.train_labels))
     way = (end.value, training, start, lambda: images_for(config, split, training), [total], look)
@@ -124,7 +125,9 @@ def train_end(
                 "member": member,
                 "features": NAMES[end],
                 "probe": "none",
-                **{name: float(values[at]) for name, values in found.items()},
+                **{name: float(found[name][at]) for name in parts},
+                "accuracy_test": float((found[PREDICTED][at] == split.test_labels).mean()),
+                PREDICTED: found[PREDICTED][at],
                 "end_learning_rate": networks[at].learning_rate,
                 "end_learning_rates_tried": " ".join(f"{rate:g}" for rate in rates),
                 "end_epochs": config.end_epochs,
@@ -135,8 +138,12 @@ def train_end(
 
 def accuracy(model: Classifier, images: np.ndarray, labels: np.ndarray) -> float:
     """Share of images [n, h, w, c] whose class a network finds."""
-    found = np.concatenate([np.asarray(_classes(model, part))[:count] for part, count in batches(images)])
-    return float((found == labels).mean())
+    return float((predicted_classes(model, images) == labels).mean())
+
+
+def predicted_classes(model: Classifier, images: np.ndarray) -> np.ndarray:
+    """The class that a network finds for each image, [n] int32."""
+    return np.concatenate([np.asarray(_classes(model, part))[:count] for part, count in batches(images)])
 
 
 @jax.jit

@@ -24,6 +24,7 @@ NETWORK = "trained network"
 RAW = "raw pixels"
 UNTRAINED = "untrained network"
 SUPERVISED = "supervised network"
+PREDICTED = "predicted"
 _SCORES = ("accuracy_train", "accuracy_val", "accuracy_test", "r2_train", "r2_val", "r2_test")
 PROBES = {Probe.ridge: ridge_probe, Probe.logistic: logistic_probe, Probe.knn: knn_probe, Probe.mlp: mlp_probe}
 
@@ -121,12 +122,12 @@ def plain_features(
 def probe_rows(run: Run[Split], probes: Sequence[Probe], kinds: Sequence[Features], seed: int) -> Rows:
     """Every probe on every kind of features: its scores and protocol; strengths are chosen on validation images.
 
-    Each row has the position of the network as ``member``, -1 for none, and the protocol as ``probe_NAME``: a probe
-    may have a seed and a learning rate of its own.
+    Each row has the position of the network as ``member``, -1 for none, the protocol as ``probe_NAME``: a probe may
+    have a seed and a learning rate of its own, and the class found for each test image as ``predicted``.
     """
     split = run.data
 
-    def measure(job: tuple[Features, Probe]) -> dict[str, Any]:
+    def measure(key: str, job: tuple[Features, Probe]) -> dict[str, Any]:
         features, probe = job
         encoded = features.encoded()
         result = PROBES[probe](
@@ -142,12 +143,19 @@ def probe_rows(run: Run[Split], probes: Sequence[Probe], kinds: Sequence[Feature
         known = ("probe", "features")
         protocol = {f"probe_{k}": value for k, value in result.protocol.as_dict().items() if k not in known}
         note = {"features_note": features.note} if features.note else {}
+        assert result.predicted is not None  # the targets are classes
+        run.store.save(f"{key}-{PREDICTED}", {PREDICTED: result.predicted})
         return {name: getattr(result, name) for name in _SCORES} | protocol | note
 
     jobs = {f"probe-{features.key}-{probe.value}": (features, probe) for features in kinds for probe in probes}
-    found = run.each(jobs, lambda key, job: run.once(key, lambda: measure(job)), unit="probe")
-    who = [{"member": features.member, "features": features.name, "probe": p.value} for features, p in jobs.values()]
-    return [{**one, **values} for one, values in zip(who, found.values(), strict=True)]
+    found = run.each(jobs, lambda key, job: run.once(key, lambda: measure(key, job)), unit="probe")
+    rows = []
+    for (key, values), (features, probe) in zip(found.items(), jobs.values(), strict=True):
+        kept = run.store.load(f"{key}-{PREDICTED}")
+        assert kept is not None  # saved before the scores are
+        who = {"member": features.member, "features": features.name, "probe": probe.value}
+        rows.append({**who, **values, **kept})
+    return rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -17,8 +17,9 @@ from experiments.harness.columns import CLOSED_FORM, PROBE
 from experiments.harness.data import Split
 from experiments.harness.ends import NAMES
 from experiments.harness.ensembles import End, Ensemble, Member, Probe, Problem, batches
-from experiments.harness.probes import NETWORK
+from experiments.harness.probes import NETWORK, PREDICTED, SUPERVISED
 from experiments.harness.run import Rows, Run
+from experiments.harness.statistics import WORTH
 from mae_align.closed_form.predictions import KS, closed_form_row
 from mae_align.corruption import Corruption, PatchMask
 from mae_align.data import average_pool
@@ -46,7 +47,12 @@ COLUMNS = {
     "against": "what the networks are compared with",
     "accuracy": "mean accuracy on test images [%]",
     "difference": "accuracy minus that of the other side [points]",
-    "difference_se": "its standard error over test images, as if both had their own, and between networks [points]",
+    "difference_se": "its standard error, paired over the test images, which both share, and between networks (paired "
+    "by seed where both have the same) [points]",
+    "predicted": "number of the class that is found for each test image",
+    "label": "number of the class of each test image",
+    "row": "position in results.csv, from 0",
+    "image": "position among the test images, from 0",
     "corruption": "corruption that the closed form is of",
     "latent": "number of features",
     "rankme": "effective rank of the features of test images",
@@ -213,7 +219,7 @@ def report_rows(
             for probe in probes
             if (probe["features"], probe["member"]) == (NETWORK, at)
             for key, value in probe.items()
-            if key not in ("probe", "member", "features", "features_note")
+            if key not in ("probe", "member", "features", "features_note", PREDICTED)
         }
         about = {"reconstruction_of": problem.restores, "images": f"whole{measured.note}"}
         rows.append({**row, **scores, **about, **({"features_note": trained.note} if trained.note else {})})
@@ -252,7 +258,7 @@ def result_rows(members: Sequence[Member], rows: Rows, chosen: Sequence[int]) ->
 
     Args:
         members: of the ensemble.
-        rows: of probes and ends, with positions of members.
+        rows: of probes and ends, with positions of members; what they predict is left out.
         chosen: positions of the members that are reported on.
     """
     names = [member.name(members) for member in members]
@@ -270,7 +276,9 @@ def result_rows(members: Sequence[Member], rows: Rows, chosen: Sequence[int]) ->
             "reported": kind != NETWORK or at in chosen,
             "probe": row["probe"],
         }
-        table.append({**who, **about, **{name: value for name, value in row.items() if name not in {*who, *about}}})
+        table.append(
+            {**who, **about, **{name: value for name, value in row.items() if name not in {*who, *about, PREDICTED}}}
+        )
     return table
 
 
@@ -299,42 +307,56 @@ def accuracy_table(reported: pd.DataFrame, chance: float) -> pd.DataFrame:
     return cells.rename(columns={"none": "whole network"}).rename_axis(f"test accuracy{several}").reset_index()
 
 
-def comparison_rows(reported: pd.DataFrame, num_test: int) -> Rows:
+def comparison_rows(reported: pd.DataFrame, correct: np.ndarray) -> Rows:
     """The trained networks against every baseline, and against those without guidance, by every probe.
 
-    A standard error holds the binomial spread of both accuracies over test images, as if each had images of its own
-    (cautious, for they share them), and the spread between networks.
+    The standard error of a difference is that of its mean over test images, on which both sides are measured, and of
+    the spread between networks.
 
     Args:
-        reported: rows of the tidy table.
-        num_test: test images.
+        reported: rows of the tidy table; their index says where they stand in ``correct``.
+        correct: [rows, n] whether a row is right on a test image.
     """
     rows = []
     for probe, table in reported[reported.probe != "none"].groupby("probe", sort=False):
-        shares = {name: part.accuracy_test for name, part in table.groupby("compared_as", sort=False)}
-        networks = [name for name in shares if str(name).startswith(NETWORK)]
+        kinds = dict(iter(table.groupby("compared_as", sort=False)))
+        networks = [name for name in kinds if str(name).startswith(NETWORK)]
         for i, network in enumerate(networks):
             # The first network of several guidance weights stands in for no guidance.
-            for other in [name for name in shares if name not in networks] + networks[: min(i, 1)]:
-                own, its = shares[network], shares[other]
+            for other in [name for name in kinds if name not in networks] + networks[: min(i, 1)]:
+                own, its = kinds[network], kinds[other]
+                a, b = (correct[part.index.to_numpy()].astype(np.float64) for part in (own, its))
+                paired = own.seed.tolist() == its.seed.tolist()
                 rows.append(
                     {
                         "probe": probe,
                         "compared_as": network,
                         "against": other,
-                        "accuracy": 100 * own.mean(),
-                        "difference": 100 * (own.mean() - its.mean()),
-                        "difference_se": 100 * math.sqrt(_variance(own, num_test) + _variance(its, num_test)),
+                        "accuracy": 100 * a.mean(),
+                        "difference": 100 * (a.mean() - b.mean()),
+                        "difference_se": 100 * difference_se(a, b, paired=paired),
                     }
                 )
     return rows
 
 
-def _variance(shares: pd.Series, num_test: int) -> float:
-    """Of a mean over networks: from the test images, which all share, and between networks."""
-    mean = shares.mean()
-    between = shares.var(ddof=1) / len(shares) if len(shares) > 1 else 0.0
-    return float(mean * (1 - mean) / num_test + between)
+def difference_se(a: np.ndarray, b: np.ndarray, *, paired: bool) -> float:
+    """Standard error of the difference of two mean accuracies on the same test images.
+
+    Args:
+        a: [E, n] 1 where network e of one side is right on an image, else 0.
+        b: [E', n] of the other side.
+        paired: whether network e of both sides has the same seed.
+
+    Example:
+        >>> a, b = np.array([[1.0, 1.0, 0.0, 1.0]]), np.array([[1.0, 0.0, 0.0, 1.0]])
+        >>> difference_se(a, b, paired=False)
+        0.25
+    """
+    images = a.mean(0) - b.mean(0)
+    sides = [(a - b).mean(1)] if paired else [a.mean(1), b.mean(1)]
+    between = sum(float(side.var(ddof=1)) / len(side) for side in sides if len(side) > 1)
+    return math.sqrt(float(images.var(ddof=1)) / len(images) + between)
 
 
 def sentences(subject: str, comparisons: Rows, report: Rows, closed: Rows) -> list[str]:
@@ -343,8 +365,10 @@ def sentences(subject: str, comparisons: Rows, report: Rows, closed: Rows) -> li
     said = []
     for network in dict.fromkeys([ridge[0]["compared_as"], ridge[-1]["compared_as"]]):
         mine = [row for row in ridge if row["compared_as"] == network]
-        words = "; ".join(map(_against, mine))
-        said.append(f"Ridge probe, {network}: {mine[0]['accuracy']:.1f} % of test images right; in points, {words}.")
+        said.append(
+            f"{_worth(network, mine)} Ridge probe, {network}: {mine[0]['accuracy']:.1f} % of test images right; in "
+            f"points, {'; '.join(map(_against, mine))}."
+        )
     said[0] = f"{subject}. {said[0]}"
     latent, cells = report[0]["latent"], closed[0]
     ks = [int(key.removeprefix("closed_eval_r2_k")) for key in cells if key.startswith("closed_eval_r2_k")]
@@ -358,6 +382,18 @@ def sentences(subject: str, comparisons: Rows, report: Rows, closed: Rows) -> li
         f"{report[0]['reconstruction_of']} leaves {error:.3f} of the variance."
     )
     return said
+
+
+def _worth(network: str, rows: Rows) -> str:
+    """What training is worth beside the best features that need none."""
+    free = [row for row in rows if not str(row["against"]).startswith((NETWORK, SUPERVISED))]
+    row = min(free, key=lambda row: row["difference"])
+    change, best = row["difference"], row["against"]
+    if change < WORTH:
+        return f"The {network} is not worth its training for a linear probe: {best} serve it as well or better."
+    if change < 2 * row["difference_se"]:
+        return f"The {network} may be worth its training: its gain over {best} is too small for these test images."
+    return f"The {network} is worth its training: a linear probe gains {change:.1f} points over {best}."
 
 
 def _against(row: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 import pandas as pd
+import xarray as xr
 
 from experiments.harness.data import Split
 from experiments.harness.ends import EndTraining, end_programs, train_end
@@ -24,6 +25,7 @@ from experiments.harness.ensembles import (
 from experiments.harness.figures import accuracy_figure, training_figure
 from experiments.harness.probes import (
     NETWORK,
+    PREDICTED,
     SUPERVISED,
     UNTRAINED,
     OnlineProbe,
@@ -124,15 +126,20 @@ def train_and_report(config: TrainedConfig, run: Run[Split], problem: Problem) -
     closed = closed_form_rows(run, measured)
     report = report_rows(run, problem, measured, trained, chosen, rows, closed[0], seed)
     results = result_rows(members, [*rows, *ends], chosen)
+    predicted = np.stack([row[PREDICTED] for row in (*rows, *ends)])
     # Of several processes all have a part of the network.
     model = training.model(state, chosen[0])
     frame = pd.DataFrame(results)
     reported = frame.loc[frame.reported]
-    comparisons = comparison_rows(reported, len(split.test_labels))
+    comparisons = comparison_rows(reported, predicted == split.test_labels)
     run.table("results", results, show=accuracy_table(reported, split.chance))
     run.table("comparisons", comparisons)
     run.table("report", report)
     run.table("closed_form", closed)
+    run.netcdf(
+        "predictions",
+        xr.Dataset({PREDICTED: (("row", "image"), predicted.astype(np.int32)), "label": ("image", split.test_labels)}),
+    )
     if jax.process_index() == 0:
         lines = (run.folder.path / "networks" / _KEY / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         names = [member.name(members) for member in members]

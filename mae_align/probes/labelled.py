@@ -36,15 +36,17 @@ class Parts(NamedTuple):
     test: Labelled
     num_classes: int
 
-    def result(self, accuracies: tuple[float, float, float], **protocol: Any) -> ProbeResult:
+    def result(self, accuracies: tuple[float, float, float], predicted: np.ndarray, **protocol: Any) -> ProbeResult:
         """Accuracies of the three parts as a result, r2 NaN: no estimate of the one-hot rows was made.
 
         Args:
             accuracies: on the training, validation and test samples.
+            predicted: [n] class that is found for each test sample.
             protocol: fields of :class:`Protocol` but the numbers of samples.
         """
         numbers = {"n_train": len(self.train.y), "n_val": len(self.val.y), "n_test": len(self.test.y)}
-        return ProbeResult(*accuracies, math.nan, math.nan, math.nan, Protocol(**numbers, **protocol))
+        about = Protocol(**numbers, **protocol)
+        return ProbeResult(*accuracies, math.nan, math.nan, math.nan, about, np.asarray(predicted, np.int64))
 
 
 def class_parts(

@@ -150,6 +150,7 @@ def logistic_probe(
     on_train, on_test = (float(_scores(path, slice(best, best + 1), p)[0][0]) for p in (parts.train, parts.test))
     return parts.result(
         (on_train, float(accuracy[best]), on_test),
+        _predicted(path, best, parts.test.x),
         probe="logistic",
         features=features,
         normalization=name_of(normalization),
@@ -218,6 +219,18 @@ def _scores(path: LogisticPath, which: slice, part: Labelled) -> tuple[np.ndarra
         arrays = (jnp.asarray(a, weights.dtype) for a in (weights, bias, part.x))
         accuracy, loss = _evaluate(*arrays, jnp.asarray(part.y))
         return np.asarray(accuracy), np.asarray(loss)
+
+
+def _predicted(path: LogisticPath, at: int, x: np.ndarray) -> np.ndarray:
+    """Classes [n] that one strength finds."""
+    with solve_context(path.weights.dtype):
+        arrays = (jnp.asarray(a, path.weights.dtype) for a in (path.weights[at], path.bias[at], x))
+        return np.asarray(_classes(*arrays))
+
+
+@jax.jit
+def _classes(weights: jax.Array, bias: jax.Array, z: jax.Array) -> jax.Array:
+    return _logits(_Weights(weights, bias), z).argmax(1)
 
 
 @jax.jit

@@ -114,6 +114,7 @@ def mlp_probe(
     on_train, on_test = (float(_scores(end.best, *part)[0]) for part in (fitted_on, tested_on))
     return parts.result(
         (on_train, float(end.accuracy), on_test),
+        np.asarray(_classes(end.best, tested_on[0])),
         probe="mlp",
         features=features,
         normalization=name_of(normalization),
@@ -139,6 +140,11 @@ def _logits(weights: _Weights, z: jax.Array) -> jax.Array:
 
 def _loss(weights: _Weights, z: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.losses.softmax_cross_entropy_with_integer_labels(_logits(weights, z), labels).mean()
+
+
+@jax.jit
+def _classes(weights: _Weights, z: jax.Array) -> jax.Array:
+    return _logits(weights, z).argmax(1)
 
 
 @jax.jit

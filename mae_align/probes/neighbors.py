@@ -115,24 +115,28 @@ def knn_probe(
     bank, labels = _unit(jnp.asarray(parts.train.x)), jnp.asarray(parts.train.y)
     wanted = jnp.asarray(counts)
 
-    def accuracies(x: np.ndarray, y: np.ndarray, itself: np.ndarray) -> np.ndarray:
-        """[number of k]; the training sample ``itself`` [m] is left out, none where negative."""
+    def classes(x: np.ndarray, itself: np.ndarray) -> np.ndarray:
+        """[m, number of k] found; the training sample ``itself`` [m] is left out, none where negative."""
         count, size = len(x), min(_QUERIES, len(x))
         padded = -(-count // size) * size
         queries, alone = np.zeros((padded, x.shape[1]), np.float32), np.full(padded, -1, np.int32)
         queries[:count], alone[:count] = x, itself
         batches = (jnp.asarray(queries).reshape(-1, size, x.shape[1]), jnp.asarray(alone).reshape(-1, size))
         found = _classes(*batches, bank, labels, wanted, max(counts), parts.num_classes, votes)
-        return (np.asarray(found).reshape(padded, -1)[:count] == y[:, None]).mean(0)
+        return np.asarray(found).reshape(padded, -1)[:count]
+
+    def accuracies(x: np.ndarray, y: np.ndarray, itself: np.ndarray) -> np.ndarray:
+        return (classes(x, itself) == y[:, None]).mean(0)
 
     nobody = [np.full(len(part.y), -1, np.int32) for part in (parts.val, parts.test)]
     on_val = accuracies(*parts.val, nobody[0])
     best = int(on_val.argmax())
-    on_test = accuracies(*parts.test, nobody[1])
+    predicted = classes(parts.test.x, nobody[1])[:, best]
     some = np.sort(np.random.default_rng(seed).permutation(n)[:_TRAIN_SAMPLES])
     on_train = accuracies(parts.train.x[some], parts.train.y[some], some.astype(np.int32))
     return parts.result(
-        (float(on_train[best]), float(on_val[best]), float(on_test[best])),
+        (float(on_train[best]), float(on_val[best]), float((predicted == parts.test.y).mean())),
+        predicted,
         probe="knn",
         features=features,
         normalization=name_of(normalization),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
@@ -59,6 +61,8 @@ class ProbeResult:
         r2_train, r2_val, r2_test: 1 - E|y - f(x)|^2 / E|y - m|^2 with m the mean of the training targets (one-hot rows
             for classes); NaN for probes whose outputs are no estimates of y, or where all y equal m.
         protocol: how they came about.
+        predicted: [n] int64 class that is found for each test sample; None where the targets are numbers, or where only
+            moments were given.
 
     Example:
         >>> p = Protocol("ridge", "pixels", "per_feature", 80, 10, 10, seed=0, strength=0.1)
@@ -73,6 +77,7 @@ class ProbeResult:
     r2_val: float
     r2_test: float
     protocol: Protocol
+    predicted: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def strength(self) -> float:
@@ -88,5 +93,6 @@ class ProbeResult:
             >>> row["accuracy_test"], row["probe"]
             (0.8, 'ridge')
         """
-        scores = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "protocol"}
+        kept = [f.name for f in dataclasses.fields(self) if f.name not in ("protocol", "predicted")]
+        scores = {name: getattr(self, name) for name in kept}
         return scores | self.protocol.as_dict()

@@ -291,10 +291,11 @@ def _checked_part(part: Moments | Rows, train: Moments, tasks: tuple[Task, ...])
 
 
 class _Scores(NamedTuple):
-    """Accuracy and r2, both [S, T] for S weights and T tasks."""
+    """Accuracy and r2, both [S, T] for S weights and T tasks, and the classes [n] that the first weights find."""
 
     accuracy: np.ndarray
     r2: np.ndarray
+    classes: list[np.ndarray | None]
 
 
 def _count(part: Moments | _Part) -> int:
@@ -336,7 +337,7 @@ def _choose(
         )
         accuracy = (float(on_train.accuracy[0, t]), float(on_val.accuracy[best, t]), float(on_test.accuracy[0, t]))
         r2 = (float(on_train.r2[0, t]), float(on_val.r2[best, t]), float(on_test.r2[0, t]))
-        results[task.name] = ProbeResult(*accuracy, *r2, protocol)
+        results[task.name] = ProbeResult(*accuracy, *r2, protocol, on_test.classes[t])
     return results
 
 
@@ -346,10 +347,12 @@ def _score(path: RidgePath, weights: np.ndarray, part: Moments | _Part, tasks: t
         about = part.about(path.mean_x, path.mean_y)
         error = np.diag(about.syy) - 2 * np.einsum("skq,kq->sq", weights, about.sxy)
         error += np.einsum("skq,skq->sq", weights, about.sxx @ weights)
-        return _Scores(np.full((len(weights), len(tasks)), np.nan), _r2(error, np.diag(about.syy), tasks))
+        accuracy = np.full((len(weights), len(tasks)), np.nan)
+        return _Scores(accuracy, _r2(error, np.diag(about.syy), tasks), [None] * len(tasks))
     s, k, q = weights.shape
     flat = weights.transpose(1, 0, 2).reshape(k, s * q)
     correct, error, spread = np.zeros((s, len(tasks))), np.zeros((s, q)), np.zeros(q)
+    classes: list[list[np.ndarray]] = [[] for _ in tasks]
     for start in range(0, len(part.x), _ROWS):
         y = part.y[start : start + _ROWS]
         with solve_context("float64"):
@@ -359,10 +362,12 @@ def _score(path: RidgePath, weights: np.ndarray, part: Moments | _Part, tasks: t
         spread += ((y - path.mean_y) ** 2).sum(0)
         for t, task in enumerate(tasks):
             if task.labelled:
-                hit = found[:, :, task.columns].argmax(2) == y[:, task.columns].argmax(1)[:, None]
-                correct[:, t] += hit.sum(0)
+                named = found[:, :, task.columns].argmax(2)
+                correct[:, t] += (named == y[:, task.columns].argmax(1)[:, None]).sum(0)
+                classes[t].append(named[:, 0])
     accuracy = np.where([task.labelled for task in tasks], correct / len(part.x), np.nan)
-    return _Scores(accuracy, _r2(error, spread, tasks))
+    named_first = [np.concatenate(of_task) if of_task else None for of_task in classes]
+    return _Scores(accuracy, _r2(error, spread, tasks), named_first)
 
 
 @jax.jit

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xarray as xr
 from flax import nnx
 
 import mae_align as ma
@@ -88,6 +89,7 @@ def test_run_leaves_everything_in_its_folder(run):
         "run.json",
         "columns.md",
         "summary.txt",
+        "predictions.nc",
         "networks",
         "points",
     }
@@ -113,6 +115,9 @@ def test_every_baseline_stands_beside_the_networks(run):
     assert len(table) == len(rows(run)) == 2 * (3 * 2 + 2) + 4
     summary = (run / "summary.txt").read_text()
     assert "most frequent class" in summary and "+-" in summary
+    kept = xr.load_dataset(run / "predictions.nc", engine="scipy")
+    scores = (kept.predicted == kept.label).mean("image").values
+    np.testing.assert_allclose(scores, [float(row["accuracy_test"]) for row in rows(run)], atol=1e-6)
 
 
 @pytest.mark.slow
