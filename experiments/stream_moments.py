@@ -61,7 +61,8 @@ class Config:
     """Settings of the data pass."""
 
     data: str = "digits"
-    """Data set: digits, idx:DIR, npz:FILE, folder:DIR, table:FILE.csv, images:DIR, tfds:NAME or prepared:DIR."""
+    """Data set: digits, idx:DIR, npz:FILE, folder:DIR, table:FILE.csv, images:DIR, cifar:DIR, stl10:DIR, svhn:DIR,
+    tfds:NAME or prepared:DIR."""
     split: Split = Split.train
     """Which images: train, test, or the two parts of train, fit and validation."""
     out: str = "moments.npz"

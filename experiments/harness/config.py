@@ -106,7 +106,8 @@ class RunConfig:
     """Of which kinds the labels may be."""
 
     data: str = "digits"
-    """Data set: digits, idx:DIR, npz:FILE, folder:DIR, table:FILE.csv, images:DIR, tfds:NAME or prepared:DIR."""
+    """Data set: digits, idx:DIR, npz:FILE, folder:DIR, table:FILE.csv, images:DIR, cifar:DIR, stl10:DIR, svhn:DIR,
+    tfds:NAME or prepared:DIR."""
     image_size: Annotated[int | tuple[int, int] | None, Bounds(least=1)] = None
     """Resize images to squares of this side, or to HEIGHT WIDTH, in pixels; none keeps them."""
     validation_fraction: Annotated[float, Bounds(above=0, below=1)] = 0.2

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from mae_align.data.cifar import load_cifar
 from mae_align.data.dataset import ImageDataset
 from mae_align.data.digits import load_digits
 from mae_align.data.folder import open_folder, open_pictures
@@ -17,6 +18,8 @@ from mae_align.data.layout import PARTS
 from mae_align.data.npz import load_npz
 from mae_align.data.resize import ImageSize, height_and_width, resize_dataset
 from mae_align.data.source import ImageSource, Splits, dataset_splits, in_memory
+from mae_align.data.stl10 import load_stl10
+from mae_align.data.svhn import load_svhn
 from mae_align.data.table import USAGE as TABLE
 from mae_align.data.table import open_table
 from mae_align.data.tfds_source import METADATA, open_prepared, open_tfds
@@ -85,6 +88,9 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
         "folder": Source("folder:DIR", _folder),
         "table": Source(TABLE, _table),
         "images": Source("images:DIR", _images),
+        "cifar": Source("cifar:DIR", lambda argument, _: load_cifar(argument)),
+        "stl10": Source("stl10:DIR", lambda argument, _: load_stl10(_path(argument))),
+        "svhn": Source("svhn:DIR", lambda argument, _: load_svhn(_path(argument))),
         "tfds": Source("tfds:NAME[/CONFIG]", _tfds),
         "prepared": Source("prepared:DIR", _prepared),
     }
@@ -103,6 +109,9 @@ def load_dataset(
     ``folder:DIR``         one sub-folder of image files per class, in train/, val/ and test/ if there are any
     ``table:FILE.csv``     a row per image: its file, and classes, numbers or attributes
     ``images:DIR``         image files without labels
+    ``cifar:DIR``          CIFAR-10 or CIFAR-100 as downloaded, binary or Python version
+    ``stl10:DIR``          STL-10 as downloaded
+    ``svhn:DIR``           SVHN, cropped digits, as downloaded
     ``tfds:NAME[/CONFIG]`` a set that TensorFlow Datasets has prepared as ArrayRecord; no TensorFlow needed
     ``prepared:DIR``       the folder of such a set, as ``mae_align.data.prepare`` writes it
     ====================== ===========================================================================
