@@ -171,7 +171,7 @@ def main(config: Config) -> None:
     if process == 0:
         print(
             f"{out}: moments of {moments.count} images of {moments.num_pixels} pixel values ({moments.pixel_dtype}), "
-            f"{moments.num_targets} classes or targets, {len(moments.counts)} group(s)"
+            f"{moments.num_targets} {'targets' if share.num_classes is None else 'classes'}, {len(moments.counts)} group(s)"
         )
 
 

@@ -24,6 +24,8 @@ from mae_align.corruption import (
     VarianceShareMasking,
 )
 from mae_align.data import ImageDataset, encode_labels, load_dataset
+from mae_align.models.export import export_encoder
+from mae_align.models.published import load_mae
 from mae_align.moments.moments import Moments
 from mae_align.moments.samples import Samples, summarize
 from mae_align.moments.streaming import stream_moments
@@ -65,9 +67,11 @@ __all__ = [
     "denoising_autoencoder",
     "encode_labels",
     "encoder_curves",
+    "export_encoder",
     "gaussian_sweep",
     "lambda_sweep",
     "load_dataset",
+    "load_mae",
     "masking_sweep",
     "paired_se",
     "stream_moments",

@@ -6,10 +6,12 @@ There is no mathematics here: the loss that a linear network minimises is that o
 from mae_align.models.base import Autoencoder, BottleneckAutoencoder, ImageModel, ModelKind
 from mae_align.models.classifier import Classifier, classification
 from mae_align.models.conv import ConvAutoencoder
+from mae_align.models.export import Layout, export_encoder
 from mae_align.models.guided import GuidedAutoencoder, in_head, scale_gradient
 from mae_align.models.layers import gelu_exact
 from mae_align.models.mlp import MLPAutoencoder
 from mae_align.models.pixels import Constant, Pixels
+from mae_align.models.published import Pooling, PublishedAutoencoder, load_mae
 from mae_align.models.resnet import ResNetAutoencoder
 from mae_align.models.resnet9 import ResNet9
 from mae_align.models.supervised import ConvClassifier, MLPClassifier, SupervisedNetwork, predicted_classes
@@ -39,6 +41,7 @@ __all__ = [
     "ConvClassifier",
     "GuidedAutoencoder",
     "ImageModel",
+    "Layout",
     "Loss",
     "MLPAutoencoder",
     "MLPClassifier",
@@ -46,13 +49,17 @@ __all__ = [
     "MaskedPrediction",
     "ModelKind",
     "Pixels",
+    "Pooling",
+    "PublishedAutoencoder",
     "ResNet9",
     "ResNetAutoencoder",
     "SupervisedNetwork",
     "VitSize",
     "classification",
+    "export_encoder",
     "gelu_exact",
     "in_head",
+    "load_mae",
     "predicted_classes",
     "scale_gradient",
 ]

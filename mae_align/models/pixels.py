@@ -35,7 +35,7 @@ class Pixels:
 
     Attributes:
         mean: [h, w, c] float32 mean image.
-        scale: scalar float32, both in stored pixel units.
+        scale: scalar float32, both in stored pixel units; of published networks [1, 1, 1, c], one per channel.
 
     Example:
         >>> pixels = Pixels.from_images(np.array([0.0, 4.0]).reshape(2, 1, 1, 1))

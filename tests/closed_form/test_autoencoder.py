@@ -359,3 +359,39 @@ def denoise(fit: Moments, corruption: Corruption, k: int = 3) -> ma.LinearAutoen
 def test_bad_input_is_refused(fit, make, message):
     with pytest.raises(ma.InputError, match=message):
         make(fit)
+
+
+@pytest.mark.parametrize("target", [None, ma.HighPass(0.2)])
+def test_a_saved_autoencoder_is_the_same(fit, target, tmp_path):
+    images = oracles.train().images[:7]
+    for i, model in enumerate(
+        (
+            ma.supervised_autoencoder(fit, 0.5, 4, target=target),
+            ma.denoising_autoencoder(fit, ma.PatchMasking(2, 0.5), 5, target=target),
+            ma.supervised_autoencoder(fit, 0.0, 8),
+        )
+    ):
+        model.save(tmp_path / f"{i}.npz")
+        again = ma.LinearAutoencoder.load(tmp_path / f"{i}.npz")
+        for name in ("encode", "reconstruct", "predict"):
+            np.testing.assert_array_equal(getattr(again, name)(images), getattr(model, name)(images))
+        about = ("loss", "rank", "pixel_noise", "rtol", "image_shape", "output_shape", "note")
+        assert [getattr(again, name) for name in about] == [getattr(model, name) for name in about]
+        assert jax.tree.structure(again) == jax.tree.structure(model)
+
+
+def test_files_that_are_no_autoencoders_are_one_line(fit, tmp_path):
+    ma.supervised_autoencoder(fit, 0.5, 4).save(tmp_path / "model.npz")
+    fit.save(tmp_path / "moments.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "model.npz").read_bytes()[:-100])
+    np.savez(tmp_path / "other.npz", encoder=np.zeros((2, 2)))
+    for name, message in (
+        ("moments", "holds moments, not linear autoencoder"),
+        ("cut", "is damaged or cut off: make the linear autoencoder again"),
+        ("other", "is not a file of linear autoencoder"),
+        ("none", "there is no such file"),
+    ):
+        with pytest.raises(ma.InputError, match=message):
+            ma.LinearAutoencoder.load(tmp_path / f"{name}.npz")
+    with pytest.raises(ma.InputError, match="holds linear autoencoder, not moments"):
+        Moments.load(tmp_path / "model.npz")
