@@ -169,9 +169,10 @@ def main(config: Config) -> None:
     with contextlib.suppress(OSError):  # until the last process leaves, the folder holds files of others
         unfinished.rmdir()
     if process == 0:
+        asked = "targets" if share.num_classes is None else "classes"
         print(
             f"{out}: moments of {moments.count} images of {moments.num_pixels} pixel values ({moments.pixel_dtype}), "
-            f"{moments.num_targets} {'targets' if share.num_classes is None else 'classes'}, {len(moments.counts)} group(s)"
+            f"{moments.num_targets} {asked}, {len(moments.counts)} group(s)"
         )
 
 

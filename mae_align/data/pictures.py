@@ -107,24 +107,26 @@ def with_channels(picture: Image.Image, channels: int) -> Image.Image:
     return picture.convert(MODES[channels])
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path | IO[bytes], where: str = "") -> Header:
     """Size, channels and depth of an image file.
 
     Args:
-        path: the file.
+        path: the file, or its content.
+        where: it is, for messages; the path where there is one.
 
     Raises:
         InputError: a file that cannot be read, or colours (or grey and alpha) of more than 8 bits per channel.
     """
+    where = where or str(path)
     try:
         picture = open_picture(path)
     except Exception as error:  # a damaged file raises whatever its decoder stumbles on
-        raise _unreadable(path, error) from None
+        raise _unreadable(where, error) from None
     with picture:
         grey, deep = is_grey(picture), is_deep(picture)
         if deep and (not grey or picture.mode.startswith("L")):
             raise InputError(
-                f"{path} has more than 8 bits in each of several channels (mode {picture.mode}): convert it to 8 bits "
+                f"{where} has more than 8 bits in each of several channels (mode {picture.mode}): convert it to 8 bits "
                 "or to grey, or load the arrays as npz:FILE"
             )
         width, height = picture.size
@@ -132,16 +134,17 @@ def read_header(path: Path) -> Header:
         known = picture.format != "PNG" or "exif" in picture.info
         turned = known and picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
         if turned and picture.format == "TIFF":  # Pillow 11 to 13 mixes up their rows
-            raise InputError(f"{path} is a TIFF on its side (orientation tag 5 to 8): save it upright")
+            raise InputError(f"{where} is a TIFF on its side (orientation tag 5 to 8): save it upright")
         return Header((height, width) if turned else (width, height), grey, deep)
 
 
-def read_picture(path: Path, channels: int) -> Image.Image:
+def read_picture(path: Path | IO[bytes], channels: int, where: str = "") -> Image.Image:
     """The pixels of an image file, upright.
 
     Args:
-        path: the file, whose header was read before.
+        path: the file, whose header was read before, or its content.
         channels: 1 or 3.
+        where: it is, for messages; the path where there is one.
 
     Returns:
         Pillow image of mode L or RGB; of mode F, in the units of the file, where it has more than 8 bits.
@@ -157,13 +160,13 @@ def read_picture(path: Path, channels: int) -> Image.Image:
                 return with_channels(picture, channels)
             pixels = np.asarray(upright(picture))
     except Exception as error:
-        raise _unreadable(path, error) from None
+        raise _unreadable(where or str(path), error) from None
     if pixels.dtype.kind in "iu" and pixels.size and int(pixels.max()) > _LAST_EXACT:
-        raise InputError(f"{path} has values up to {pixels.max()}: load the arrays as npz:FILE, in float64")
+        raise InputError(f"{where or path} has values up to {pixels.max()}: load the arrays as npz:FILE, in float64")
     return Image.fromarray(pixels.astype(np.float32))
 
 
-def _unreadable(path: Path, error: Exception) -> InputError:
+def _unreadable(path: str, error: Exception) -> InputError:
     """The error for an image that cannot be decoded."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return InputError(f"cannot read the image {path} ({reason}): replace or remove the file")

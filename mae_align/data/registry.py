@@ -16,6 +16,8 @@ from mae_align.data.folder import open_folder, open_pictures
 from mae_align.data.idx import load_idx
 from mae_align.data.layout import PARTS
 from mae_align.data.npz import load_npz
+from mae_align.data.parquet import USAGE as PARQUET
+from mae_align.data.parquet import open_parquet
 from mae_align.data.resize import ImageSize, height_and_width, resize_dataset
 from mae_align.data.source import ImageSource, Splits, dataset_splits, in_memory
 from mae_align.data.stl10 import load_stl10
@@ -23,6 +25,8 @@ from mae_align.data.svhn import load_svhn
 from mae_align.data.table import USAGE as TABLE
 from mae_align.data.table import open_table
 from mae_align.data.tfds_source import METADATA, open_prepared, open_tfds
+from mae_align.data.webdataset import USAGE as WEBDATASET
+from mae_align.data.webdataset import open_webdataset
 from mae_align.runtime.errors import InputError
 
 
@@ -71,6 +75,14 @@ def _table(argument: str, options: LoadOptions) -> Splits:
     return open_table(argument, options.image_size, options.seed, options.test_fraction)
 
 
+def _parquet(argument: str, options: LoadOptions) -> Splits:
+    return open_parquet(argument, options.image_size, options.seed, options.test_fraction)
+
+
+def _webdataset(argument: str, options: LoadOptions) -> Splits:
+    return open_webdataset(argument, options.image_size, options.seed, options.test_fraction)
+
+
 def _tfds(argument: str, options: LoadOptions) -> Splits:
     return open_tfds(argument, options.image_size, options.seed, options.test_fraction)
 
@@ -88,6 +100,8 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
         "folder": Source("folder:DIR", _folder),
         "table": Source(TABLE, _table),
         "images": Source("images:DIR", _images),
+        "parquet": Source(PARQUET, _parquet),
+        "webdataset": Source(WEBDATASET, _webdataset),
         "cifar": Source("cifar:DIR", lambda argument, _: load_cifar(argument)),
         "stl10": Source("stl10:DIR", lambda argument, _: load_stl10(_path(argument))),
         "svhn": Source("svhn:DIR", lambda argument, _: load_svhn(_path(argument))),
@@ -109,6 +123,8 @@ def load_dataset(
     ``folder:DIR``         one sub-folder of image files per class, in train/, val/ and test/ if there are any
     ``table:FILE.csv``     a row per image: its file, and classes, numbers or attributes
     ``images:DIR``         image files without labels
+    ``parquet:PATH``       Parquet files with images, as Hugging Face's ``datasets`` writes them
+    ``webdataset:PATH``    tar files of images and labels
     ``cifar:DIR``          CIFAR-10 or CIFAR-100 as downloaded, binary or Python version
     ``stl10:DIR``          STL-10 as downloaded
     ``svhn:DIR``           SVHN, cropped digits, as downloaded

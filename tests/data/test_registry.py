@@ -78,8 +78,8 @@ def test_unknown_names_are_helped(name, message):
 def test_unknown_name_lists_all_schemes():
     with pytest.raises(
         InputError,
-        match=r"one of: digits, idx:DIR, npz:FILE, folder:DIR, table:FILE.csv, images:DIR, cifar:DIR, "
-        r"stl10:DIR, svhn:DIR, tfds:NAME\[/CONFIG\], "
+        match=r"one of: digits, idx:DIR, npz:FILE, folder:DIR, table:FILE.csv, images:DIR, parquet:PATH, "
+        r"webdataset:PATH, cifar:DIR, stl10:DIR, svhn:DIR, tfds:NAME\[/CONFIG\], "
         r"prepared:DIR$",
     ):
         load_dataset("mnist")
