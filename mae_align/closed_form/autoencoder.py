@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +140,8 @@ class LinearAutoencoder:
         """
         fields, arrays = read_arrays(path, _FILE_KIND, _FILE_VERSION)
         shapes = {name: tuple(fields.pop(name)) for name in ("image_shape", "output_shape")}
-        return cls(**fields, **shapes, **arrays)
+        values: dict[str, Any] = {**fields, **shapes, **arrays}
+        return cls(**values)
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """Predicted targets mean_y + (x - mean_x) V W of clean images.

@@ -137,11 +137,11 @@ def _lines(path: Path, count: int) -> tuple[str, ...]:
 def _python(path: Path, key: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Images [n, 32, 32, 3] and labels [n] of a file of the Python version."""
     content = _plain(path)
-    rows, labels = content.get(b"data"), content.get(key)
-    shaped = isinstance(rows, _Array) and rows.values is not None and rows.values.shape[1:] == (_PIXELS,)
-    if not shaped or not isinstance(labels, list) or len(labels) != len(rows.values):
+    found, labels = content.get(b"data"), content.get(key)
+    rows = found.values if isinstance(found, _Array) else None
+    if rows is None or rows.shape[1:] != (_PIXELS,) or not isinstance(labels, list) or len(labels) != len(rows):
         raise InputError(f"{path} does not hold images and {key.decode()}: unpack the download again")
-    return _images(rows.values), np.array(labels)
+    return _images(rows), np.array(labels)
 
 
 def _meta(path: Path, key: bytes, count: int) -> tuple[str, ...]:

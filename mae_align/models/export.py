@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -78,7 +79,7 @@ def _folded(network: MaskedAutoencoder) -> tuple[np.ndarray, np.ndarray]:
     kernel = np.asarray(network.embed.kernel[...], np.float64).reshape(ph, pw, channels, -1)
     scale = np.broadcast_to(np.asarray(network.pixels.scale, np.float64).reshape(-1), (channels,))
     kernel = kernel / scale[None, None, :, None]
-    mean = np.asarray(network.patchify(np.asarray(network.pixels.mean)[None]), np.float64)[0]
+    mean = np.asarray(network.patchify(jnp.asarray(network.pixels.mean)[None]), np.float64)[0]
     positions = np.asarray(network.positions[...], np.float64) - mean @ kernel.reshape(mean.shape[1], -1)
     return 255 * kernel.transpose(3, 2, 0, 1), np.concatenate([np.zeros((1, positions.shape[1])), positions])
 
