@@ -73,7 +73,11 @@ class Split:
             >>> len(split.train_labels), len(split.validation_labels), len(split.test_labels)
             (100, 100, 50)
         """
-        data = load_together(config.data, image_size=config.image_size, seed=config.seed)
+        return cls.of(load_together(config.data, image_size=config.image_size, seed=config.seed), config)
+
+    @classmethod
+    def of(cls, data: ma.ImageDataset, config: RunConfig) -> Split:
+        """A data set cut up, see :meth:`load`."""
         check_task(data, config.TAKES)
         own = "validation" in data.parts
         if own:

@@ -366,8 +366,8 @@ def sentences(subject: str, comparisons: Rows, report: Rows, closed: Rows) -> li
     for network in dict.fromkeys([ridge[0]["compared_as"], ridge[-1]["compared_as"]]):
         mine = [row for row in ridge if row["compared_as"] == network]
         said.append(
-            f"{_worth(network, mine)} Ridge probe, {network}: {mine[0]['accuracy']:.1f} % of test images right; in "
-            f"points, {'; '.join(map(_against, mine))}."
+            f"{worth(network, mine)} Ridge probe, {network}: {mine[0]['accuracy']:.1f} % of test images right; in "
+            f"points, {'; '.join(map(compared, mine))}."
         )
     said[0] = f"{subject}. {said[0]}"
     latent, cells = report[0]["latent"], closed[0]
@@ -384,19 +384,27 @@ def sentences(subject: str, comparisons: Rows, report: Rows, closed: Rows) -> li
     return said
 
 
-def _worth(network: str, rows: Rows) -> str:
-    """What training is worth beside the best features that need none."""
+def worth(network: str, rows: Rows) -> str:
+    """What training is worth beside the best features that need none.
+
+    Args:
+        network: what is compared, in words.
+        rows: its comparisons by one probe, see :func:`comparison_rows`.
+    """
     free = [row for row in rows if not str(row["against"]).startswith((NETWORK, SUPERVISED))]
     row = min(free, key=lambda row: row["difference"])
     change, best = row["difference"], row["against"]
     if change < WORTH:
-        return f"The {network} is not worth its training for a linear probe: {best} serve it as well or better."
+        return (
+            f"The {network} is not worth its training for the {row['probe']} probe: {best} serve it as well or better."
+        )
     if change < 2 * row["difference_se"]:
         return f"The {network} may be worth its training: its gain over {best} is too small for these test images."
-    return f"The {network} is worth its training: a linear probe gains {change:.1f} points over {best}."
+    return f"The {network} is worth its training: the {row['probe']} probe gains {change:.1f} points over {best}."
 
 
-def _against(row: dict[str, Any]) -> str:
+def compared(row: dict[str, Any]) -> str:
+    """One comparison in words."""
     change, se = row["difference"], row["difference_se"]
     if abs(change) < 2 * se:
         return f"no detectable difference to {row['against']} ({change:+.1f} +- {se:.1f})"

@@ -86,6 +86,7 @@ class PublishedAutoencoder(MaskedAutoencoder):
     pixels are normalised by channel. Without a decoder in the file it encodes and refuses to reconstruct.
 
     Attributes:
+        architecture: its sizes.
         decoder_class_position: [decoder width] position of the class token in the decoder.
         has_decoder: whether the file has one.
     """
@@ -120,7 +121,11 @@ class PublishedAutoencoder(MaskedAutoencoder):
         for norm in self._norms():
             norm.epsilon = a.epsilon
         self.decoder_class_position = Constant(jnp.zeros(a.decoder_width))
-        self.has_decoder = has_decoder
+        self.architecture, self.has_decoder = architecture, has_decoder
+
+    def untrained(self) -> PublishedAutoencoder:
+        """A network of the same shape as training starts it: weights drawn at random, sin-cos positions."""
+        return PublishedAutoencoder(self.architecture, self.pixels, has_decoder=self.has_decoder)
 
     def _norms(self) -> list[LayerNorm]:
         blocks = [*self.blocks, *self.decoder_blocks]

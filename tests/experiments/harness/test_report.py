@@ -81,10 +81,10 @@ def test_predictions_are_those_that_were_scored_and_are_kept(probe, tmp_path):
 @pytest.mark.parametrize(
     ("difference", "se", "words"),
     [
-        (3.0, 0.5, "The trained network is worth its training: a linear probe gains 3.0 points over raw pixels."),
+        (3.0, 0.5, "The trained network is worth its training: the ridge probe gains 3.0 points over raw pixels."),
         (3.0, 2.0, "The trained network may be worth its training: its gain over raw pixels is too small for these"),
-        (0.2, 0.01, "The trained network is not worth its training for a linear probe: raw pixels serve it as well"),
-        (-3.0, 0.5, "The trained network is not worth its training for a linear probe: raw pixels serve it as well"),
+        (0.2, 0.01, "The trained network is not worth its training for the ridge probe: raw pixels serve it as well"),
+        (-3.0, 0.5, "The trained network is not worth its training for the ridge probe: raw pixels serve it as well"),
     ],
 )
 def test_the_sentence_says_first_what_it_means(difference, se, words):
