@@ -140,6 +140,12 @@ def read_pictures(root: Path) -> tuple[dict[str, Files], tuple[str, ...]]:
     folders = _sub_folders(root)
     names = {part: folder for folder in folders if (part := part_of(folder.name)) is not None}
     as_parts = len(names) == len(folders) and "train" in names and not _is_flat(root)
+    if names and not as_parts:
+        others = _listed([folder.name for folder in folders if part_of(folder.name) is None]) or "no train/"
+        raise InputError(
+            f"{root} holds {next(iter(names.values())).name}/ and {others}: if its folders are parts of the data, call "
+            "them train, validation and test; if not, give each another name"
+        )
     names, least = (names, 1) if as_parts else ({"train": root}, 2)
     found = {part: _images_below(folder, passed) for part, folder in names.items()}
     for part, paths in found.items():

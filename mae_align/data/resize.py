@@ -26,10 +26,10 @@ def height_and_width(image_size: ImageSize) -> tuple[int, int]:
         >>> height_and_width(4), height_and_width((2, 3))
         ((4, 4), (2, 3))
     """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if min(height, width) < 1:
-        raise InputError(f"image_size {image_size}: give sides of at least 1 pixel")
-    return height, width
+    sides = np.ravel(np.array([image_size, image_size] if np.ndim(image_size) == 0 else image_size))
+    if len(sides) != 2 or sides.dtype.kind not in "iu" or sides.min() < 1:
+        raise InputError(f"image_size {image_size}: give one side or (height, width), in whole pixels, at least 1")
+    return int(sides[0]), int(sides[1])
 
 
 def resize_picture(picture: Image.Image, image_size: ImageSize) -> Image.Image:

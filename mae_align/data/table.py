@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from mae_align.runtime.errors import InputError
 USAGE = "table:FILE.csv"
 KEYS = ("image", "images", "classes", "targets", "part")
 # Columns that say what they are by their name, in lower case.
-_PART_NAMES = frozenset({"split", "partition", "part", "subset", "set", "fold"})
+_PART_NAMES = frozenset({"split", "partition", "part", "subset", "set"})
 _CLASS_NAMES = frozenset({"label", "labels", "class", "classes", "class_id", "category"})
 Table = dict[str, np.ndarray]
 """Cells of every column, [n] text, by name."""
@@ -73,16 +74,19 @@ def open_table(argument: str, image_size: ImageSize | None, seed: int, test_frac
     image, files = _image_files(table, path, choices)
     part, parts = _parts({name: cells for name, cells in table.items() if name != image}, path, choices)
     rest = {name: cells for name, cells in table.items() if name not in (image, part)}
-    chosen, labels, names, kind = _asked(rest, path, choices)
+    found = {each: np.flatnonzero(parts == each) for each in PARTS if (parts == each).any()}
+    if "train" not in found:
+        raise InputError(f"column {part} of {path} has no row for training: write train, validation or test in it")
+    # Training comes first: the classes are those of its images.
+    order = {each: found[each] for each in ("train", *[each for each in found if each != "train"])}
+    chosen, labels, names, kind = _asked(rest, path, choices, list(order.values()))
     passed = [name for name in rest if name not in chosen]
     notes = [f"column {image} names the images", f"{_listed(chosen)}: {kind}"]
     notes += [f"column {part} says the part"] if part else []
     notes += [f"passed over: {_listed(passed)}"] if passed else []
-    found = {each: np.flatnonzero(parts == each) for each in PARTS if (parts == each).any()}
-    if "train" not in found:
-        raise InputError(f"column {part} of {path} has no row for training: write train, validation or test in it")
+    of_parts = zip(order.items(), labels, strict=True)
     return picture_splits(
-        {each: Files([files[i] for i in rows], labels[rows]) for each, rows in found.items()},
+        {each: Files([files[i] for i in rows], of_part) for (each, rows), of_part in of_parts},
         tuple(map(readable, names)),
         readable(path.stem),
         tuple(notes),
@@ -103,6 +107,10 @@ def _read(path: Path) -> Table:
         raise InputError(f"{path} cannot be read as a table ({error}): give CSV or TSV in UTF-8") from None
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror})") from None
+    if rows and len(rows[0]) == 1 and (other := next((sign for sign in ";\t|" if sign in rows[0][0]), None)):
+        raise InputError(
+            f"{path} separates its columns by {other!r}: write commas, or tabs in a file that ends in .tsv"
+        )
     if len(rows) < 2 or len(rows[0]) < 2:
         raise InputError(
             f"{path} has {max(len(rows) - 1, 0)} row(s) and {len(rows[0]) if rows else 0} column(s): give a line of "
@@ -114,7 +122,11 @@ def _read(path: Path) -> Table:
     for at, row in enumerate(rows[1:], 1):
         if len(row) != len(names):
             raise InputError(f"row {at} of {path} has {len(row)} cells for {len(names)} columns: repair the file")
-    return {name: np.array([cell.strip() for cell in cells]) for name, *cells in zip(names, *rows[1:], strict=True)}
+    table = {name: np.array([cell.strip() for cell in cells]) for name, *cells in zip(names, *rows[1:], strict=True)}
+    # Row numbers without a name, as pandas writes them.
+    if table.get("", np.zeros(0)).tolist() == [str(i) for i in range(len(rows) - 1)]:
+        del table[""]
+    return table
 
 
 def _names(choices: Mapping[str, str], key: str) -> list[str]:
@@ -133,7 +145,10 @@ def _image_files(table: Table, path: Path, choices: Mapping[str, str]) -> tuple[
     folder = path.parent / choices.get("images", ".")
     if not folder.is_dir():
         raise InputError(f"no folder {folder}: write where the images of {path} lie, {USAGE}:images=FOLDER")
-    candidates = _names(choices, "image") or [name for name in table if _file(folder, table[name][0]) is not None]
+    naming = [name for name in table if _file(folder, table[name][0]) is not None]
+    # A number may happen to be the name of a file without its suffix.
+    whole = [name for name in naming if table[name][0].lower().endswith(SUFFIXES)]
+    candidates = _names(choices, "image") or (whole if len(whole) == 1 else naming)
     if len(candidates) != 1:
         held = "several columns name" if candidates else "no column names"
         raise InputError(
@@ -183,8 +198,10 @@ def _parts(table: Table, path: Path, choices: Mapping[str, str]) -> tuple[str | 
     return column, np.array(parts)
 
 
-def _asked(table: Table, path: Path, choices: Mapping[str, str]) -> tuple[list[str], np.ndarray, tuple[str, ...], str]:
-    """Columns that are asked about, their labels, the names of classes or columns, and what they are in words."""
+def _asked(
+    table: Table, path: Path, choices: Mapping[str, str], parts: Sequence[np.ndarray]
+) -> tuple[list[str], list[np.ndarray], tuple[str, ...], str]:
+    """Columns that are asked about, labels of every part, names of classes or columns, and what they are in words."""
     classes, targets = _names(choices, "classes"), _names(choices, "targets")
     if (classes and targets) or len(classes) > 1:
         raise InputError(f"{path}: give classes=COLUMN, or targets=COLUMN,COLUMN")
@@ -196,16 +213,23 @@ def _asked(table: Table, path: Path, choices: Mapping[str, str]) -> tuple[list[s
             )
     if as_classes:
         cells = table[chosen[0]]
-        (labels,), names = encode_labels(cells.astype(np.int64) if np.char.isdigit(cells).all() else cells)
+        whole = all(re.fullmatch(r"[+-]?\d{1,18}", cell) for cell in cells)
+        try:
+            labels, names = encode_labels(*((cells.astype(np.int64) if whole else cells)[rows] for rows in parts))
+        except InputError as error:
+            raise InputError(f"{path}: {chosen[0]}: {error}") from None
         return chosen, labels, names, f"{len(names)} classes"
     columns = []
     for name in chosen:
         numbers = _numbers(table[name])
         if numbers is None:
             raise InputError(f"{path}: {name} does not hold numbers alone: write {USAGE}:classes={name} for classes")
+        if len(odd := np.flatnonzero(~np.isfinite(numbers)) + 1):
+            raise InputError(f"{path}: {name} is no number in row(s) {_listed(odd.tolist())}: leave these images out")
         columns.append(numbers)
     labels = check_columns(np.stack(columns, 1), f"{_listed(chosen)} of {path}")
-    return chosen, labels, tuple(chosen), "attributes" if np.isin(labels, (0, 1)).all() else "numbers"
+    kind = "attributes" if np.isin(labels, (0, 1)).all() else "numbers"
+    return chosen, [labels[rows] for rows in parts], tuple(chosen), kind
 
 
 def _found(table: Table, path: Path) -> tuple[list[str], bool]:
@@ -213,6 +237,18 @@ def _found(table: Table, path: Path) -> tuple[list[str], bool]:
     numbers = {name: _numbers(cells) for name, cells in table.items()}
     as_classes = [name for name, values in numbers.items() if values is None or name.lower() in _CLASS_NAMES]
     say = f"write {USAGE}:classes=COLUMN for classes, or {USAGE}:targets=COLUMN,COLUMN for numbers and attributes"
+    for name, cells in table.items():
+        are_numbers = [_numbers(np.array([cell])) is not None for cell in cells if cell]
+        odd = [
+            cell
+            for cell in cells
+            if cell and (re.fullmatch(r"[+-]?\d+,\d+", cell) or _numbers(np.array([cell])) is None)
+        ]
+        if odd and (any(are_numbers) or all(re.fullmatch(r"[+-]?\d+,\d+", cell) for cell in odd)):
+            raise InputError(
+                f"{path}: {name} holds {str(odd[0])!r} among numbers: write an empty cell where nothing is known and a "
+                f"point before decimals, or {USAGE}:classes={name} if these are classes"
+            )
     if as_classes and len(table) == 1:
         return as_classes, True
     if as_classes or not table:

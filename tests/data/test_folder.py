@@ -260,6 +260,14 @@ def test_pictures_without_labels(tmp_path):
         load_dataset(f"images:{tmp_path / 'b'}")
 
 
+def test_parts_beside_other_folders_are_not_read_together(tmp_path):
+    for file in ("train/1.png", "train/2.png", "holdout/3.png"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (2, 2), int(file[-5])).save(tmp_path / file)
+    with pytest.raises(InputError, match=r"holds train/ and holdout: if its folders are parts of the data, call them"):
+        load_dataset(f"images:{tmp_path}")
+
+
 def test_pictures_without_labels_in_parts(tmp_path):
     for file in ("Training/1.png", "Training/2.png", "dev/3.png", "test/x/4.png"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)

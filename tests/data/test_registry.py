@@ -96,7 +96,7 @@ def test_existing_folders_are_recognised(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"image_size": 0}, "image_size 0: give sides"),
+        ({"image_size": 0}, "image_size 0: give one side"),
         ({"seed": -1}, "seed -1 is negative"),
         ({"test_fraction": 1.0}, "fraction 1.0 must lie between"),
     ],

@@ -60,5 +60,5 @@ def test_dataset_of_that_size_is_left_alone():
     data = ImageDataset(x, y, x, y, ("a", "b"), "toy")
     assert resize_dataset(data, 8) is data
     assert resize_dataset(data, 3).test_images.shape == (2, 3, 3, 1)
-    with pytest.raises(InputError, match="image_size 0: give sides of at least 1"):
+    with pytest.raises(InputError, match="image_size 0: give one side"):
         resize_dataset(data, 0)

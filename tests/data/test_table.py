@@ -115,13 +115,36 @@ def test_what_is_not_certain_can_be_said(write):
             "has set and fold: write which says the part",
         ),
         ({"label": ["a"] * 12}, "", r"1 class name\(s\), and a task needs"),
-        ({"age": [*np.linspace(0, 1, 11), np.inf]}, "", r"NaN or infinite values in row\(s\) 11, counted from 0"),
+        ({"age": [*np.linspace(0, 1, 11), np.inf]}, "", r"age is no number in row\(s\) 12: leave these images out"),
+        (
+            {"age": [*map(str, np.linspace(0, 1, 11)), "unknown"]},
+            "",
+            r"age holds 'unknown' among numbers: write an empty",
+        ),
+        ({"age": ["0,5", "1,5"] * 6}, "", r"age holds '0,5' among numbers: .* a point before decimals"),
+        (
+            {"label": [0, 1, -1] * 4},
+            "",
+            "label: train labels hold -1: labels must be >= 0; drop images without a label",
+        ),
+        ({"label": ["a", "b"] * 5 + ["c", "c"], "split": PARTS}, "", r"hold \['c'\], which no training image has"),
+        ({"label": ["a", "b"] * 6, "fold": [0, 1, 2] * 4}, "", r"in several ways \(columns label, fold\)"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(write, columns, choices, message):
     with pytest.raises(InputError, match=message) as error:
         ma.load_dataset(write(columns) + choices)
     assert "\n" not in str(error.value)
+
+
+def test_row_numbers_are_no_file_names_and_no_targets(write):
+    """Of pandas, with a name and without; the pictures here are called like them."""
+    label = write({"": np.arange(12), "breed": ["cat", "owl"] * 6}, file=lambda i: f"{i:02}.png")
+    assert ma.load_dataset(label).class_names == ("cat", "owl")
+    data = ma.load_dataset(
+        write({"number": [f"{i:02}" for i in range(12)], "age": np.linspace(0.5, 1, 12)}) + ":targets=age"
+    )
+    assert data.class_names == ("age",) and data.notes[0] == "column id names the images"
 
 
 def test_missing_and_repeated_images_are_named(write):
@@ -140,6 +163,7 @@ def test_missing_and_repeated_images_are_named(write):
     ("text", "message"),
     [
         ("", r"has 0 row\(s\) and 0 column"),
+        ("id;age\n1.png;2\n", "separates its columns by ';': write commas"),
         ("id,age\n", r"has 0 row\(s\) and 2 column"),
         ("id,age,age\n1,2,3\n", "two columns of one name"),
         ("id,age\n1,2,3\n", "row 1 of .* has 3 cells for 2 columns"),
