@@ -110,9 +110,9 @@ def test_what_is_not_certain_can_be_said(write):
         ({"age": np.linspace(0, 1, 12), "split": ["a"] * 12}, "", "row 1 of .*: split is 'a', which names no part"),
         ({"age": np.linspace(0, 1, 12), "split": ["test"] * 12}, "", "column split of .* has no row for training"),
         (
-            {"age": np.linspace(0, 1, 12), "set": PARTS, "fold": PARTS},
+            {"age": np.linspace(0, 1, 12), "set": PARTS, "split": PARTS},
             "",
-            "has set and fold: write which says the part",
+            "has set and split: write which says the part",
         ),
         ({"label": ["a"] * 12}, "", r"1 class name\(s\), and a task needs"),
         ({"age": [*np.linspace(0, 1, 11), np.inf]}, "", r"age is no number in row\(s\) 12: leave these images out"),
