@@ -19,7 +19,8 @@ storage that process 0 can write, and OUT.unfinished on storage that each can.
 
 `python -m experiments.masking_sweep --train-moments fit.npz --validation-moments ... --test-moments ...` goes on from
 the files. With the same --seed and --validation-fraction, fit and validation are the split that it would make itself; a
-data set with validation images of its own keeps to these.
+data set with validation images of its own keeps to these. Targets that are no classes are summed as they are; where
+their units differ, scale them first, for r2 weighs them by their variance.
 """
 
 from __future__ import annotations
