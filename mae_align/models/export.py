@@ -50,7 +50,7 @@ def export_encoder(network: Autoencoder, folder: str | Path, layout: Layout = La
         >>> import tempfile
         >>> from mae_align.models import MLPAutoencoder, Pixels
         >>> pixels = Pixels(np.zeros((2, 2, 1), np.float32), np.float32(1))
-        >>> network = MLPAutoencoder(pixels, 2, hidden=(4,), rngs=nnx.Rngs(0))
+        >>> network = MLPAutoencoder(pixels, latent=2, hidden=(4,), rngs=nnx.Rngs(0))
         >>> sorted(path.name for path in export_encoder(network, Path(tempfile.mkdtemp()) / "out").iterdir())
         ['config.json', 'model.safetensors']
     """
