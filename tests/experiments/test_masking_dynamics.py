@@ -75,7 +75,7 @@ def test_an_interrupted_run_ends_as_one_that_never_was(run):
     for name, values in whole.items():
         assert [float(row[name]) for row in found] == pytest.approx(values.tolist(), abs=1e-12)
     untrained = [float(row["r2"]) for row in rows(run, "probes") if row["mask_ratio"] == "0.75" and row["step"] == "0"]
-    assert np.abs(whole["r2"] - untrained).min() > 1e-4  # it has learned something
+    assert np.abs(whole["r2"] - untrained).max() > 1e-3  # something was learned
 
 
 @pytest.mark.slow
