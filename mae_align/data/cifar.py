@@ -41,6 +41,8 @@ def load_cifar(argument: str) -> ImageDataset:
         mae_align.runtime.errors.InputError: no folder /nowhere: give the unpacked folder, cifar:DIR
     """
     folder, choices = path_and_choices(argument, USAGE, KEYS)
+    if folder.is_file():
+        raise InputError(f"{folder} is a file: unpack it (tar xzf) and give its folder, {USAGE}")
     if not folder.is_dir():
         raise InputError(f"no folder {folder}: give the unpacked folder, {USAGE}")
     inside = [folder / name for name in _UNPACKED if (folder / name).is_dir()]
@@ -141,15 +143,17 @@ def _python(path: Path, key: bytes) -> tuple[np.ndarray, np.ndarray]:
     rows = found.values if isinstance(found, _Array) else None
     if rows is None or rows.shape[1:] != (_PIXELS,) or not isinstance(labels, list) or len(labels) != len(rows):
         raise InputError(f"{path} does not hold images and {key.decode()}: unpack the download again")
-    return _images(rows), np.array(labels)
+    if not all(type(label) is int and 0 <= label < 100 for label in labels):
+        raise InputError(f"{key.decode()} of {path} are not all class numbers: unpack the download again")
+    return _images(rows), np.array(labels, np.int64)
 
 
 def _meta(path: Path, key: bytes, count: int) -> tuple[str, ...]:
     """Names of classes of the Python version."""
     names = _plain(path).get(key)
-    if not isinstance(names, list) or len(names) != count:
+    if not isinstance(names, list) or len(names) != count or not all(isinstance(name, bytes | str) for name in names):
         raise InputError(f"{path} does not hold {count} {key.decode()}: unpack the download again")
-    return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
+    return tuple(name.decode("utf-8", "replace") if isinstance(name, bytes) else name for name in names)
 
 
 def _plain(path: Path) -> dict[bytes, Any]:

@@ -6,6 +6,7 @@ import bisect
 import functools
 import itertools
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mae_align.data.argument import path_and_choices
-from mae_align.data.dataset import check_task, encode_labels, readable
-from mae_align.data.records import Records, files_by_part, record_splits
+from mae_align.data.dataset import readable
+from mae_align.data.records import Records, files_by_part, label_array, number_labels, record_splits
 from mae_align.data.resize import ImageSize
 from mae_align.data.source import Splits
 from mae_align.runtime.errors import InputError
@@ -56,33 +57,29 @@ def open_parquet(argument: str, image_size: ImageSize | None, seed: int, test_fr
         mae_align.runtime.errors.InputError: /nowhere is no .parquet file and holds none: check the path, parquet:PATH
     """
     path, choices = path_and_choices(argument, USAGE, KEYS)
-    files = files_by_part(path, ".parquet", USAGE)
+    files, notes = files_by_part(path, ".parquet", USAGE)
     tables = {part: [_open(file) for file in of_part] for part, of_part in files.items()}
-    first = next(itertools.chain.from_iterable(tables.values()))
+    first = tables["train"][0]
     for table in itertools.chain.from_iterable(tables.values()):
         if table.columns.keys() != first.columns.keys():
             raise InputError(f"{table.path} and {first.path} have other columns: give files of one data set")
     image = _image_column(first, choices.get("image"))
     label = _label_column(first, image, choices.get("label"))
-    values = {part: _labels(of_part, label) for part, of_part in tables.items()}
-    names = first.features.get(label, {}).get("names")
-    if names is not None:
-        for part, numbers in values.items():
-            if len(numbers) and (numbers.min() < 0 or numbers.max() >= len(names)):
-                raise InputError(
-                    f"{label} of the {part} part of {path} holds {numbers.min()}: leave out what has no label"
-                )
-    elif next(iter(values.values())).ndim == 1:
-        encoded, names = encode_labels(*values.values())
-        values = dict(zip(values, encoded, strict=True))
+    names = _class_names(first, label)
+    for table in itertools.chain.from_iterable(tables.values()):
+        if _class_names(table, label) != names:
+            raise InputError(f"{table.path} and {first.path} name other classes: give files of one data set")
+    values = {part: _labels(of_part, label, part) for part, of_part in tables.items()}
+    labels, names, more = number_labels(values, names, f"{label} of {path}")
     passed = [name for name in first.columns if name not in (image, label)]
     notes = (
+        *notes,
         f"column {image} holds the images, {label} the labels",
         *[f"passed over: {', '.join(passed)}"] * bool(passed),
+        *more,
     )
-    records = {part: Records(*_readers(of_part, image), values[part], files[part]) for part, of_part in tables.items()}
     return record_splits(
-        records,
+        {part: Records(*_readers(tables[part], image), labels[part], files[part], (image, label)) for part in labels},
         tuple(readable(str(each)) for each in names or (label,)),
         readable(path.stem if path.is_file() else path.resolve().name),
         notes,
@@ -93,35 +90,53 @@ def open_parquet(argument: str, image_size: ImageSize | None, seed: int, test_fr
 
 
 class _Table(NamedTuple):
-    """What is known of a file: its reader, its columns by name, what ``datasets`` says of them."""
+    """What is known of a file: its columns by name, what ``datasets`` says of them, rows of each group."""
 
     path: Path
-    file: Any
     columns: dict[str, pa.DataType]
-    features: dict[str, dict[str, Any]]
+    features: dict[str, Any]
+    groups: tuple[int, ...]
+
+    def said(self, column: str) -> dict[str, Any]:
+        """What ``datasets`` says of a column."""
+        found = self.features.get(column)
+        return found if isinstance(found, dict) else {}
 
 
 def _open(path: Path) -> _Table:
     try:
         import pyarrow.parquet as pq
     except ImportError:
-        raise InputError("reading Parquet files needs pyarrow: pip install pyarrow") from None
+        raise InputError("parquet: needs pyarrow, which is not installed: pip install -e '.[parquet]'") from None
     try:
-        file = pq.ParquetFile(path)
-        schema = file.schema_arrow
+        with pq.ParquetFile(path) as file:
+            schema, metadata = file.schema_arrow, file.metadata
+            groups = tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
     except Exception as error:  # damage shows as whatever the reader stumbles on
-        raise InputError(f"{path} is damaged or no Parquet file ({str(error).splitlines()[0]})") from None
-    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = about.get("info", {}).get("features", {})
-    return _Table(path, file, dict(zip(schema.names, schema.types, strict=True)), features)
+        raise _damaged(path, error) from None
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+    except (ValueError, LookupError, TypeError):
+        features = {}  # not written by `datasets`
+    columns = dict(zip(schema.names, schema.types, strict=True))
+    return _Table(path, columns, features if isinstance(features, dict) else {}, groups)
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return InputError(f"{path} is damaged or no Parquet file ({reason}): fetch it again")
+
+
+def _class_names(table: _Table, label: str) -> tuple[str, ...] | None:
+    """Names of the classes, where ``datasets`` wrote them."""
+    names = table.said(label).get("names")
+    return tuple(map(str, names)) if isinstance(names, list) else None
 
 
 def _image_column(table: _Table, chosen: str | None) -> str:
     """The column of images."""
-    import pyarrow as pa
-
     found = [name for name, kind in table.columns.items() if _holds_bytes(kind)]
-    said = [name for name in found if table.features.get(name, {}).get("_type") == "Image"]
+    said = [name for name in found if table.said(name).get("_type") == "Image"]
     if chosen is not None:
         found = [name for name in found if name == chosen]
     elif said:
@@ -131,7 +146,6 @@ def _image_column(table: _Table, chosen: str | None) -> str:
             f"{table.path} has columns {', '.join(table.columns)}, of which {len(found)} may be the images: write "
             f"{USAGE}:image=COLUMN, a column of bytes or of {{bytes, path}}"
         )
-    assert isinstance(table.columns[found[0]], pa.DataType)
     return found[0]
 
 
@@ -146,7 +160,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 def _label_column(table: _Table, image: str, chosen: str | None) -> str:
     """The column of labels."""
     others = [name for name in table.columns if name != image]
-    said = [name for name in others if table.features.get(name, {}).get("_type") == "ClassLabel"]
+    said = [name for name in others if table.said(name).get("_type") == "ClassLabel"]
     found = [chosen] if chosen is not None else said or [name for name in others if name.lower() in _LABELS]
     if len(found) != 1 or found[0] not in others:
         count = len(set(found) & set(others))
@@ -157,34 +171,48 @@ def _label_column(table: _Table, image: str, chosen: str | None) -> str:
     return found[0]
 
 
-def _labels(tables: Sequence[_Table], label: str) -> np.ndarray:
-    """Labels of all files: classes [n] as int64 or text, or targets [n, q] as float64."""
-    found = []
+def _labels(tables: Sequence[_Table], label: str, part: str) -> np.ndarray:
+    """Labels of all files of a part, as they stand there; none where every row of a part for tests is empty."""
+    import pyarrow.parquet as pq
+
+    found, empty = [], 0
     for table in tables:
-        column = table.file.read(columns=[label]).column(label)
-        if column.null_count:
-            raise InputError(f"{label} of {table.path} is empty in {column.null_count} row(s): leave these images out")
-        found.append(np.array(column.to_pylist()))
-    return check_task(np.concatenate(found), f"{label} of {tables[0].path}")
+        try:
+            column = pq.read_table(table.path, columns=[label], partitioning=None).column(label)
+        except Exception as error:  # damage shows as whatever the reader stumbles on
+            raise _damaged(table.path, error) from None
+        found += column.to_pylist()
+        empty += column.null_count
+    if empty and empty == len(found) and part != "train":
+        return np.zeros(0, np.int64)
+    if empty:
+        row = found.index(None)
+        raise InputError(
+            f"{label} of {tables[0].path.parent} is empty in {empty} row(s) of the {part} part, the first is row {row} "
+            "counted from 0: leave these images out"
+        )
+    return label_array(found, f"{label} of {tables[0].path}") if found else np.zeros(0, np.int64)
 
 
 def _readers(tables: Sequence[_Table], image: str) -> tuple[Any, Any]:
     """Functions of a position: the content of the image, and where it lies."""
-    groups = [
-        (table, group, table.file.metadata.row_group(group).num_rows)
-        for table in tables
-        for group in range(table.file.metadata.num_row_groups)
-    ]
-    ends = list(itertools.accumulate(rows for _, _, rows in groups))
+    import pyarrow.parquet as pq
+
+    groups: list[tuple[Path, int, int]] = []  # file, group, rows of the file before it
+    for table in tables:
+        before = itertools.accumulate(table.groups, initial=0)
+        groups += [(table.path, group, rows) for group, rows in zip(range(len(table.groups)), before, strict=False)]
+    ends = list(itertools.accumulate(rows for table in tables for rows in table.groups))
+    one_at_a_time = threading.Lock()
 
     @functools.lru_cache(maxsize=_HELD)
     def column(at: int) -> Any:
-        import pyarrow.parquet as pq
-
-        table, group, _ = groups[at]
-        # A reader of its own: one is not to be used by several threads.
-        found = pq.ParquetFile(table.path).read_row_group(group, columns=[image]).column(image)
-        return found.combine_chunks()
+        path, group, _ = groups[at]
+        try:
+            with pq.ParquetFile(path) as file:
+                return file.read_row_group(group, columns=[image]).column(image)
+        except Exception as error:  # damage shows as whatever the reader stumbles on
+            raise _damaged(path, error) from None
 
     def place(i: int) -> tuple[int, int]:
         at = bisect.bisect_right(ends, i)
@@ -192,13 +220,14 @@ def _readers(tables: Sequence[_Table], image: str) -> tuple[Any, Any]:
 
     def where(i: int) -> str:
         at, row = place(i)
-        table, group, _ = groups[at]
-        before = sum(table.file.metadata.row_group(g).num_rows for g in range(group))
-        return f"row {before + row} of {table.path}"
+        path, _, before = groups[at]
+        return f"row {before + row} of {path}"
 
     def read(i: int) -> bytes:
         at, row = place(i)
-        value = column(at)[row].as_py()
+        with one_at_a_time:  # threads that ask for images of one group read it once
+            values = column(at)
+        value = values[row].as_py()
         content = value["bytes"] if isinstance(value, dict) else value
         if content is None:
             raise InputError(f"{where(i)} has no image in it, perhaps a path alone: write the images into the file")

@@ -156,8 +156,9 @@ def load_dataset(
 def open_splits(name: str, *, image_size: ImageSize | None = None, seed: int = 0, test_fraction: float = 0.2) -> Splits:
     """Open a labelled image set for reading by position, without loading it into memory.
 
-    ``folder:``, ``tfds:`` and ``prepared:`` decode each image when it is asked for; the other kinds are in memory
-    anyway. The images and their order are those of :func:`load_dataset` with the same arguments.
+    ``digits``, ``idx:``, ``npz:``, ``cifar:``, ``stl10:`` and ``svhn:`` are in memory anyway; of the other kinds each
+    image is decoded when it is asked for. The images and their order are those of :func:`load_dataset` with the same
+    arguments.
 
     Args:
         name: as of :func:`load_dataset`.
@@ -242,6 +243,8 @@ def _hint(name: str) -> str:
         meant = f"npz:{name}"
     elif name.endswith((".csv", ".tsv")):
         meant = f"table:{name}"
+    elif name.endswith((".parquet", ".tar")):
+        meant = f"{'parquet' if name.endswith('.parquet') else 'webdataset'}:{name}"
     elif name and _path(name).is_dir():
         if (_path(name) / METADATA).is_file():
             kind = "prepared"

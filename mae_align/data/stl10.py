@@ -32,6 +32,9 @@ def load_stl10(folder: Path) -> ImageDataset:
         mae_align.runtime.errors.InputError: no folder /nowhere: give the unpacked folder, stl10:DIR
     """
     folder = folder / "stl10_binary" if (folder / "stl10_binary").is_dir() else folder
+    packed = folder if folder.is_file() else folder / "stl10_binary.tar.gz"
+    if packed.is_file() and not (folder / "train_X.bin").exists():
+        raise InputError(f"{packed} is not unpacked: unpack it (tar xzf) and give its folder, stl10:DIR")
     if not folder.is_dir():
         raise InputError(f"no folder {folder}: give the unpacked folder, stl10:DIR")
     names = _bytes(folder / "class_names.txt").decode("utf-8", "replace").split()

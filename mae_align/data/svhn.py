@@ -29,9 +29,9 @@ def load_svhn(path: Path) -> ImageDataset:
         >>> load_svhn(Path("/nowhere"))
         Traceback (most recent call last):
         ...
-        mae_align.runtime.errors.InputError: no file /nowhere/train_32x32.mat: svhn:DIR needs it and test_32x32.mat
+        mae_align.runtime.errors.InputError: no file /nowhere/train_32x32.mat: svhn:DIR needs ... and test_32x32.mat
     """
-    folder = path.parent if path.name in (*_FILES.values(), _MORE) else path
+    folder = path.parent if path.suffix == ".mat" else path
     fields = {}
     for part, name in _FILES.items():
         fields[f"{part}_images"], fields[f"{part}_labels"] = _part(folder / name)
@@ -44,14 +44,17 @@ def _part(path: Path) -> tuple[np.ndarray, np.ndarray]:
     from scipy.io import loadmat
 
     if not path.is_file():
-        raise InputError(f"no file {path}: svhn:DIR needs it and test_32x32.mat")
+        raise InputError(f"no file {path}: svhn:DIR needs {' and '.join(_FILES.values())}")
     try:
         arrays = loadmat(path, variable_names=["X", "y"])
     except Exception as error:  # a damaged file raises whatever its reader stumbles on
         raise InputError(f"cannot read {path} ({str(error).splitlines()[0]}): fetch the file again") from None
     if not {"X", "y"} <= arrays.keys():
         raise InputError(f"{path} lacks X or y: give the cropped digits, {' and '.join(_FILES.values())}")
-    images, labels = arrays["X"], arrays["y"].ravel().astype(np.int64)
+    images, labels = arrays["X"], arrays["y"].ravel()
+    if labels.dtype.kind not in "iuf" or not labels.size or (labels != np.round(labels)).any():
+        raise InputError(f"y of {path} holds {labels.size} {labels.dtype}, not digits: fetch it again")
+    labels = labels.astype(np.int64)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[2] != 3 or images.shape[3] != len(labels):
         raise InputError(
             f"X of {path} is {images.dtype} {list(images.shape)} for {len(labels)} labels: give uint8 [32, 32, 3, n]"

@@ -99,7 +99,11 @@ def test_parquet_columns_can_be_said(tmp_path):
         (lambda t: t, ":colour=extra", "'colour=extra' in .*: write parquet:PATH"),
         (lambda t: t.drop_columns(["image"]), "", "of which 0 may be the images"),
         (lambda t: t.set_column(1, "label", pa.array([None, *range(23)])), "", r"label of .* is empty in 1 row"),
-        (lambda t: t.set_column(1, "label", pa.array([-1] * 24)), "", "holds -1: leave out what has no label"),
+        (
+            lambda t: t.set_column(1, "label", pa.array([-1] * 24)),
+            "",
+            r"run from -1 to -1 for 3 classes: leave out images",
+        ),
         (
             lambda t: t.set_column(0, "image", pa.array([{"bytes": None, "path": "a.png"}] * 24)),
             "",
@@ -219,7 +223,7 @@ def test_damaged_tar_files_are_one_line(tmp_path):
         ma.load_dataset(f"webdataset:{tmp_path}")
     for label, message in (
         (("lab", b"1"), r"0000 in .* has no label \(\.png, \.lab, \.txt\)"),
-        (("json", b"{}"), "the label cannot be read, write a class or JSON with the key 'label'"),
+        (("json", b"{}"), "the label cannot be read, write JSON with the key 'label', or choose another"),
         (("jpg", b"1"), "has 2 images"),
     ):
         write_tar(tmp_path / "a.tar", range(6), lambda i, label=label: label)
