@@ -70,7 +70,7 @@ def open_parquet(argument: str, image_size: ImageSize | None, seed: int, test_fr
         if _class_names(table, label) != names:
             raise InputError(f"{table.path} and {first.path} name other classes: give files of one data set")
     values = {part: _labels(of_part, label, part) for part, of_part in tables.items()}
-    labels, names, more = number_labels(values, names, f"{label} of {path}")
+    labels, names, more = number_labels(values, names, label, f"{label} of {path}")
     passed = [name for name in first.columns if name not in (image, label)]
     notes = (
         *notes,
@@ -80,7 +80,7 @@ def open_parquet(argument: str, image_size: ImageSize | None, seed: int, test_fr
     )
     return record_splits(
         {part: Records(*_readers(tables[part], image), labels[part], files[part], (image, label)) for part in labels},
-        tuple(readable(str(each)) for each in names or (label,)),
+        tuple(readable(str(each)) for each in names),
         readable(path.stem if path.is_file() else path.resolve().name),
         notes,
         image_size=image_size,

@@ -209,8 +209,8 @@ def label_array(values: Sequence[object], where: str) -> np.ndarray:
 
 
 def number_labels(
-    parts: Mapping[str, np.ndarray], names: Sequence[str] | None, where: str
-) -> tuple[dict[str, np.ndarray], tuple[str, ...] | None, tuple[str, ...]]:
+    parts: Mapping[str, np.ndarray], names: Sequence[str] | None, key: str, where: str
+) -> tuple[dict[str, np.ndarray], tuple[str, ...], tuple[str, ...]]:
     """Class numbers and names of the labels of all parts.
 
     A part for tests or validation whose images have no labels is left out: there is nothing in it, or only -1.
@@ -218,17 +218,17 @@ def number_labels(
     Args:
         parts: by train, validation, test: [n] whole numbers or text, or numbers, [n] or [n, q].
         names: of the classes 0, 1, ..., or None where the labels are all that is known.
+        key: the name under which the labels stand.
         where: the labels stand, for messages.
 
     Returns:
-        Labels of the parts that are left, [n] int64 or [n, q] float64; names of the classes, None where there are none;
-        notes in words.
+        Labels of the parts that are left, [n] int64 or [n, q] float64; names of the classes or columns; notes in words.
 
     Raises:
         InputError: no training image, labels that are not in ``names``, classes without training images.
 
     Example:
-        >>> number_labels({"train": np.array([4, 7]), "test": np.array([-1])}, None, "labels")
+        >>> number_labels({"train": np.array([4, 7]), "test": np.array([-1])}, None, "label", "labels")
         ({'train': array([0, 1])}, ('4', '7'), ('the test part is passed over: it has no labels',))
     """
     if not len(parts["train"]):
@@ -243,7 +243,8 @@ def number_labels(
     kept = {part: check_task(labels, where) for part, labels in parts.items() if part not in bare}
     train = kept["train"]
     if train.ndim != 1:
-        return kept, None, notes
+        several = train.shape[1] > 1
+        return kept, tuple(f"{key} {i}" if several else key for i in range(train.shape[1])), notes
     if any(labels.ndim != 1 for labels in kept.values()):
         raise InputError(f"{where} are classes in the training part and other targets in another")
     if names is None:

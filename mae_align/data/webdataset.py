@@ -82,8 +82,8 @@ def open_webdataset(argument: str, image_size: ImageSize | None, seed: int, test
         else np.zeros(0, np.int64)
         for part, of_part in found.items()
     }
-    labels, names, more = number_labels(values, None, f"labels of {path}")
     key = choices.get("label", "label")
+    labels, names, more = number_labels(values, None, key, f"labels of {path}")
     images = sorted({sample.kinds[0] for sample in samples})
     from_json = f"key {key} of .{_JSON}" if samples[0].kinds[1] == _JSON else f".{_CLASS}"
     notes = (
@@ -94,7 +94,7 @@ def open_webdataset(argument: str, image_size: ImageSize | None, seed: int, test
     )
     return record_splits(
         {part: _records(found[part], labels[part], files[part], (*images, from_json)) for part in labels},
-        tuple(map(readable, names or (key,))),
+        tuple(map(readable, names)),
         readable(path.stem if path.is_file() else path.resolve().name),
         notes,
         image_size=image_size,

@@ -6,6 +6,8 @@ import io
 import os
 import pickle
 import re
+import struct
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -31,6 +33,27 @@ def labels_of(n, q):
     return np.arange(n) % q
 
 
+class Python2(pickle._Pickler):  # pyright: ignore[reportAttributeAccessIssue]
+    """Writes text and bytes as the one kind of text that Python 2 has, as the authors of CIFAR did."""
+
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def save_text(self, text):
+        content = text.encode() if isinstance(text, str) else text
+        short = len(content) < 256
+        self.write(pickle.SHORT_BINSTRING + bytes([len(content)]) if short else pickle.BINSTRING)
+        self.write(content if short else struct.pack("<i", len(content)) + content)
+        self.memoize(text)
+
+    dispatch[str] = dispatch[bytes] = save_text
+
+
+def written_by_python2(content):
+    file = io.BytesIO()
+    Python2(file, protocol=2).dump(content)
+    return file.getvalue()
+
+
 @pytest.fixture
 def ten(tmp_path):
     """Both versions of CIFAR-10, four images a file."""
@@ -43,9 +66,9 @@ def ten(tmp_path):
     for name, (images, labels) in parts.items():
         rows = np.concatenate([labels[:, None].astype(np.uint8), planes(images)], 1)
         (binary / f"{name}.bin").write_bytes(rows.tobytes())
-        content = {b"data": planes(images), b"labels": labels.tolist(), b"batch_label": b"x", b"filenames": [b"a"] * 4}
-        (python / name).write_bytes(pickle.dumps(content, protocol=2))
-    (python / "batches.meta").write_bytes(pickle.dumps({b"label_names": [n.encode() for n in TEN]}, protocol=2))
+        content = {"data": planes(images), "labels": labels.tolist(), "batch_label": "x", "filenames": ["a"] * 4}
+        (python / name).write_bytes(written_by_python2(content))
+    (python / "batches.meta").write_bytes(written_by_python2({"label_names": TEN, "num_vis": 3072}))
     return tmp_path, parts
 
 
@@ -121,6 +144,8 @@ class Runs:
         (pickle.dumps({b"data": np.zeros((2, 3072)), b"labels": [0, 1]}), "whose pixels are bytes"),
         (pickle.dumps({b"data": np.zeros((2, 30), np.uint8), b"labels": [0, 1]}), "does not hold images and labels"),
         (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]}), "does not hold images and labels"),
+        (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 1.5]}), "are not all class numbers"),
+        (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, None]}), "are not all class numbers"),
         (pickle.dumps({b"data": io.BytesIO(b"x"), b"labels": [0]}), "calls for _io.BytesIO, which is not read"),
     ],
 )
@@ -160,7 +185,13 @@ def test_what_is_missing_or_cut_off_is_said(ten, tmp_path):
     with pytest.raises(InputError, match="labels=both: give fine or coarse"):
         ma.load_dataset(f"cifar:{root / 'cifar-10-batches-bin'}:labels=both")
     (tmp_path / "packed").mkdir()
-    (tmp_path / "packed" / "cifar-10-python.tar.gz").touch()
+    packed = tmp_path / "packed" / "cifar-10-python.tar.gz"
+    packed.touch()
+    with pytest.raises(InputError, match=r"is a file: unpack it \(tar xzf\) and give its folder"):
+        ma.load_dataset(f"cifar:{packed}")
+    (tmp_path / "packed" / "stl10_binary.tar.gz").touch()
+    with pytest.raises(InputError, match=r"stl10_binary.tar.gz is not unpacked: unpack it \(tar xzf\)"):
+        ma.load_dataset(f"stl10:{packed.parent}")
     with pytest.raises(InputError, match=r"holds no files of CIFAR: unpack cifar-10-python.tar.gz \(tar xzf\)"):
         ma.load_dataset(f"cifar:{tmp_path / 'packed'}")
 
@@ -220,9 +251,37 @@ def test_svhn_is_read(tmp_path):
     assert ma.load_dataset(f"svhn:{tmp_path}", image_size=(8, 16)).image_shape == (8, 16, 3)
 
 
+def test_torchvision_reads_the_same(ten, tmp_path, monkeypatch):
+    reason = "torchvision reads the same files, and is not installed"
+    datasets = pytest.importorskip("torchvision.datasets", reason=reason, exc_type=ImportError)
+    # What is made here has other check sums than the downloads.
+    for each in (datasets.CIFAR10, datasets.STL10, datasets.SVHN):
+        monkeypatch.setattr(each, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *arguments: True)
+    root, _ = ten
+    write_stl10(tmp_path / "stl10_binary")
+    for part in ("train", "test"):
+        y = np.arange(1, 11, dtype=np.uint8)
+        savemat(tmp_path / f"{part}_32x32.mat", {"X": np.moveaxis(pictures(10), 0, -1), "y": y[:, None]})
+    loaded = {name: ma.load_dataset(f"{name}:{tmp_path}") for name in ("stl10", "svhn")}
+    loaded["cifar"] = ma.load_dataset(f"cifar:{root / 'x'}")
+    for part in ("train", "test"):
+        theirs = datasets.CIFAR10(str(root / "x"), train=part == "train")
+        np.testing.assert_array_equal(loaded["cifar"].parts[part][0], theirs.data)
+        np.testing.assert_array_equal(loaded["cifar"].parts[part][1], theirs.targets)
+        assert loaded["cifar"].class_names == tuple(theirs.classes)
+        for name, reader in (("stl10", datasets.STL10), ("svhn", datasets.SVHN)):
+            theirs = reader(str(tmp_path), split=part)
+            np.testing.assert_array_equal(loaded[name].parts[part][0], theirs.data.transpose(0, 2, 3, 1))
+            np.testing.assert_array_equal(loaded[name].parts[part][1], theirs.labels)
+    assert loaded["stl10"].class_names == tuple(datasets.STL10(str(tmp_path), split="test").classes)
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
+        ({"X": np.zeros((32, 32, 3, 2), np.uint8), "y": np.array([[1.5], [2]])}, "holds 2 float64, not digits"),
+        ({"X": np.zeros((32, 32, 3, 0), np.uint8), "y": np.zeros((0, 1))}, "holds 0 float64, not digits"),
         ({"X": np.zeros((32, 32, 3, 2), np.uint8)}, "lacks X or y: give the cropped digits"),
         ({"X": np.zeros((32, 32, 3, 2), np.uint8), "y": [[1]]}, r"uint8 \[32, 32, 3, 2\] for 1 labels"),
         ({"X": np.zeros((32, 32, 3, 2)), "y": [[1], [2]]}, r"float64 \[32, 32, 3, 2\]"),
