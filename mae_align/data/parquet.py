@@ -44,7 +44,8 @@ def open_parquet(argument: str, image_size: ImageSize | None, seed: int, test_fr
         test_fraction: share of the test images, likewise.
 
     Returns:
-        Sources of images. Up to eight groups of rows are in memory.
+        Sources of images. Up to eight groups of rows are in memory. A group, often 100 MB, is read for one image of it:
+        to train in random order on more than memory holds, tar files or a folder are faster.
 
     Raises:
         InputError: pyarrow is not installed, a missing or damaged file, columns that are not certain, labels that are
@@ -178,7 +179,8 @@ def _labels(tables: Sequence[_Table], label: str, part: str) -> np.ndarray:
     found, empty = [], 0
     for table in tables:
         try:
-            column = pq.read_table(table.path, columns=[label], partitioning=None).column(label)
+            with pq.ParquetFile(table.path) as file:
+                column = file.read(columns=[label]).column(label)
         except Exception as error:  # damage shows as whatever the reader stumbles on
             raise _damaged(table.path, error) from None
         found += column.to_pylist()

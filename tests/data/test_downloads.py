@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import struct
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -33,10 +33,13 @@ def labels_of(n, q):
     return np.arange(n) % q
 
 
-class Python2(pickle._Pickler):  # pyright: ignore[reportAttributeAccessIssue]
+PICKLER: Any = vars(pickle)["_Pickler"]  # the one in Python, whose way with each type can be changed
+
+
+class Python2(PICKLER):
     """Writes text and bytes as the one kind of text that Python 2 has, as the authors of CIFAR did."""
 
-    dispatch: ClassVar = dict(pickle._Pickler.dispatch)  # pyright: ignore[reportAttributeAccessIssue]
+    dispatch: ClassVar[dict[type, Any]] = dict(PICKLER.dispatch)
 
     def save_text(self, text):
         content = text.encode() if isinstance(text, str) else text
