@@ -255,7 +255,7 @@ def test_svhn_is_read(tmp_path):
 
 
 def test_torchvision_reads_the_same(ten, tmp_path, monkeypatch):
-    reason = "torchvision reads the same files, and is not installed"
+    reason = "torchvision comes with the extra parity"
     datasets = pytest.importorskip("torchvision.datasets", reason=reason, exc_type=ImportError)
     # What is made here has other check sums than the downloads.
     for each in (datasets.CIFAR10, datasets.STL10, datasets.SVHN):

@@ -6,6 +6,8 @@ import io
 import json
 import sys
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -248,6 +250,25 @@ def test_a_choice_of_images_changes_the_fingerprint(tmp_path):
     pq.write_table(found.append_column("other", found.column("image")), file)
     one, two = (open_splits(f"parquet:{file}:image={name}").train.fingerprint() for name in ("image", "other"))
     assert one != two
+
+
+def test_threads_read_a_group_of_rows_once(tmp_path, monkeypatch):
+    pq.write_table(table(range(24)), tmp_path / "x.parquet")
+    opened, real = [], pq.ParquetFile
+
+    def slow(path):
+        opened.append(path)
+        time.sleep(0.05)
+        return real(path)
+
+    monkeypatch.setattr(pq, "ParquetFile", slow)
+    source = open_splits(f"parquet:{tmp_path / 'x.parquet'}").train
+    monkeypatch.setattr("mae_align.data.records._common", lambda *arguments: (source.image_shape, source.pixel_dtype))
+    source = open_splits(f"parquet:{tmp_path / 'x.parquet'}").train
+    before = len(opened)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(source.read, range(8)))
+    assert len(opened) == before + 1 and all(image.shape == (5, 7, 3) for image, _ in found)
 
 
 def test_pyarrow_that_is_missing_is_one_line(tmp_path, monkeypatch):
